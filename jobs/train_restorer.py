@@ -1,0 +1,235 @@
+"""Trains the compact DFPIR that ships with the project: `python -m jobs.train_restorer --help`.
+
+One process, one network, degradations synthesised as it goes. Needs torch, numpy and pillow only.
+A run stops after `--max-minutes` or `--steps` and goes on from its last checkpoint when started again.
+"""
+
+import argparse
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classifier.labels import Degradation
+from jobs.training_data import CleanPhotographs
+from models.dfpir import DFPIR, DFPIRConfig
+from models.prompts import orthogonal_bank
+from pipeline.prompting import noise_prompt
+from pipeline.synthesis import FloatImage, degrade, to_uint8
+
+log = logging.getLogger("train_restorer")
+
+COMPACT = DFPIRConfig(
+    dim=24,
+    num_blocks=(1, 2, 2, 2),
+    num_refinement_blocks=1,
+    heads=(1, 2, 4, 8),
+    ffn_expansion_factor=2.0,
+    unshuffle_factor=2,
+)
+
+TASKS: dict[Degradation, float] = {
+    Degradation.NOISE: 0.38,
+    Degradation.RAIN: 0.22,
+    Degradation.HAZE: 0.14,
+    Degradation.BLUR: 0.1,
+    Degradation.LOWLIGHT: 0.16,
+}
+"""Share of each degradation in the training patches."""
+
+SMALLEST_SCALE: dict[Degradation, float] = {Degradation.HAZE: 0.2, Degradation.LOWLIGHT: 0.2}
+"""Haze and low light are judged on more of the scene than a small patch shows."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: from `start`, a share of all steps, with patches and batches of this size."""
+
+    start: float
+    patch_px: int
+    batch: int
+
+
+PHASES = (Phase(0.0, 64, 8), Phase(0.7, 96, 6), Phase(0.88, 128, 6))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training pair, H x W x 3 float32 in [0, 1], and its prompt."""
+
+    degraded: FloatImage
+    clean: FloatImage
+    prompt: str
+
+
+def draw_sample(photographs: CleanPhotographs, rng: np.random.Generator, *, label: Degradation, side_px: int) -> Sample:
+    """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
+
+    Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error.
+    """
+    clean = photographs.patch(rng, side_px=side_px, smallest_scale=SMALLEST_SCALE.get(label, 0.5))
+    degraded, sigma_255 = degrade(clean, label, rng)
+    prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1)) if sigma_255 is not None else str(label)
+    return Sample(to_uint8(degraded).astype(np.float32) / np.float32(255), clean, prompt)
+
+
+def to_batch(images: list[FloatImage]) -> Tensor:
+    """Stacks H x W x 3 images into B x 3 x H x W, channels last in memory."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
+    """Mean over the batch of log(L1 + 0.002): each image weighs by its relative error, as in decibels.
+
+    With plain L1 the large errors of haze and low light drown the gradient of noise, rain and blur.
+    """
+    return ((restored.float() - clean).abs().mean(dim=(1, 2, 3)) + 2e-3).log().mean()
+
+
+def initialise(network: DFPIR) -> None:
+    """Starts the network as the identity, with CAAPM's attention sharp enough to keep channels apart.
+
+    The released initial temperature of 1 makes each skip connection the near-average of its channels, from which
+    a short training hardly recovers.
+    """
+    torch.nn.init.zeros_(network.output.weight)
+    for name, parameter in network.named_parameters():
+        if name.endswith("select_attn.temperature"):
+            torch.nn.init.constant_(parameter, 6.0)
+        elif name.endswith("select_attn.attn4"):
+            torch.nn.init.constant_(parameter, 1.0)
+
+
+@torch.no_grad()
+def validate(network: DFPIR, photographs: CleanPhotographs, *, side_px: int = 192, count: int = 8) -> dict[str, float]:
+    """Gain in PSNR (dB) by degradation on fixed patches of the validation photographs."""
+    bank = orthogonal_bank()
+    gains = {}
+    for label in TASKS:
+        rng = np.random.default_rng(7)
+        gain = []
+        for _ in range(count):
+            sample = draw_sample(photographs, rng, label=label, side_px=side_px)
+            degraded, clean = to_batch([sample.degraded]), to_batch([sample.clean])
+            with torch.autocast(degraded.device.type, dtype=torch.bfloat16):
+                restored = network(degraded, bank.embeddings[bank.indices([sample.prompt])])
+            errors = [(image.float().clamp(0, 1) - clean).square().mean().log10() for image in (degraded, restored)]
+            gain.append(float(10 * (errors[0] - errors[1])))
+        gains[str(label)] = float(np.mean(gain))
+    return gains
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint so that a failure leaves the previous one whole."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def learning_rate(progress: float, *, peak: float) -> float:
+    """Linear warm-up over the first 2 %, then a cosine to a hundredth of the peak."""
+    if progress < 0.02:
+        return peak * (progress + 1e-3) / 0.02
+    return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Runs or resumes a training; the state lies in `arguments.out`."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    photographs = CleanPhotographs.load(arguments.data, validation=False)
+    held_out = CleanPhotographs.load(arguments.data, validation=True)
+    log.info("%d photographs for training, %d for validation", len(photographs.images), len(held_out.images))
+    bank = orthogonal_bank()
+    network = DFPIR(COMPACT)
+    initialise(network)
+    network.to(memory_format=torch.channels_last)
+    average = DFPIR(COMPACT).to(memory_format=torch.channels_last).requires_grad_(False)
+    average.load_state_dict(network.state_dict())
+    trained = [p for p in network.parameters() if p.requires_grad]
+    by_name = dict(average.named_parameters())
+    averaged = [by_name[name] for name, p in network.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    step, seconds = 0, 0.0
+    if arguments.out.exists():
+        state = torch.load(arguments.out, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+        log.info("resumed at step %d", step)
+    labels, shares = list(TASKS), np.array(list(TASKS.values()))
+    started, last_save, losses = time.monotonic(), time.monotonic(), []
+    before = seconds
+    while step < arguments.steps:
+        seconds = before + time.monotonic() - started
+        progress = max(step / arguments.steps, seconds / 60 / arguments.max_minutes)
+        if progress >= 1:
+            break
+        phase = [p for p in PHASES if p.start <= progress][-1]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, peak=arguments.lr)
+        rng = np.random.default_rng([arguments.seed, step])
+        samples = [
+            draw_sample(photographs, rng, label=labels[i], side_px=phase.patch_px)
+            for i in rng.choice(len(labels), size=phase.batch, p=shares / shares.sum())
+        ]
+        degraded, clean = to_batch([s.degraded for s in samples]), to_batch([s.clean for s in samples])
+        prompts = bank.embeddings[bank.indices([s.prompt for s in samples])]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            restored = network(degraded, prompts)
+        loss = relative_l1(restored, clean)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 2.0)
+        if not torch.isfinite(norm):
+            raise RuntimeError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
+        optimizer.step()
+        step += 1
+        decay = min(0.999, step / (step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, trained, 1 - decay)
+        losses.append(float(loss.detach()))
+        if step % 50 == 0:
+            log.info(
+                "step %d, %.1f min, %d px, loss %.4f, gradient %.2f",
+                step, seconds / 60, phase.patch_px, np.mean(losses[-50:]), float(norm),
+            )  # fmt: skip
+        if time.monotonic() - last_save > arguments.save_every_s:
+            last_save = time.monotonic()
+            save_atomically(
+                {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step, "seconds": seconds}, arguments.out,
+            )  # fmt: skip
+            log.info("validation gain in dB: %s", {k: round(v, 2) for k, v in validate(average, held_out).items()})
+    save_atomically(
+        {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+         "step": step, "seconds": seconds}, arguments.out,
+    )  # fmt: skip
+    log.info("ended at step %d after %.1f min", step, seconds / 60)
+    log.info("validation gain in dB: %s", {k: round(v, 2) for k, v in validate(average, held_out, count=24).items()})
+
+
+def main() -> None:
+    """Command line of the training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of clean photographs")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint (.pt) to write and to resume from")
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--max-minutes", type=float, default=100.0)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save-every-s", type=float, default=300.0)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

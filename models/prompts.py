@@ -1,0 +1,61 @@
+"""Prompts: the sentences DFPIR was published with, and the embeddings that stand for them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.dfpir import TEXT_DIM
+
+PUBLISHED_SENTENCES: dict[str, str] = {
+    "noise15": "Gaussian noise with a standard deviation of 15",
+    "noise25": "Gaussian noise with a standard deviation of 25",
+    "noise50": "Gaussian noise with a standard deviation of 50",
+    "rain": "Rain degradation with rain lines",
+    "haze": "Hazy degradation with normal haze",
+    "blur": "Blur degradation with motion blur",
+    "lowlight": "Lowlight degradation",
+}
+"""The seven prompts of the paper's five-task setting, by key; the first five are its three-task setting."""
+
+
+@dataclass(frozen=True)
+class PromptBank:
+    """The prompts a network was trained with: `keys[i]` has `sentences[i]` and row i of `embeddings`.
+
+    `embeddings` is K x 512 float32.
+    """
+
+    keys: tuple[str, ...]
+    sentences: tuple[str, ...]
+    embeddings: Tensor
+
+    def __post_init__(self) -> None:
+        if not (len(self.keys) == len(self.sentences) == len(self.embeddings)):
+            raise ValueError("a prompt bank needs one sentence and one embedding per key")
+        if self.embeddings.shape[1:] != (TEXT_DIM,) or self.embeddings.dtype != torch.float32:
+            raise ValueError(f"embeddings must be K x {TEXT_DIM} float32, not {tuple(self.embeddings.shape)}")
+
+    def indices(self, keys: list[str]) -> list[int]:
+        """Positions of `keys` in the bank; raises KeyError naming an unknown key and the known ones."""
+        unknown = sorted(set(keys) - set(self.keys))
+        if unknown:
+            raise KeyError(f"no prompt for {', '.join(unknown)}; this model knows {', '.join(self.keys)}")
+        return [self.keys.index(key) for key in keys]
+
+
+def orthogonal_bank() -> PromptBank:
+    """The published sentences on a fixed table of orthogonal vectors, for models trained without CLIP.
+
+    Row i is the Walsh function (-1)^(bit i of the position): entries are +1 and -1, and any two rows are
+    exactly orthogonal. DFPIR uses a prompt through the order of a sort only, so all that matters is that
+    the vectors are fixed and far apart.
+    """
+    positions = np.arange(TEXT_DIM)
+    table = np.stack([1.0 - 2.0 * (positions >> i & 1) for i in range(len(PUBLISHED_SENTENCES))])
+    return PromptBank(
+        keys=tuple(PUBLISHED_SENTENCES),
+        sentences=tuple(PUBLISHED_SENTENCES.values()),
+        embeddings=torch.from_numpy(table.astype(np.float32)),
+    )

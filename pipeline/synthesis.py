@@ -1,0 +1,274 @@
+"""Synthesised degradations: clean photographs in, degraded ones out, every draw from a given generator.
+
+All images are H x W x 3 float32, RGB, in [0, 1] as displayed (sRGB), and results are clipped to [0, 1].
+Nothing here reads a file or keeps state. Which strength still counts as clean stands in
+`classifier.labels.CleanLimits`.
+"""
+
+import io
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from classifier.labels import CLEAN_LIMITS, Degradation
+
+FloatImage = NDArray[np.float32]
+
+
+def to_uint8(image: FloatImage) -> NDArray[np.uint8]:
+    """Rounds [0, 1] to 0..255."""
+    return cast(NDArray[np.uint8], np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+
+
+def _clip(image: NDArray[np.floating]) -> FloatImage:
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def convolve(image: FloatImage, kernel: NDArray[np.floating]) -> FloatImage:
+    """Convolves each channel with a 2-D kernel, borders mirrored; same size out."""
+    height, width = image.shape[:2]
+    above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
+    below, right = kernel.shape[0] - 1 - above, kernel.shape[1] - 1 - left
+    padded = np.pad(image, ((below, above), (right, left), (0, 0)), mode="symmetric")
+    shape = (padded.shape[0], padded.shape[1])
+    product = np.fft.rfft2(padded, shape, axes=(0, 1)) * np.fft.rfft2(kernel, shape)[:, :, None]
+    full = np.fft.irfft2(product, shape, axes=(0, 1))
+    top, start = kernel.shape[0] - 1, kernel.shape[1] - 1
+    return np.ascontiguousarray(full[top : top + height, start : start + width], dtype=np.float32)
+
+
+def smooth_field(height: int, width: int, rng: np.random.Generator, *, cells: int = 4) -> FloatImage:
+    """A smooth random field in [0, 1], H x W: a coarse grid of `cells` random values a side, enlarged."""
+    coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
+    field = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+    low, high = float(field.min()), float(field.max())
+    return (field - low) / max(high - low, 1e-6)
+
+
+def resize(image: FloatImage, height: int, width: int) -> FloatImage:
+    """Resamples with a Lanczos filter that averages when it shrinks."""
+    channels = [
+        np.asarray(Image.fromarray(image[:, :, c]).resize((width, height), Image.Resampling.LANCZOS))
+        for c in range(image.shape[2])
+    ]
+    return _clip(np.stack(channels, axis=2))
+
+
+# Noise
+
+
+def add_noise(image: FloatImage, rng: np.random.Generator, *, sigma_255: float) -> FloatImage:
+    """White Gaussian noise of standard deviation `sigma_255` on the 0..255 scale."""
+    return _clip(image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma_255 / 255))
+
+
+def draw_noise_sigma(rng: np.random.Generator) -> float:
+    """A standard deviation for training on the 0..255 scale: uniform in 5..55."""
+    return float(rng.uniform(CLEAN_LIMITS.noise_sigma_255, 55.0))
+
+
+# Rain
+
+
+def line_kernel(length_px: float, angle_deg: float, width_px: float) -> NDArray[np.float32]:
+    """One soft-edged streak, its peak at 1; `angle_deg` from the vertical."""
+    radius = int(np.ceil(length_px / 2 + width_px))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
+    angle = np.deg2rad(angle_deg)
+    along = np.abs(x * np.sin(angle) + y * np.cos(angle))
+    across = np.abs(x * np.cos(angle) - y * np.sin(angle))
+    body = np.clip(length_px / 2 - along + 0.5, 0, 1) * np.exp(-0.5 * (across / (width_px / 2)) ** 2)
+    return (body / body.max()).astype(np.float32)
+
+
+def add_rain(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """Rain in one to three layers of streaks that share a wind direction, and at times a thin veil.
+
+    Per layer: streak length 8..60 px, width 0.8..2.5 px, 0.3 to 4 drops per 1000 pixels (fewer when they
+    are long), brightness 0.25..0.9. Streaks are blended towards a near-white of their own.
+    """
+    height, width = image.shape[:2]
+    wind_deg = rng.uniform(-45, 45)
+    out = image
+    for _ in range(rng.integers(1, 4)):
+        length_px = rng.uniform(8, 60)
+        kernel = line_kernel(length_px, wind_deg + rng.normal(0, 3), rng.uniform(0.8, 2.5))
+        density = np.exp(rng.uniform(np.log(3e-4), np.log(4e-3))) * min(1.0, 25 / length_px)
+        drops = (rng.random((height, width), dtype=np.float32) < density) * rng.uniform(0.3, 1.0, (height, width))
+        streaks = convolve(drops[:, :, None].astype(np.float32), kernel)
+        opacity = np.clip(streaks, 0, 1) * np.float32(rng.uniform(0.25, 0.9))
+        out = out + opacity * (np.float32(rng.uniform(0.7, 1.0)) - out).clip(0)
+    if rng.random() < 0.3:
+        veil = np.float32(rng.uniform(0.0, 0.1))
+        out = out * (1 - veil) + veil * np.float32(0.8)
+    return _clip(out)
+
+
+# Haze
+
+
+def pseudo_depth(height: int, width: int, rng: np.random.Generator) -> FloatImage:
+    """A depth map in [0, 1], H x W: farther towards the top as a rule, with smooth hills and valleys.
+
+    Half of the maps are cut into a few planes, as walls and furniture cut a room.
+    """
+    ramp = np.linspace(1, 0, height, dtype=np.float32)[:, None] * np.ones((1, width), dtype=np.float32)
+    share = rng.uniform(0, 0.8)
+    depth = share * ramp + (1 - share) * smooth_field(height, width, rng, cells=int(rng.integers(2, 7)))
+    if rng.random() < 0.5:
+        planes = rng.integers(3, 9)
+        depth = 0.5 * depth + 0.5 * np.round(depth * planes) / planes
+    return depth.astype(np.float32)
+
+
+def add_haze(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
+
+    d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth; beta is
+    0.4..2.4; the airlight A is 0.65..1 with a tint of up to 0.04 per channel.
+    """
+    height, width = image.shape[:2]
+    near = rng.uniform(0.2, 0.7)
+    depth = near + (1 - near) * pseudo_depth(height, width, rng)
+    transmission = np.exp(-rng.uniform(0.4, 2.4) * depth)[:, :, None]
+    airlight = np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-0.04, 0.04, 3), 0, 1)
+    return _clip(image * transmission + airlight * (1 - transmission))
+
+
+# Motion blur
+
+
+def trajectory_kernel(rng: np.random.Generator, *, length_px: float) -> NDArray[np.float32]:
+    """Point spread function of a shaking camera, summing to 1: the path of a random walk with inertia.
+
+    Args:
+        rng: the source of the path.
+        length_px: length of the path in pixels. A straight path has a standard deviation of 0.29 times it.
+    """
+    steps = 96
+    heading = rng.uniform(0, 2 * np.pi)
+    turn = rng.normal(0, 0.12, steps).cumsum() * rng.uniform(0, 1)
+    if rng.random() < 0.3:
+        turn[int(rng.integers(steps // 4, steps)) :] += rng.uniform(-np.pi, np.pi)
+    speed = np.exp(rng.normal(0, 0.5) * np.linspace(-1, 1, steps) + 0.3 * rng.standard_normal(steps))
+    speed *= length_px / speed.sum()
+    x, y = np.cumsum(speed * np.cos(heading + turn)), np.cumsum(speed * np.sin(heading + turn))
+    x, y = x - x.mean(), y - y.mean()
+    radius = int(np.ceil(max(np.abs(x).max(), np.abs(y).max()))) + 1
+    kernel = np.zeros((2 * radius + 1, 2 * radius + 1))
+    column, row = np.floor(x).astype(int), np.floor(y).astype(int)
+    fx, fy = x - column, y - row
+    for dx, dy, weight in ((0, 0, (1 - fx) * (1 - fy)), (1, 0, fx * (1 - fy)), (0, 1, (1 - fx) * fy), (1, 1, fx * fy)):
+        np.add.at(kernel, (row + dy + radius, column + dx + radius), weight)
+    soft = np.outer([0.05, 0.9, 0.05], [0.05, 0.9, 0.05])
+    kernel = np.asarray(convolve(kernel[:, :, None].astype(np.float32), soft)[:, :, 0], dtype=np.float64).clip(0)
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def add_motion_blur(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """Blur along a random camera trajectory 6..40 px long, with sensor noise of sigma 0..2 on the 0..255 scale."""
+    kernel = trajectory_kernel(rng, length_px=float(np.exp(rng.uniform(np.log(6), np.log(40)))))
+    return add_noise(convolve(image, kernel), rng, sigma_255=float(rng.uniform(0, 2)))
+
+
+# Low light
+
+
+def add_lowlight(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """Under-exposure: gamma 1.2..3, gain 0.12..0.9 with a result below 0.55 of the brightness, sensor noise.
+
+    The noise has a part that grows with the root of the signal and a constant one, each with sigma up to 4
+    on the 0..255 scale.
+    """
+    dark = image ** np.float32(rng.uniform(1.2, 3.0))
+    brightest = 0.55 * float(image.mean()) / max(float(dark.mean()), 1e-6)
+    dark = dark * np.float32(min(np.exp(rng.uniform(np.log(0.12), np.log(0.9))), brightest))
+    sigma = rng.uniform(0, 4) / 255 * np.sqrt(dark) + rng.uniform(0, 4) / 255 * rng.random()
+    return _clip(dark + sigma * rng.standard_normal(image.shape))
+
+
+# Damage without a prompt
+
+
+def add_jpeg(image: FloatImage, *, quality: int) -> FloatImage:
+    """JPEG at the given libjpeg quality, 4:2:0."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer).convert("RGB"), dtype=np.float32) / np.float32(255)
+
+
+def disk_kernel(radius_px: float) -> NDArray[np.float32]:
+    """Defocus: a disk with soft edges that sums to 1."""
+    reach = int(np.ceil(radius_px)) + 1
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disk = np.clip(radius_px + 0.5 - np.hypot(x, y), 0, 1)
+    return (disk / disk.sum()).astype(np.float32)
+
+
+def gaussian_kernel(sigma_px: float) -> NDArray[np.float32]:
+    """An isotropic Gaussian that sums to 1."""
+    reach = max(1, int(np.ceil(3 * sigma_px)))
+    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma_px, 1e-3)) ** 2)
+    kernel = np.outer(line, line)
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def add_other(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """JPEG of quality 5..25, defocus of radius 3..8 px, or enlargement from 1/4 to 1/2 of the sides."""
+    kind = rng.integers(3)
+    if kind == 0:
+        return add_jpeg(image, quality=int(rng.integers(5, 26)))
+    if kind == 1:
+        return _clip(convolve(image, disk_kernel(float(rng.uniform(3, 8)))))
+    height, width = image.shape[:2]
+    factor = rng.uniform(0.25, 0.5)
+    small = resize(image, max(1, round(height * factor)), max(1, round(width * factor)))
+    return resize(small, height, width)
+
+
+# Clean photographs as they come
+
+
+def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """Harmless differences between undamaged photographs, all on the clean side of `CleanLimits`.
+
+    Softness of camera originals (Gaussian below 0.7 px, or enlargement by at most a third), exposure and
+    contrast as a photographer may choose them, grain below sigma 3.
+    """
+    height, width = image.shape[:2]
+    out = image
+    kind = rng.random()
+    if kind < 0.25:
+        out = convolve(out, gaussian_kernel(float(rng.uniform(0.3, 0.7 * CLEAN_LIMITS.blur_px))))
+    elif kind < 0.4:
+        factor = rng.uniform(CLEAN_LIMITS.scale, 1)
+        out = resize(resize(out, round(height * factor), round(width * factor)), height, width)
+    if rng.random() < 0.3:
+        out = out ** np.float32(rng.uniform(0.75, 1.25))
+    if rng.random() < 0.3:
+        out = out * np.float32(rng.uniform(0.8, 1.0)) + np.float32(rng.uniform(0, 0.03))
+    if rng.random() < 0.4:
+        out = add_noise(out, rng, sigma_255=float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)))
+    return _clip(out)
+
+
+def degrade(image: FloatImage, label: Degradation, rng: np.random.Generator) -> tuple[FloatImage, float | None]:
+    """A degraded version of a clean image under `label`, and the noise sigma (0..255 scale) where it is `noise`."""
+    match label:
+        case Degradation.NOISE:
+            sigma_255 = draw_noise_sigma(rng)
+            return add_noise(image, rng, sigma_255=sigma_255), sigma_255
+        case Degradation.RAIN:
+            return add_rain(image, rng), None
+        case Degradation.HAZE:
+            return add_haze(image, rng), None
+        case Degradation.BLUR:
+            return add_motion_blur(image, rng), None
+        case Degradation.LOWLIGHT:
+            return add_lowlight(image, rng), None
+        case Degradation.OTHER:
+            return add_other(image, rng), None
+        case Degradation.CLEAN:
+            return vary_clean(image, rng), None
