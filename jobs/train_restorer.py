@@ -18,7 +18,7 @@ from torch import Tensor
 
 from classifier.labels import Degradation
 from jobs.training_data import CleanPhotographs
-from models.dfpir import DFPIR, DFPIRConfig
+from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.prompts import orthogonal_bank
 from pipeline.prompting import noise_prompt
 from pipeline.synthesis import FloatImage, degrade, to_uint8
@@ -34,14 +34,20 @@ COMPACT = DFPIRConfig(
     unshuffle_factor=2,
 )
 
+NOISE_ALONE = {Degradation.NOISE: 1.0}
+FINE_DETAIL = {Degradation.NOISE: 0.6, Degradation.RAIN: 0.4}
 TASKS: dict[Degradation, float] = {
-    Degradation.NOISE: 0.38,
+    Degradation.NOISE: 0.36,
     Degradation.RAIN: 0.22,
     Degradation.HAZE: 0.14,
-    Degradation.BLUR: 0.1,
+    Degradation.BLUR: 0.12,
     Degradation.LOWLIGHT: 0.16,
 }
-"""Share of each degradation in the training patches."""
+"""Share of each degradation in the training patches, once all are there.
+
+Noise comes first, alone, then rain: mixed from the start, the easy gains of haze and low light keep a small
+network from ever learning fine detail, while they themselves are learnt within minutes whenever they come.
+"""
 
 SMALLEST_SCALE: dict[Degradation, float] = {Degradation.HAZE: 0.2, Degradation.LOWLIGHT: 0.2}
 """Haze and low light are judged on more of the scene than a small patch shows."""
@@ -49,14 +55,21 @@ SMALLEST_SCALE: dict[Degradation, float] = {Degradation.HAZE: 0.2, Degradation.L
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: from `start`, a share of all steps, with patches and batches of this size."""
+    """A stretch of training from `start`, a share of the whole: shares of the tasks, patch and batch size."""
 
     start: float
+    tasks: dict[Degradation, float]
     patch_px: int
     batch: int
 
 
-PHASES = (Phase(0.0, 64, 8), Phase(0.7, 96, 6), Phase(0.88, 128, 6))
+PHASES = (
+    Phase(0.0, NOISE_ALONE, 64, 8),
+    Phase(0.08, FINE_DETAIL, 64, 8),
+    Phase(0.18, TASKS, 64, 8),
+    Phase(0.72, TASKS, 96, 6),
+    Phase(0.9, TASKS, 128, 6),
+)
 
 
 @dataclass(frozen=True)
@@ -92,18 +105,35 @@ def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
     return ((restored.float() - clean).abs().mean(dim=(1, 2, 3)) + 2e-3).log().mean()
 
 
+@torch.no_grad()
 def initialise(network: DFPIR) -> None:
-    """Starts the network as the identity, with CAAPM's attention sharp enough to keep channels apart.
+    """Starts the network as the identity, with perturbation blocks that let their input through.
 
-    The released initial temperature of 1 makes each skip connection the near-average of its channels, from which
-    a short training hardly recovers.
+    A perturbation block has no residual: at the usual random start its attention averages all channels, the skip
+    connections carry next to nothing, and a short training hardly recovers. Here half of the shuffled channels
+    keep their place under every prompt (the guidance biases, which no gradient ever changes, order them first),
+    and query, key and value start alike, so that the attention starts near the unit matrix.
     """
     torch.nn.init.zeros_(network.output.weight)
-    for name, parameter in network.named_parameters():
-        if name.endswith("select_attn.temperature"):
-            torch.nn.init.constant_(parameter, 6.0)
-        elif name.endswith("select_attn.attn4"):
-            torch.nn.init.constant_(parameter, 1.0)
+    for block in network.modules():
+        if not isinstance(block, PerturbationBlock):
+            continue
+        channels = block.conv_out.out_channels
+        unit = torch.eye(channels)[:, :, None, None]
+        block.linear_layer3.bias[:channels] = torch.arange(channels, 0, -1) * 1000.0
+        block.conv1x1.weight[:channels] = unit
+        block.conv_out.weight[:, :channels] = unit
+        block.conv_out.weight[:, channels:] *= 0.5
+        attention = block.select_attn
+        attention.temperature.fill_(8.0)
+        attention.attn4.fill_(1.0)
+        mixing = torch.linalg.qr(torch.randn(channels, channels)).Q[:, :, None, None]
+        attention.q.weight.copy_(mixing)
+        attention.kv.weight.copy_(torch.cat([mixing, unit]))
+        attention.project_out.weight.copy_(unit)
+        for depthwise in (attention.q_dwconv, attention.kv_dwconv):
+            depthwise.weight *= 0.1
+            depthwise.weight[:, :, 1, 1] += 1.0
 
 
 @torch.no_grad()
@@ -164,7 +194,6 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
         log.info("resumed at step %d", step)
-    labels, shares = list(TASKS), np.array(list(TASKS.values()))
     started, last_save, losses = time.monotonic(), time.monotonic(), []
     before = seconds
     while step < arguments.steps:
@@ -176,10 +205,9 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, peak=arguments.lr)
         rng = np.random.default_rng([arguments.seed, step])
-        samples = [
-            draw_sample(photographs, rng, label=labels[i], side_px=phase.patch_px)
-            for i in rng.choice(len(labels), size=phase.batch, p=shares / shares.sum())
-        ]
+        shares = np.array(list(phase.tasks.values()))
+        labels = rng.choice(list(phase.tasks), size=phase.batch, p=shares / shares.sum())
+        samples = [draw_sample(photographs, rng, label=Degradation(label), side_px=phase.patch_px) for label in labels]
         degraded, clean = to_batch([s.degraded for s in samples]), to_batch([s.clean for s in samples])
         prompts = bank.embeddings[bank.indices([s.prompt for s in samples])]
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,12 +1,16 @@
 """Prompts: the sentences DFPIR was published with, and the embeddings that stand for them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.dfpir import TEXT_DIM
+from models.dfpir import DFPIR, TEXT_DIM, PerturbationBlock, channel_order
+from models.errors import WeightsError
 
 PUBLISHED_SENTENCES: dict[str, str] = {
     "noise15": "Gaussian noise with a standard deviation of 15",
@@ -30,19 +34,51 @@ class PromptBank:
     keys: tuple[str, ...]
     sentences: tuple[str, ...]
     embeddings: Tensor
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
+    """For the network that the bank belongs to: block name to K x (expansion C) int64, the channel order of each
+    prompt. Empty for a bank that belongs to no network yet.
+    """
 
     def __post_init__(self) -> None:
         if not (len(self.keys) == len(self.sentences) == len(self.embeddings)):
             raise ValueError("a prompt bank needs one sentence and one embedding per key")
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError(f"the keys of a prompt bank must differ: {', '.join(self.keys)}")
         if self.embeddings.shape[1:] != (TEXT_DIM,) or self.embeddings.dtype != torch.float32:
             raise ValueError(f"embeddings must be K x {TEXT_DIM} float32, not {tuple(self.embeddings.shape)}")
 
-    def indices(self, keys: list[str]) -> list[int]:
+    def indices(self, keys: Sequence[str]) -> list[int]:
         """Positions of `keys` in the bank; raises KeyError naming an unknown key and the known ones."""
         unknown = sorted(set(keys) - set(self.keys))
         if unknown:
             raise KeyError(f"no prompt for {', '.join(unknown)}; this model knows {', '.join(self.keys)}")
         return [self.keys.index(key) for key in keys]
+
+
+@torch.no_grad()
+def prompt_guidance(network: DFPIR, embeddings: Tensor) -> dict[str, Tensor]:
+    """The vectors whose descending order is each prompt's permutation, by name of the perturbation block.
+
+    Args:
+        network: in float32.
+        embeddings: K x 512 float32.
+
+    Returns:
+        K x (expansion C) float32 for each block.
+    """
+    return {
+        name: block.linear_layer3(block.linear_layer1(embeddings))
+        for name, block in network.named_modules()
+        if isinstance(block, PerturbationBlock)
+    }
+
+
+def prompt_permutations(network: DFPIR, embeddings: Tensor) -> dict[str, Tensor]:
+    """The channel order that each prompt stands for: K x (expansion C) int64 for each perturbation block.
+
+    Computed in float32, as in training: rounding to bfloat16 reorders most of the widest blocks.
+    """
+    return {name: channel_order(guidance) for name, guidance in prompt_guidance(network, embeddings).items()}
 
 
 def orthogonal_bank() -> PromptBank:
@@ -59,3 +95,34 @@ def orthogonal_bank() -> PromptBank:
         sentences=tuple(PUBLISHED_SENTENCES.values()),
         embeddings=torch.from_numpy(table.astype(np.float32)),
     )
+
+
+def clip_bank(checkpoint_path: Path, *, model: str = "ViT-B-32-quickgelu") -> PromptBank:
+    """The published sentences as CLIP's text tower encodes them: float32, not normalised.
+
+    Nothing is downloaded: `checkpoint_path` must hold the weights.
+
+    Args:
+        checkpoint_path: weights of a CLIP model that `open_clip` reads.
+        model: name of its architecture there. OpenAI's ViT-B/32, which the published prompts come from, was trained
+            with the quick approximation of GELU; for weights trained with the exact one use `ViT-B-32`.
+
+    Raises:
+        WeightsError: open_clip is not installed, or the file is missing or does not fit the model.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise WeightsError("encoding prompts with CLIP needs the package open_clip_torch; install it") from error
+    if not checkpoint_path.is_file():
+        raise WeightsError(f"{checkpoint_path}: no such file; give the path of CLIP weights already on this machine")
+    try:
+        network: Any = open_clip.create_model(model, pretrained=str(checkpoint_path), device="cpu", precision="fp32")
+    except Exception as error:
+        raise WeightsError(f"{checkpoint_path} does not hold the weights of CLIP {model}: {error}") from error
+    with torch.inference_mode():
+        tokens = open_clip.get_tokenizer(model)(list(PUBLISHED_SENTENCES.values()))
+        embeddings = network.eval().encode_text(tokens).float().clone()
+    if embeddings.shape[1] != TEXT_DIM:
+        raise WeightsError(f"CLIP {model} gives embeddings of length {embeddings.shape[1]}; DFPIR needs {TEXT_DIM}")
+    return PromptBank(tuple(PUBLISHED_SENTENCES), tuple(PUBLISHED_SENTENCES.values()), embeddings)

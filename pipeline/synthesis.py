@@ -26,17 +26,30 @@ def _clip(image: NDArray[np.floating]) -> FloatImage:
     return np.clip(image, 0, 1).astype(np.float32)
 
 
+def _fast_length(length: int) -> int:
+    """The next length whose only prime factors are 2, 3 and 5: Fourier transforms of others are several times slower."""
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 1
+
+
 def convolve(image: FloatImage, kernel: NDArray[np.floating]) -> FloatImage:
     """Convolves each channel with a 2-D kernel, borders mirrored; same size out."""
     height, width = image.shape[:2]
     above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
     below, right = kernel.shape[0] - 1 - above, kernel.shape[1] - 1 - left
-    padded = np.pad(image, ((below, above), (right, left), (0, 0)), mode="symmetric")
-    shape = (padded.shape[0], padded.shape[1])
-    product = np.fft.rfft2(padded, shape, axes=(0, 1)) * np.fft.rfft2(kernel, shape)[:, :, None]
-    full = np.fft.irfft2(product, shape, axes=(0, 1))
+    padded = np.pad(image.transpose(2, 0, 1), ((0, 0), (below, above), (right, left)), mode="symmetric")
+    shape = (_fast_length(padded.shape[1]), _fast_length(padded.shape[2]))
+    product = np.fft.rfft2(padded, shape) * np.fft.rfft2(kernel.astype(np.float32), shape)
+    full = np.fft.irfft2(product, shape)
     top, start = kernel.shape[0] - 1, kernel.shape[1] - 1
-    return np.ascontiguousarray(full[top : top + height, start : start + width], dtype=np.float32)
+    inside = full[:, top : top + height, start : start + width]
+    return np.ascontiguousarray(inside.transpose(1, 2, 0), dtype=np.float32)
 
 
 def smooth_field(height: int, width: int, rng: np.random.Generator, *, cells: int = 4) -> FloatImage:
@@ -83,8 +96,8 @@ def line_kernel(length_px: float, angle_deg: float, width_px: float) -> NDArray[
     return (body / body.max()).astype(np.float32)
 
 
-def add_rain(image: FloatImage, rng: np.random.Generator) -> FloatImage:
-    """Rain in one to three layers of streaks that share a wind direction, and at times a thin veil.
+def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
+    """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a thin veil.
 
     Per layer: streak length 8..60 px, width 0.8..2.5 px, 0.3 to 4 drops per 1000 pixels (fewer when they
     are long), brightness 0.25..0.9. Streaks are blended towards a near-white of their own.
@@ -94,7 +107,7 @@ def add_rain(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     out = image
     for _ in range(rng.integers(1, 4)):
         length_px = rng.uniform(8, 60)
-        kernel = line_kernel(length_px, wind_deg + rng.normal(0, 3), rng.uniform(0.8, 2.5))
+        kernel = line_kernel(length_px, wind_deg + rng.normal(0, spread_deg), rng.uniform(0.8, 2.5))
         density = np.exp(rng.uniform(np.log(3e-4), np.log(4e-3))) * min(1.0, 25 / length_px)
         drops = (rng.random((height, width), dtype=np.float32) < density) * rng.uniform(0.3, 1.0, (height, width))
         streaks = convolve(drops[:, :, None].astype(np.float32), kernel)
@@ -123,17 +136,17 @@ def pseudo_depth(height: int, width: int, rng: np.random.Generator) -> FloatImag
     return depth.astype(np.float32)
 
 
-def add_haze(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+def add_haze(image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04) -> FloatImage:
     """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
 
     d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth; beta is
-    0.4..2.4; the airlight A is 0.65..1 with a tint of up to 0.04 per channel.
+    0.4..2.4; the airlight A is 0.65..1 with a tint of up to `tint` per channel.
     """
     height, width = image.shape[:2]
     near = rng.uniform(0.2, 0.7)
     depth = near + (1 - near) * pseudo_depth(height, width, rng)
     transmission = np.exp(-rng.uniform(0.4, 2.4) * depth)[:, :, None]
-    airlight = np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-0.04, 0.04, 3), 0, 1)
+    airlight = np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-tint, tint, 3), 0, 1)
     return _clip(image * transmission + airlight * (1 - transmission))
 
 
@@ -167,24 +180,24 @@ def trajectory_kernel(rng: np.random.Generator, *, length_px: float) -> NDArray[
     return (kernel / kernel.sum()).astype(np.float32)
 
 
-def add_motion_blur(image: FloatImage, rng: np.random.Generator) -> FloatImage:
-    """Blur along a random camera trajectory 6..40 px long, with sensor noise of sigma 0..2 on the 0..255 scale."""
-    kernel = trajectory_kernel(rng, length_px=float(np.exp(rng.uniform(np.log(6), np.log(40)))))
+def add_motion_blur(image: FloatImage, rng: np.random.Generator, *, longest_px: float = 40.0) -> FloatImage:
+    """Blur along a random camera trajectory from 6 px long, with sensor noise of sigma 0..2 on the 0..255 scale."""
+    kernel = trajectory_kernel(rng, length_px=float(np.exp(rng.uniform(np.log(6), np.log(longest_px)))))
     return add_noise(convolve(image, kernel), rng, sigma_255=float(rng.uniform(0, 2)))
 
 
 # Low light
 
 
-def add_lowlight(image: FloatImage, rng: np.random.Generator) -> FloatImage:
-    """Under-exposure: gamma 1.2..3, gain 0.12..0.9 with a result below 0.55 of the brightness, sensor noise.
+def add_lowlight(image: FloatImage, rng: np.random.Generator, *, lowest_gain: float = 0.12) -> FloatImage:
+    """Under-exposure: gamma 1.2..3, gain up to 0.9 with a result below 0.55 of the brightness, sensor noise.
 
     The noise has a part that grows with the root of the signal and a constant one, each with sigma up to 4
     on the 0..255 scale.
     """
     dark = image ** np.float32(rng.uniform(1.2, 3.0))
     brightest = 0.55 * float(image.mean()) / max(float(dark.mean()), 1e-6)
-    dark = dark * np.float32(min(np.exp(rng.uniform(np.log(0.12), np.log(0.9))), brightest))
+    dark = dark * np.float32(min(np.exp(rng.uniform(np.log(lowest_gain), np.log(0.9))), brightest))
     sigma = rng.uniform(0, 4) / 255 * np.sqrt(dark) + rng.uniform(0, 4) / 255 * rng.random()
     return _clip(dark + sigma * rng.standard_normal(image.shape))
 
@@ -241,7 +254,7 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     out = image
     kind = rng.random()
     if kind < 0.25:
-        out = convolve(out, gaussian_kernel(float(rng.uniform(0.3, 0.7 * CLEAN_LIMITS.blur_px))))
+        out = _clip(convolve(out, gaussian_kernel(float(rng.uniform(0.3, 0.7 * CLEAN_LIMITS.blur_px)))))
     elif kind < 0.4:
         factor = rng.uniform(CLEAN_LIMITS.scale, 1)
         out = resize(resize(out, round(height * factor), round(width * factor)), height, width)

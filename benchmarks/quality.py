@@ -1,0 +1,192 @@
+"""Quality of `dfpir restore` on referenced sets, label predicted and label given: `python benchmarks/quality.py --help`.
+
+Every set is restored twice through the command line, local engine: once blindly, once with the true label forced.
+Means count every image: one that failed or was left alone scores as its input. Clean and labelled sets show what
+the classifier decides. Prints a table per set, writes it and one row per image as CSV.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from classifier.labels import Degradation
+from pipeline.synthesis import convolve, to_uint8
+
+NOISE_SIGMAS = (15, 25, 50)
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Set:
+    """A folder of images, what is wrong with them, and their references (None: they have none)."""
+
+    name: str
+    source: Path
+    label: Degradation
+    reference: Path | None
+
+
+def noisy(data: Path, work: Path, sigma_255: int) -> Set:
+    """CBSD68 with Gaussian noise as the field adds it: fixed seed, clipped, eight bits."""
+    folder = work / f"cbsd68-sigma{sigma_255}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(sorted((data / "cbsd68").glob("*.png"))):
+        clean = np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
+        noise = np.random.default_rng([sigma_255, number]).normal(0, sigma_255, clean.shape)
+        Image.fromarray(np.rint(np.clip(clean + noise, 0, 255)).astype(np.uint8)).save(folder / path.name)
+    return Set(folder.name, folder, Degradation.NOISE, data / "cbsd68")
+
+
+def blurred(data: Path, work: Path) -> Set:
+    """Every `urban` photograph under each of the four measured kernels of Levin et al. 2009."""
+    folder, reference = work / "urban-levin09", work / "urban-levin09-reference"
+    folder.mkdir(parents=True, exist_ok=True)
+    reference.mkdir(parents=True, exist_ok=True)
+    kernels = np.load(data / "blur_kernels" / "levin09.npz")
+    for path in sorted((data / "urban").glob("*.png")):
+        clean = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / np.float32(255)
+        for name in kernels.files:
+            blurry = convolve(clean, kernels[name])
+            Image.fromarray(to_uint8(blurry)).save(folder / f"{path.stem}-{name}.png")
+            shutil.copy(path, reference / f"{path.stem}-{name}.png")
+    return Set(folder.name, folder, Degradation.BLUR, reference)
+
+
+def sets(data: Path, work: Path, wanted: list[str]) -> Iterator[Set]:
+    """The sets asked for, by the beginning of their names; none asked for: all."""
+
+    def asked(name: str) -> bool:
+        return not wanted or any(name.startswith(beginning) for beginning in wanted)
+
+    for sigma_255 in NOISE_SIGMAS:
+        if asked(f"cbsd68-sigma{sigma_255}"):
+            yield noisy(data, work, sigma_255)
+    for name, label in (("rain", "rain"), ("haze", "haze"), ("lowlight", "lowlight"), ("real_noise", "noise")):
+        if asked(name):
+            yield Set(name, data / name / "degraded", Degradation(label), data / name / "reference")
+    if asked("urban-levin09"):
+        yield blurred(data, work)
+    for name in ("cbsd68", "urban", "large"):
+        if asked(f"clean-{name}"):
+            yield Set(f"clean-{name}", data / name, Degradation.CLEAN, None)
+    for folder in sorted((data / "labelled").iterdir()):
+        if asked(f"labelled-{folder.name}"):
+            yield Set(f"labelled-{folder.name}", folder, Degradation(folder.name), None)
+
+
+def restore(source: Path, out: Path, *options: str) -> dict[str, dict[str, object]]:
+    """Runs the command and returns its manifest's rows by relative path."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", "restore", str(source), str(out)]
+    done = subprocess.run([*command, "--engine", "local", "--json", *options], capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    json.loads(done.stdout)
+    rows = pq.read_table(out / "manifest").to_pylist()
+    return {row["relative_path"]: row for row in rows}
+
+
+def mean(rows: list[dict[str, object]], name: str) -> float | None:
+    """Mean of a column, None if it has no values."""
+    values = [float(row[name]) for row in rows if row[name] is not None]  # type: ignore[arg-type]
+    return float(np.mean(values)) if values else None
+
+
+def measure(one: Set, work: Path, model: list[str]) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """One row for the set and one for each of its images."""
+    reference = ["--reference", str(one.reference)] if one.reference else []
+    blind = restore(one.source, work / "runs" / one.name, "--clean", "skip", *reference, *model)
+    told: dict[str, dict[str, object]] = {}
+    if one.reference:
+        told = restore(one.source, work / "runs" / f"{one.name}-told", "--label", str(one.label), *reference, *model)
+    right = sum(row["label"] == one.label and row["status"] in ("restored", "copied") for row in blind.values())
+    summary: dict[str, object] = {
+        "set": one.name,
+        "images": len(blind),
+        "label": str(one.label),
+        "recognised": right / len(blind),
+        "psnr_input_db": mean(list(blind.values()), "psnr_input_db"),
+        "psnr_db": mean(list(blind.values()), "psnr_db"),
+        "psnr_told_db": mean(list(told.values()), "psnr_db"),
+        "ssim_input": mean(list(blind.values()), "ssim_input"),
+        "ssim": mean(list(blind.values()), "ssim"),
+        "ssim_told": mean(list(told.values()), "ssim"),
+    }
+    kept = ("relative_path", "status", "label", "confidence", "prompt", "noise_sigma_255", "psnr_input_db", "psnr_db", "ssim_input", "ssim")  # fmt: skip
+    images = [
+        {"set": one.name} | {name: row[name] for name in kept} | {"psnr_told_db": told.get(path, {}).get("psnr_db")}
+        for path, row in sorted(blind.items())
+    ]
+    return summary, images
+
+
+def show(value: object, digits: int = 2) -> str:
+    """A figure for the table, `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Writes rows with the hardware and versions they were measured on."""
+    where = {"host_cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *where])
+        writer.writeheader()
+        writer.writerows(row | where for row in rows)
+
+
+def commit() -> str:
+    """The checkout's commit, `unknown` outside one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with cbsd68/, rain/, haze/, urban/ and so on")
+    parser.add_argument("--work", type=Path, required=True, help="folder for degraded images and runs")
+    parser.add_argument("--sets", nargs="*", default=[], help="only sets whose names begin so")
+    parser.add_argument("--images", action="store_true", help="print a line per image too")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--model", nargs="*", default=[], help="options passed on, e.g. --model=--model=FILE")
+    arguments = parser.parse_args()
+    summaries, images = [], []
+    print(
+        f"{'set':<20}{'n':>4} {'recogn.':>8} {'input':>7} {'blind':>7} {'gain':>6} {'told':>7} {'SSIM in':>8} {'blind':>6}"
+    )
+    for one in sets(arguments.data, arguments.work, arguments.sets):
+        row, rows = measure(one, arguments.work, arguments.model)
+        gain = None if row["psnr_db"] is None else row["psnr_db"] - row["psnr_input_db"]  # type: ignore[operator]
+        print(
+            f"{row['set']:<20}{row['images']:>4} {row['recognised']:>8.1%} {show(row['psnr_input_db']):>7} "
+            f"{show(row['psnr_db']):>7} {show(gain):>6} {show(row['psnr_told_db']):>7} "
+            f"{show(row['ssim_input'], 3):>8} {show(row['ssim'], 3):>6}",
+            flush=True,
+        )
+        if arguments.images:
+            for image in rows:
+                print(
+                    f"    {image['relative_path']:<40} {image['status']:<10} {image['label'] or '-':<9} "
+                    f"{show(image['psnr_input_db']):>7} {show(image['psnr_db']):>7} {show(image['psnr_told_db']):>7}"
+                )
+        summaries.append(row)
+        images += rows
+    write_csv(arguments.results / "quality.csv", summaries)
+    write_csv(arguments.results / "quality-images.csv", images)
+
+
+if __name__ == "__main__":
+    main()

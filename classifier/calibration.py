@@ -1,0 +1,96 @@
+"""From logits to probabilities that can be believed, and to the thresholds below which the pipeline abstains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifier.labels import LABELS, Degradation
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LabelRisk:
+    """How sure a label must be: at least `lowest_threshold`, and right in `precision` of the accepted cases."""
+
+    precision: float
+    lowest_threshold: float
+
+
+LABEL_RISKS: Mapping[Degradation, LabelRisk] = {
+    Degradation.NOISE: LabelRisk(precision=0.95, lowest_threshold=0.5),
+    Degradation.RAIN: LabelRisk(precision=0.95, lowest_threshold=0.5),
+    Degradation.HAZE: LabelRisk(precision=0.96, lowest_threshold=0.5),
+    Degradation.BLUR: LabelRisk(precision=0.95, lowest_threshold=0.5),
+    Degradation.LOWLIGHT: LabelRisk(precision=0.98, lowest_threshold=0.6),
+    Degradation.CLEAN: LabelRisk(precision=0.9, lowest_threshold=0.4),
+    Degradation.OTHER: LabelRisk(precision=0.0, lowest_threshold=0.0),
+}
+"""Brightening a night scene by mistake costs more than smoothing a little grain. A photograph taken for clean is
+left alone, just as after an abstention; so is `other`, whatever its probability."""
+
+HIGHEST_THRESHOLD = 0.95
+"""No threshold rises above this, even where the precision asked for is never reached."""
+
+
+def probabilities(logits: FloatArray, temperature: float) -> FloatArray:
+    """Softmax of `logits / temperature` over the last axis (Guo et al., "On Calibration", ICML 2017)."""
+    scaled = logits / temperature
+    exponentials = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return cast(FloatArray, exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def cross_entropy(logits: FloatArray, labels: NDArray[np.integer], temperature: float) -> float:
+    """Mean negative log-likelihood of the labels (M, indices into `LABELS`) under M x labels logits."""
+    chosen = probabilities(logits, temperature)[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+
+
+def fit_temperature(logits: FloatArray, labels: NDArray[np.integer]) -> float:
+    """The temperature in 0.2..5 that minimises cross-entropy on held-out samples.
+
+    Raises:
+        ValueError: there are no samples, or logits and labels differ in number.
+    """
+    if len(labels) == 0 or len(logits) != len(labels):
+        raise ValueError(f"expected one label per row of logits, found {len(labels)} labels, {len(logits)} rows")
+    grid = np.exp(np.linspace(np.log(0.2), np.log(5.0), 241))
+    return float(grid[np.argmin([cross_entropy(logits, labels, float(t)) for t in grid])])
+
+
+def fit_thresholds(
+    probability: FloatArray, labels: NDArray[np.integer], risks: Mapping[Degradation, LabelRisk] = LABEL_RISKS
+) -> dict[Degradation, float]:
+    """The lowest threshold per label that keeps the precision asked for on held-out samples.
+
+    Args:
+        probability: M x labels, calibrated.
+        labels: M, indices into `LABELS`.
+        risks: what each label asks for.
+    """
+    predicted, top = probability.argmax(axis=1), probability.max(axis=1)
+    thresholds = {}
+    for index, label in enumerate(LABELS):
+        risk = risks[label]
+        threshold = risk.lowest_threshold
+        while threshold < HIGHEST_THRESHOLD:
+            accepted = (predicted == index) & (top >= threshold)
+            if not accepted.any() or (labels[accepted] == index).mean() >= risk.precision:
+                break
+            threshold = round(threshold + 0.01, 4)
+        thresholds[label] = threshold
+    return thresholds
+
+
+def calibration_error(probability: FloatArray, labels: NDArray[np.integer], *, bins: int = 10) -> float:
+    """Expected calibration error: mean distance between confidence and accuracy over equal-width bins."""
+    top, right = probability.max(axis=1), probability.argmax(axis=1) == labels
+    places = np.minimum((top * bins).astype(int), bins - 1)
+    parts = [
+        abs(top[places == place].mean() - right[places == place].mean()) * np.count_nonzero(places == place)
+        for place in np.unique(places)
+    ]
+    return float(sum(parts) / len(labels))

@@ -1,0 +1,67 @@
+"""The shipped backend: a small timm network on native crops and a thumbnail."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from classifier.base import Prediction
+from classifier.calibration import probabilities
+from classifier.labels import LABELS
+from classifier.network import to_input
+from classifier.sigma import estimate_sigma
+from classifier.view import take_views
+from classifier.weights import ClassifierWeights, load_weights
+
+
+class TimmClassifier:
+    """Implements `classifier.base.Classifier`; `name` and `sha256` are those of the weights file."""
+
+    def __init__(self, weights: ClassifierWeights, *, device: str = "cpu") -> None:
+        self.name = weights.name
+        self.sha256 = weights.sha256
+        self.weights = weights
+        self.device = torch.device(device)
+        self.network = weights.network.to(self.device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def _logits(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        views = take_views(image, self.weights.view)
+        crops = to_input(torch.from_numpy(views.crops).to(self.device))[None]
+        thumbnails = to_input(torch.from_numpy(views.thumbnail.copy()).to(self.device))[None]
+        return self.network(crops, thumbnails)[0].double().cpu().numpy()
+
+    def _predict_one(self, image: NDArray[np.uint8]) -> Prediction:
+        probability = probabilities(self._logits(image), self.weights.temperature)
+        second, first = np.argsort(probability, kind="stable")[-2:]
+        label = LABELS[first]
+        return Prediction(
+            label=label,
+            confidence=float(probability[first]),
+            margin=float(probability[first] - probability[second]),
+            confident=bool(probability[first] >= self.weights.thresholds[label]),
+            probabilities={name: float(p) for name, p in zip(LABELS, probability, strict=True)},
+            noise_sigma_255=estimate_sigma(image),
+        )
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
+        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
+
+        The views of one image are a batch of their own, so that a prediction never depends, not even in its last
+        digit, on the images beside it.
+
+        Raises:
+            ValueError: an array has another shape or type.
+        """
+        return [self._predict_one(image) for image in images]
+
+
+def load_classifier(name_or_path: str | Path, *, device: str = "cpu") -> TimmClassifier:
+    """The classifier of a shipped name or of a weights file; nothing is downloaded.
+
+    Raises:
+        ClassifierWeightsError: see `classifier.weights.load_weights`.
+    """
+    return TimmClassifier(load_weights(name_or_path), device=device)

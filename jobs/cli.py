@@ -1,0 +1,224 @@
+"""The `dfpir` command."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+
+from jobs.errors import UsageError
+
+app = typer.Typer(
+    name="dfpir",
+    help="Restores folders of photographs whose damage nobody has labelled.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+messages = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
+
+Source = Annotated[Path, typer.Argument(help="Folder of photographs, searched recursively. Never changed.")]
+Target = Annotated[Path, typer.Argument(help="Run folder: images, manifest, plan and logs go here.")]
+Model = Annotated[str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file.")]
+ClassifierName = Annotated[str | None, typer.Option("--classifier", help="Classifier weights: a name or a file.")]
+Label = Annotated[
+    str | None, typer.Option(help="auto, or the one damage of all images: noise[:SIGMA], rain, haze, blur, lowlight.")
+]
+Reference = Annotated[
+    Path | None, typer.Option(help="Folder of undamaged originals, matched by relative path without extension.")
+]
+Format = Annotated[str | None, typer.Option(help="Format of restored images: same, png, jpeg or webp.")]
+Quality = Annotated[int | None, typer.Option(help="JPEG and WebP quality, 1 to 100.")]
+Clean = Annotated[str | None, typer.Option(help="Images that need no restoring: copy, link or skip.")]
+Engine = Annotated[str | None, typer.Option(help="ray or local (no Ray at all).")]
+Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster; default: one is started here.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
+MaxWorkers = Annotated[int | None, typer.Option(help="At most this many workers.")]
+Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels.")]
+MinConfidence = Annotated[
+    float | None, typer.Option(help="Abstain below this probability, 0 to 1; default: the classifier's thresholds.")
+]
+MaxFailedFraction = Annotated[
+    float | None, typer.Option(help="More failures than this share make the exit code 1; the run never stops for it.")
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N images.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these options.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
+
+
+@contextmanager
+def _faults_explained() -> Iterator[None]:
+    """Wrong usage ends with exit code 2, a run that broke off with 1, a signal with 128 and its number."""
+    from jobs.runner import RunError, RunInterrupted
+
+    try:
+        yield
+    except UsageError as error:
+        code, fault = 2, cast(Exception, error)
+    except RunInterrupted as error:
+        code, fault = 128 + error.signal_number, error
+    except RunError as error:
+        code, fault = 1, error
+    else:
+        return
+    messages.print(f"dfpir: {fault}", markup=False, soft_wrap=True)
+    raise typer.Exit(code) from fault
+
+
+@app.command()
+def restore(
+    src: Source,
+    out: Target,
+    model: Model = None,
+    classifier: ClassifierName = None,
+    label: Label = None,
+    reference: Reference = None,
+    format: Format = None,
+    quality: Quality = None,
+    clean: Clean = None,
+    engine: Engine = None,
+    address: Address = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_workers: MaxWorkers = None,
+    tile: Tile = None,
+    min_confidence: MinConfidence = None,
+    max_failed_fraction: MaxFailedFraction = None,
+    limit: Limit = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Restores the photographs in SRC into OUT; the same command again goes on where it stopped.
+
+    Exit code: 0 done, 1 more images failed than allowed, 2 nothing was started.
+    """
+    given = _given(locals())
+    with _faults_explained():
+        from jobs import display
+        from jobs.config import read_options
+        from jobs.progress import ProgressView
+        from jobs.restore import make_runner, prepare, run, sole_driver
+
+        options = read_options(config, given)
+        with sole_driver(src, out):
+            job = prepare(src, out, options)
+            display.before(messages, job, options)
+            with ProgressView(messages, total=job.planned, done=job.planned - job.images_left) as progress:
+                summary = run(job, make_runner(options), on_outcomes=progress)
+    if as_json:
+        print(json.dumps(summary.as_dict(), allow_nan=False))
+    else:
+        display.after(results, summary)
+    if summary.failed_fraction > options.max_failed_fraction:
+        messages.print(
+            f"dfpir: {summary.failed_fraction:.1%} of the images failed, more than the "
+            f"{options.max_failed_fraction:.1%} of --max-failed-fraction"
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    src: Source,
+    out: Target,
+    model: Model = None,
+    classifier: ClassifierName = None,
+    label: Label = None,
+    reference: Reference = None,
+    format: Format = None,
+    quality: Quality = None,
+    clean: Clean = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tile: Tile = None,
+    min_confidence: MinConfidence = None,
+    limit: Limit = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lists SRC, samples image headers and estimates time and disk; writes the plan and job.json, no image."""
+    given = _given(locals())
+    with _faults_explained():
+        from jobs import display
+        from jobs.config import read_options
+        from jobs.restore import estimate_job, measure_speed, prepare, sole_driver
+
+        options = read_options(config, given)
+        with sole_driver(src, out):
+            job = prepare(src, out, options)
+        estimated = estimate_job(job, megapixels_per_s=measure_speed(options))
+    if as_json:
+        print(json.dumps(display.plan_record(job, estimated), allow_nan=False))
+    else:
+        display.plan(results, job, estimated)
+
+
+@app.command()
+def preview(
+    image: Annotated[Path, typer.Argument(help="One photograph.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="Before/after picture to write; default: IMAGE's name + .preview.png, here.")
+    ] = None,
+    model: Model = None,
+    classifier: ClassifierName = None,
+    label: Label = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tile: Tile = None,
+    min_confidence: MinConfidence = None,
+    config: ConfigFile = None,
+) -> None:
+    """Shows what would become of one photograph: probabilities, the decision and its reason, before and after."""
+    given = _given(locals())
+    with _faults_explained():
+        from jobs.config import read_options
+        from jobs.preview import preview as preview_image
+
+        target = picture or Path(f"{image.stem}.preview.png")
+        preview_image(image, target, read_options(config, given), console=results)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the demonstration, new or of an earlier one.")] = Path(
+        "dfpir-demo"
+    ),
+    engine: Engine = None,
+) -> None:
+    """Degrades real photographs that ship with scikit-image, restores them blindly and measures the result."""
+    with _faults_explained():
+        from jobs.demo import run_demo
+
+        run_demo(out, engine=engine or "ray", messages=messages, results=results)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """Lists shipped and known weights: size, licence, hash, measured quality."""
+    from jobs import display
+
+    if as_json:
+        print(json.dumps(display.model_records()))
+    else:
+        display.models(results)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command without its positional and its own arguments."""
+    return {k: v for k, v in arguments.items() if k not in {"src", "out", "image", "picture", "config", "as_json"}}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        messages.print("dfpir: interrupted; the same command goes on from here")
+        sys.exit(130)

@@ -1,0 +1,129 @@
+"""What commands print, for a terminal of 80 columns, and the records behind `--json`."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from classifier.registry import known_classifiers
+from jobs.config import RestoreOptions
+from jobs.restore import Job
+from models.registry import list_models
+from pipeline.plan import Estimate
+from pipeline.report import Summary
+
+
+def before(console: Console, job: Job, options: RestoreOptions) -> None:
+    """The resolved configuration and the amount of work, ahead of it."""
+    config = job.context.config
+    lines = {
+        "run": f"{job.context.run_id[:12]}, configuration {config.digest[:12]}",
+        "model": f"{config.model}, sha256 {config.weights_sha256[:12]}",
+        "classifier": f"{config.classifier}, sha256 {config.classifier_sha256[:12]}",
+        "compute": f"{options.engine}, {job.context.device}, {config.dtype}",
+        "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
+    }
+    if job.changes.new and job.images_left < job.planned:
+        lines["changes"] = f"{job.changes.new} new, {job.changes.changed} changed, {len(job.changes.vanished)} vanished"
+    for name, text in lines.items():
+        console.print(f"{name:<11}{text}", markup=False, soft_wrap=True)
+
+
+def after(console: Console, summary: Summary) -> None:
+    """The end of a run: counts, rates, time by stage, worst failures, where everything is."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("status", _counts(summary.counts))
+    table.add_row("labels", _counts(summary.labels) or "none")
+    table.add_row(
+        "speed",
+        f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} megapixels/s over {summary.elapsed_s:.1f} s",
+    )
+    table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
+    if summary.psnr_db is not None and summary.psnr_input_db is not None:
+        table.add_row("PSNR", f"{summary.psnr_input_db:.2f} dB before, {summary.psnr_db:.2f} dB after")
+    if summary.ssim is not None and summary.ssim_input is not None:
+        table.add_row("SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
+    if summary.vanished:
+        table.add_row("vanished", f"{summary.vanished} planned files are no longer in the source")
+    table.add_row("images", summary.images)
+    table.add_row("manifest", summary.manifest)
+    console.print(table)
+    for failure in summary.failures[:5]:
+        console.print(
+            f"{failure.status}: {failure.relative_path}: {failure.stage}, {failure.error_class}: {failure.message}",
+            markup=False,
+            soft_wrap=True,
+        )
+    undone = summary.counts["failed"] + summary.counts["quarantined"]
+    if undone > 5:
+        console.print(f"and {undone - 5} more: status 'failed' or 'quarantined' in the manifest")
+
+
+def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
+    """The plan as one JSON-ready object."""
+    return {
+        "images": job.planned,
+        "left": job.images_left,
+        "ignored": job.ignored,
+        "shards": len(job.shards),
+        "bytes": sum(image.size_bytes for shard in job.shards for image in shard.images),
+        "megapixels": estimated.megapixels,
+        "unreadable_fraction": estimated.unreadable_fraction,
+        "output_bytes": estimated.output_bytes,
+        "worker_seconds": estimated.seconds,
+        "run_dir": str(job.directory.root),
+        "config_digest": job.context.config.digest,
+    }
+
+
+def plan(console: Console, job: Job, estimated: Estimate) -> None:
+    """The plan for people."""
+    record = plan_record(job, estimated)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row(
+        "images",
+        f"{job.planned} in {len(job.shards)} shards, {job.images_left} left, {job.ignored} other files ignored",
+    )
+    table.add_row(
+        "size", f"{record['bytes'] / 1e6:.1f} MB, about {estimated.megapixels:.1f} megapixels "
+        f"(from {estimated.sampled} headers, {estimated.unreadable_fraction:.1%} unreadable)"
+    )  # fmt: skip
+    table.add_row("disk", f"about {estimated.output_bytes / 1e6:.1f} MB for the results")
+    if estimated.seconds is not None:
+        table.add_row("time", f"about {_duration(estimated.seconds)} for one worker on this machine, all restored")
+    table.add_row("written", f"{job.directory.root}/plan and job.json; no image")
+    console.print(table)
+
+
+def model_records() -> list[dict[str, Any]]:
+    """Restoration and classifier weights, JSON-ready."""
+    restorers = [{"kind": "restorer"} | spec.as_dict() for spec in list_models()]
+    return restorers + [{"kind": "classifier"} | spec.as_dict() for spec in known_classifiers()]
+
+
+def models(console: Console) -> None:
+    """The weights for people, one block each."""
+    for record in model_records():
+        console.print(f"[bold]{record['name']}[/bold]  {record['kind']}")
+        for key, value in record.items():
+            if key in {"name", "kind"} or value in (None, {}, [], ()):
+                continue
+            if isinstance(value, dict):
+                value = ", ".join(f"{name} {figure}" for name, figure in value.items())
+            elif isinstance(value, (list, tuple)):
+                value = ", ".join(str(item) for item in value)
+            console.print(f"  {key.replace('_', ' '):<14}{value}", markup=False, soft_wrap=True)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

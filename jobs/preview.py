@@ -1,0 +1,67 @@
+"""What would become of one photograph."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from classifier import load_classifier
+from classifier.errors import ClassifierWeightsError
+from jobs.config import RestoreOptions
+from jobs.errors import UsageError
+from jobs.restore import resolve_device, resolve_dtype
+from jobs.sheets import side_by_side
+from models import load_restorer
+from models.errors import WeightsError
+from pipeline.images import ImageFault, decode, to_uint8
+from pipeline.prompting import decide, decide_forced, parse_label
+from pipeline.records import Status
+
+
+def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Console) -> None:
+    """Prints probabilities and the decision in words, and writes a before/after picture.
+
+    Raises `UsageError` if the image cannot be read, weights are at fault, or the picture would overwrite the image.
+    """
+    if picture.resolve() == image.resolve():
+        raise UsageError(f"--picture {picture} is the image itself; choose another name")
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    try:
+        decoded = decode(image.read_bytes(), max_pixels=options.max_pixels)
+        restorer = load_restorer(options.model, device=device, dtype=getattr(torch, dtype), tile=_tile(options.tile))
+        classifier = load_classifier(options.classifier, device=device)
+    except OSError as error:
+        raise UsageError(f"cannot read {image}: {error.strerror}") from error
+    except ImageFault as fault:
+        raise UsageError(f"{image}: {fault}") from fault
+    except (WeightsError, ClassifierWeightsError) as error:
+        raise UsageError(str(error)) from error
+    shown = to_uint8(decoded.pixels)
+    prediction = classifier.predict([shown])[0]
+    label, sigma = parse_label(options.label)
+    if label == "auto":
+        decision = decide(prediction, prompts=restorer.prompts.keys, min_confidence=options.min_confidence)
+    else:
+        decision = decide_forced(
+            label, sigma_255=sigma, estimated_sigma_255=prediction.noise_sigma_255, prompts=restorer.prompts.keys
+        )
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, probability in sorted(prediction.probabilities.items(), key=lambda item: -item[1]):
+        table.add_row(str(name), f"{probability:6.1%}", "#" * round(40 * probability))
+    console.print(table)
+    console.print(f"estimated noise: sigma {prediction.noise_sigma_255:.1f} of 255")
+    console.print(f"{decision.status}: {decision.reason}", markup=False, soft_wrap=True)
+    cells = [("before", shown)]
+    if decision.status is Status.RESTORED and decision.prompt is not None:
+        cells.append((f"after, prompt {decision.prompt}", restorer.restore([shown], [decision.prompt])[0]))
+    else:
+        cells.append((f"kept as it is: {decision.status}", shown))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    side_by_side([cells], cell_px=800).save(picture)
+    console.print(f"picture: {picture}", markup=False, soft_wrap=True)
+
+
+def _tile(tile: str) -> str | int:
+    return int(tile) if tile.isdigit() else tile

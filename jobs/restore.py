@@ -1,0 +1,277 @@
+"""One restoration from request to summary: check, plan, run what is left, sum up."""
+
+import fcntl
+import json
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from classifier import load_classifier
+from classifier.errors import ClassifierWeightsError
+from jobs.config import RestoreOptions
+from jobs.errors import UsageError
+from jobs.runner import Runner
+from models import load_restorer
+from models.errors import WeightsError
+from pipeline.plan import Estimate, PlanChanges, estimate, load_plan, update_plan
+from pipeline.prompting import parse_label
+from pipeline.records import Outcome, Shard
+from pipeline.report import Summary, summarise
+from pipeline.run_config import RunConfig, RunContext
+from pipeline.sink import RunDirectory, done, read_manifest
+from pipeline.source import Listing, SourceError, list_source
+
+OnOutcomes = Callable[[list[Outcome]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned run: what it is, where it lies, and what is left to do."""
+
+    directory: RunDirectory
+    context: RunContext
+    changes: PlanChanges
+    shards: tuple[Shard, ...]
+    """All of the plan."""
+    left: tuple[Shard, ...]
+    """The images without a row."""
+    ignored: int
+    listing: Listing
+
+    @property
+    def planned(self) -> int:
+        """Images in the plan."""
+        return sum(len(shard.images) for shard in self.shards)
+
+    @property
+    def images_left(self) -> int:
+        """Images without a row."""
+        return sum(len(shard.images) for shard in self.left)
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes cuda where there is one; asking for what is not there is an error."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu or auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` becomes bfloat16 where the hardware multiplies it natively (CUDA, AMX), else float32."""
+    if dtype != "auto":
+        return dtype
+    native = device == "cuda" or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def code_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("dfpir")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
+    """Checks everything that can be checked before any work, then writes or extends the plan.
+
+    Raises `UsageError` with what to do.
+    """
+    try:
+        listing = list_source(src)
+    except SourceError as error:
+        raise UsageError(str(error)) from error
+    config = _resolve(options)
+    directory = RunDirectory(out)
+    job = _read_job(directory)
+    if job is not None:
+        differences = config.differences(job["config"])
+        if job["source_root"] != str(src.resolve()):
+            differences.append(f"source: was {job['source_root']!r}, is now {str(src.resolve())!r}")
+        if differences:
+            raise UsageError(
+                f"{out} holds a run of another configuration:\n  "
+                + "\n  ".join(differences)
+                + "\nUse another OUT, or the options of the first call to go on with that run."
+            )
+    elif out.exists() and any(path for path in out.iterdir() if path.name != directory.lock_path.name):
+        raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")
+    context = RunContext(
+        run_id=job["run_id"] if job else uuid.uuid4().hex,
+        run_dir=str(out.resolve()),
+        source_root=str(src.resolve()),
+        config=config,
+        code_version=code_version(),
+        device=resolve_device(options.device),
+        threads=torch.get_num_threads(),
+    )
+    if job is None:
+        directory.write_json(directory.job_path, _job_record(context, options))
+    listed = Listing(images=listing.images[: options.limit], ignored=listing.ignored)
+    changes = update_plan(out, listed)
+    shards = tuple(load_plan(out))
+    finished = done(out)
+    left = (Shard(s.shard_id, tuple(i for i in s.images if (i.image_id, i.revision) not in finished)) for s in shards)
+    return Job(
+        directory=directory,
+        context=context,
+        changes=changes,
+        shards=shards,
+        left=tuple(shard for shard in left if shard.images),
+        ignored=listing.ignored,
+        listing=listed,
+    )
+
+
+def measure_speed(options: RestoreOptions) -> float:
+    """Megapixels per second of one worker here: the median of three classified and restored pieces of noise."""
+    device = resolve_device(options.device)
+    dtype = getattr(torch, resolve_dtype(options.dtype, device))
+    restorer = load_restorer(options.model, device=device, dtype=dtype)
+    classifier = load_classifier(options.classifier, device=device)
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        classifier.predict([image])
+        restorer.restore([image], restorer.prompts.keys[:1])
+        seconds.append(time.perf_counter() - started)
+    return image.shape[0] * image.shape[1] / 1e6 / float(np.median(seconds[1:]))
+
+
+def estimate_job(job: Job, *, megapixels_per_s: float | None) -> Estimate:
+    """Time and disk for the images listed, from a sample of their headers."""
+    return estimate(job.listing, megapixels_per_s=megapixels_per_s)
+
+
+@contextmanager
+def sole_driver(src: Path, out: Path) -> Iterator[None]:
+    """Creates OUT, if it is in a fit place, and holds it against a second driver."""
+    _check_places(src, out)
+    directory = RunDirectory(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with directory.lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another process is working on {out}; wait for it, or end it") from error
+        yield
+
+
+def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
+    """Works off what is left and returns the summary, also written to `summary.json`."""
+    job.directory.remove_partials()
+    fresh: set[str] = set()
+
+    def collect(outcomes: list[Outcome]) -> None:
+        fresh.update(outcome.image_id for outcome in outcomes)
+        on_outcomes(outcomes)
+
+    started = time.monotonic()
+    if job.left:
+        runner.run(job.left, job.context, on_outcomes=collect)
+    summary = summarise(
+        read_manifest(job.directory.root),
+        run_dir=job.directory.root,
+        run_id=job.context.run_id,
+        planned=job.planned,
+        fresh_ids=fresh,
+        elapsed_s=time.monotonic() - started,
+        vanished=len(job.changes.vanished),
+    )
+    job.directory.write_json(job.directory.summary_path, summary.as_dict())
+    return summary
+
+
+def make_runner(options: RestoreOptions) -> Runner:
+    """The runner that `--engine` names."""
+    if options.engine == "local":
+        from jobs.local import LocalRunner
+
+        return LocalRunner(max_workers=options.max_workers)
+    from jobs.ray_runner import RayRunner
+
+    return RayRunner(address=options.address, max_workers=options.max_workers)
+
+
+def _resolve(options: RestoreOptions) -> RunConfig:
+    """Loads the weights once, so that a fault of theirs stops the run before the first image."""
+    device = resolve_device(options.device)
+    if options.reference is not None and not options.reference.is_dir():
+        raise UsageError(f"--reference {options.reference} is not a folder")
+    label, sigma = parse_label(options.label)
+    try:
+        restorer = load_restorer(options.model, device="cpu")
+        classifier = load_classifier(options.classifier, device="cpu")
+    except (WeightsError, ClassifierWeightsError) as error:
+        raise UsageError(str(error)) from error
+    return RunConfig(
+        model=_absolute(options.model),
+        weights_sha256=restorer.sha256,
+        classifier=_absolute(options.classifier),
+        classifier_sha256=classifier.sha256,
+        label=label,
+        noise_sigma_255=sigma,
+        reference=str(options.reference.resolve()) if options.reference else None,
+        output_format=options.format,
+        quality=options.quality,
+        clean=options.clean,
+        dtype=resolve_dtype(options.dtype, device),
+        tile=options.tile,
+        min_confidence=options.min_confidence,
+        max_pixels=options.max_pixels,
+    )
+
+
+def _absolute(name_or_path: str) -> str:
+    """A path must mean the same in a worker's working directory; a name stays a name."""
+    path = Path(name_or_path)
+    return str(path.resolve()) if path.exists() else name_or_path
+
+
+def _check_places(src: Path, out: Path) -> None:
+    source, target = src.resolve(), out.resolve()
+    if target == source or source in target.parents:
+        raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
+    if target in source.parents:
+        raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"OUT {out} is a file; give a folder")
+
+
+def _read_job(directory: RunDirectory) -> dict[str, Any] | None:
+    if not directory.job_path.exists():
+        return None
+    try:
+        job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8"))
+        if not {"config", "source_root", "run_id"} <= job.keys():
+            raise ValueError("it lacks config, source_root or run_id")
+    except ValueError as error:
+        raise UsageError(f"{directory.job_path} is not a job of dfpir: {error}") from error
+    return job
+
+
+def _job_record(context: RunContext, options: RestoreOptions) -> dict[str, Any]:
+    return {
+        "run_id": context.run_id,
+        "source_root": context.source_root,
+        "config": asdict(context.config),
+        "config_digest": context.config.digest,
+        "options": options.model_dump(mode="json"),
+        "versions": {
+            "dfpir": context.code_version,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "device": context.device,
+        "host": platform.node(),
+    }

@@ -1,0 +1,184 @@
+"""What the local and the Ray runner share: which shard goes where next, and what a worker's death means."""
+
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Protocol
+
+from pipeline.journal import Journal
+from pipeline.records import Outcome, Shard
+from pipeline.run_config import RunContext
+from pipeline.sink import RunDirectory
+
+START_DEATHS_ALLOWED = 3
+"""Workers that may end in a row before they have taken a shard."""
+
+FRUITLESS_DEATHS_ALLOWED = 3
+"""Deaths in a row over one shard that point at no image and between which no image got done."""
+
+OnOutcomes = Callable[[list[Outcome]], None]
+
+
+class RunError(Exception):
+    """The run cannot go on; what is committed stays, and the same command resumes it. The message says why."""
+
+
+class RunInterrupted(RunError):
+    """SIGINT or SIGTERM: workers have committed what they had."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signal_number).name}; the same command goes on from here")
+        self.signal_number = signal_number
+
+
+class Runner(Protocol):
+    """Works off shards: same shards, same rows, wherever it runs them."""
+
+    def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
+        """Returns when every image of `shards` has a row in the manifest.
+
+        `on_outcomes` is called in this process, once per image, as images get done (which may be before
+        their rows are committed). Raises RunError when the run cannot go on.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A shard given to a worker."""
+
+    shard: Shard
+    attempt: int
+    """From 1; only deaths raise it."""
+
+
+class Dispatcher:
+    """The queue of shards and the bookkeeping of deaths; knows nothing of processes.
+
+    A death costs the shard an attempt, a careful one from the second on (see `pipeline.journal`). It ends
+    the run when workers cannot even start, or when a shard kills its workers without one image being to blame.
+    So attempts are bounded: an image is given up after two deaths, and any other death must follow headway.
+    """
+
+    def __init__(self, shards: Sequence[Shard], context: RunContext, on_outcomes: OnOutcomes) -> None:
+        self._directory = RunDirectory(context.run_dir)
+        self._on_outcomes = on_outcomes
+        self._waiting = deque(Assignment(shard, attempt=1) for shard in shards)
+        self._assigned: dict[str, Assignment] = {}
+        self._reported: set[str] = set()
+        self._start_deaths = 0
+        self._fruitless: Counter[str] = Counter()
+        self._directory.create()
+        for shard in shards:
+            # Left by a run whose driver was ended: its workers died with it, whatever they had in hand.
+            Journal(self._directory.journal_dir, shard.shard_id).forgive()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every shard is done."""
+        return not self._waiting and not self._assigned
+
+    @property
+    def unassigned(self) -> int:
+        """Shards that wait for a worker."""
+        return len(self._waiting)
+
+    def take(self) -> Assignment | None:
+        """The next shard for a worker that is ready, or None."""
+        if not self._waiting:
+            return None
+        assignment = self._waiting.popleft()
+        self._assigned[assignment.shard.shard_id] = assignment
+        return assignment
+
+    def worker_ready(self) -> None:
+        """A worker has loaded its weights."""
+        self._start_deaths = 0
+
+    def report(self, shard_id: str, outcomes: list[Outcome]) -> None:
+        """Passes on images as they get done; those done again after a death are passed on once."""
+        fresh = [outcome for outcome in outcomes if outcome.image_id not in self._reported]
+        if fresh:
+            self._fruitless[shard_id] = 0
+            self._reported.update(outcome.image_id for outcome in fresh)
+            self._on_outcomes(fresh)
+
+    def done(self, shard_id: str) -> None:
+        """The shard's worker has committed a row for each image."""
+        del self._assigned[shard_id]
+
+    def give_back(self, shard_id: str) -> None:
+        """The shard's worker ended before its end through no fault of an image: same attempt, elsewhere."""
+        assignment = self._assigned.pop(shard_id)
+        Journal(self._directory.journal_dir, shard_id).forgive()
+        self._waiting.appendleft(assignment)
+
+    def failed(self, shard_id: str, fault: str, log: str) -> None:
+        """The worker lives, but could not go on with the shard (a full disk, for instance)."""
+        self._retry(shard_id, f"the worker failed over it ({fault})", log)
+
+    def died(self, shard_id: str, fault: str, log: str) -> None:
+        """The worker's process ended while it had the shard."""
+        self._retry(shard_id, f"its worker died ({fault})", log)
+
+    def start_failed(self, fault: str, log: str) -> None:
+        """A worker ended before it was ready. Raises RunError when that happens again and again."""
+        self._start_deaths += 1
+        if self._start_deaths >= START_DEATHS_ALLOWED:
+            raise RunError(
+                f"{self._start_deaths} workers in a row ended before they could take an image ({fault}). "
+                f"See {log}; when the cause is removed, the same command goes on from here."
+            )
+
+    def _retry(self, shard_id: str, fault: str, log: str) -> None:
+        assignment = self._assigned.pop(shard_id)
+        journal = Journal(self._directory.journal_dir, shard_id)
+        if not journal.has_in_flight:
+            self._fruitless[shard_id] += 1
+        if self._fruitless[shard_id] >= FRUITLESS_DEATHS_ALLOWED:
+            raise RunError(
+                f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}. "
+                f"See {log}; when the cause is removed, the same command goes on from here."
+            )
+        self._waiting.append(replace(assignment, attempt=assignment.attempt + 1))
+
+
+class StopRequest:
+    """Whether the run has been asked to end, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While open, the first SIGINT or SIGTERM asks for an orderly end; a second one acts as usual.
+
+    Outside the main thread, where Python allows no handlers, signals keep their meaning.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.signal_number = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""The configuration of a released DFPIR checkpoint, read from its tensors' shapes."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from models.dfpir import DFPIRConfig
+from models.errors import WeightsError
+
+_LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+
+
+def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
+    """The configuration that a state dict was made with.
+
+    What no shape tells (the kept fraction of attention), or what a missing entry would have told, is as published:
+    comparing keys and shapes with the network so configured names everything that is wrong.
+
+    Raises:
+        WeightsError: the shapes fit no DFPIR at all.
+    """
+    published = DFPIRConfig()
+
+    def shape(key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        found = tuple(state[key].shape) if key in state else default
+        return found if len(found) == len(default) else default
+
+    def count(level: str) -> int:
+        indices = {key.split(".")[1] for key in state if key.startswith(f"{level}.")}
+        return max((int(i) + 1 for i in indices if i.isdecimal()), default=0)
+
+    dim, image_channels, *_ = shape("patch_embed.proj.weight", (published.dim, 3, 3, 3))
+    wide = shape("encoder_shuffle_channel1.conv1x1.weight", (published.shuffle_expansion * dim, dim, 1, 1))[0]
+    heads = [
+        shape(f"{level}.0.attn.temperature", (default, 1, 1))[0]
+        for level, default in zip(_LEVELS, published.heads, strict=True)
+    ]
+    hidden = {
+        dim * 2**i: shape(f"{level}.0.ffn.project_out.weight", (dim * 2**i, 0, 1, 1))[1]
+        for i, level in enumerate(_LEVELS)
+    }
+    blocks = [count(level) for level in _LEVELS]
+    try:
+        return DFPIRConfig(
+            dim=dim,
+            num_blocks=(blocks[0], blocks[1], blocks[2], blocks[3]),
+            num_refinement_blocks=count("refinement"),
+            heads=(heads[0], heads[1], heads[2], heads[3]),
+            ffn_expansion_factor=_expansion({channels: h for channels, h in hidden.items() if h}),
+            shuffle_expansion=wide // dim,
+            unshuffle_factor=math.isqrt(image_channels // 3),
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path}: the shapes of its tensors fit no DFPIR: {error}") from error
+
+
+def _expansion(hidden: Mapping[int, int]) -> float:
+    """The expansion for which `int(channels * expansion)` gives each hidden width; the shortest decimal that does."""
+    published = DFPIRConfig().ffn_expansion_factor
+    if not hidden:
+        return published
+    low = max(h / channels for channels, h in hidden.items())
+    candidates = [published, *(math.ceil(low * 10**digits) / 10**digits for digits in range(7))]
+    for candidate in candidates:
+        if all(int(channels * candidate) == h for channels, h in hidden.items()):
+            return candidate
+    raise ValueError(f"no expansion of the feed-forward gives the widths {dict(hidden)} (channels: hidden)")

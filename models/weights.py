@@ -1,0 +1,335 @@
+"""Weights on disk: our own `.safetensors`, the released `.pth.tar`, and prompt banks.
+
+A `.safetensors` checkpoint holds
+
+- `network.<key>`: the state dict in float16; the guidance layers, whose order is fragile, in float32;
+- `prompts.embeddings`: K x 512 float32;
+- `prompts.permutations.<block>`: K x (expansion C) int32, the channel orders computed when it was written;
+- metadata, each value a string: `format`, `format_version`, `architecture`, `licence`, and as JSON `config`,
+  `prompts` (a list of key and sentence) and `provenance`.
+
+Loading is strict: whatever is missing, unexpected, of another shape, not finite or not as described raises
+`WeightsError`. Nothing that a file holds is executed.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.dfpir import DFPIR, DFPIRConfig
+from models.errors import WeightsError
+from models.prompts import PromptBank, prompt_guidance, prompt_permutations
+from models.released import infer_config
+
+FORMAT = "dfpir-weights"
+BANK_FORMAT = "dfpir-prompts"
+FORMAT_VERSION = 1
+ARCHITECTURE = "dfpir"
+RELEASED_SUFFIXES = (".pth.tar", ".pth", ".tar", ".ckpt")
+_GUIDANCE = ("linear_layer1.", "linear_layer3.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network ready to run, with all that is known of it."""
+
+    network: DFPIR
+    """In float32, on the CPU."""
+    prompts: PromptBank
+    """With the permutations that belong to `network`."""
+    licence: str
+    provenance: Mapping[str, Any]
+    sha256: str
+    """Of the file, in hexadecimal."""
+    path: Path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def save_checkpoint(
+    path: Path, network: DFPIR, prompts: PromptBank, *, licence: str, provenance: Mapping[str, Any]
+) -> None:
+    """Writes a `.safetensors` checkpoint, whole or not at all.
+
+    Args:
+        path: file to write; replaced if it exists.
+        network: the weights to keep.
+        prompts: the bank that the network was trained with.
+        licence: SPDX identifier of the weights' licence.
+        provenance: how the weights came about; JSON values only.
+
+    Raises:
+        WeightsError: a weight is not finite, or lies beyond float16.
+    """
+    tensors = {
+        f"network.{key}": value.detach().cpu().to(torch.float32 if _is_guidance(key) else torch.float16)
+        for key, value in network.state_dict().items()
+    }
+    _require_finite(path, tensors)
+    tensors["prompts.embeddings"] = prompts.embeddings.cpu()
+    for block, order in prompt_permutations(network.cpu().float(), prompts.embeddings.cpu()).items():
+        tensors[f"prompts.permutations.{block}"] = order.to(torch.int32)
+    metadata = {
+        "format": FORMAT,
+        "architecture": ARCHITECTURE,
+        "config": json.dumps(network.config.as_dict()),
+        "licence": licence,
+        "provenance": json.dumps(provenance),
+        **_describe_prompts(prompts),
+    }
+    _write(path, tensors, metadata)
+
+
+def load_checkpoint(
+    path: Path, prompts: PromptBank | None = None, *, expected_sha256: str | None = None
+) -> Checkpoint:
+    """Reads a `.safetensors` checkpoint of ours, or a released `.pth.tar`.
+
+    Args:
+        path: the file; its suffix says which of the two it is.
+        prompts: the bank for a released checkpoint, which carries none; without it, the file `bank_beside(path)`
+            is read. Refused for `.safetensors`, which carry their own.
+        expected_sha256: refuse a file of another hash.
+
+    Raises:
+        WeightsError: for every fault of the file, naming it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    sha256 = file_sha256(path)
+    if expected_sha256 is not None and sha256 != expected_sha256:
+        raise WeightsError(
+            f"{path} has SHA-256 {sha256}, but {expected_sha256} is registered for it; "
+            "the file is damaged or another one: fetch it again"
+        )
+    if path.name.endswith(".safetensors"):
+        if prompts is not None:
+            raise WeightsError(f"{path} carries its own prompts; give a bank with released checkpoints only")
+        return _load_own(path, sha256)
+    if path.name.endswith(RELEASED_SUFFIXES):
+        return _load_released(path, sha256, prompts)
+    raise WeightsError(
+        f"{path}: weights are files ending in .safetensors, or released checkpoints ending in "
+        f"{', '.join(RELEASED_SUFFIXES)}; a training checkpoint is exported by `python -m jobs.export_restorer`"
+    )
+
+
+def save_prompt_bank(path: Path, bank: PromptBank) -> None:
+    """Writes a bank alone (`.safetensors`), to go with a released checkpoint."""
+    _write(path, {"embeddings": bank.embeddings.cpu()}, {"format": BANK_FORMAT, **_describe_prompts(bank)})
+
+
+def load_prompt_bank(path: Path) -> PromptBank:
+    """Reads what `save_prompt_bank` wrote; raises WeightsError for every fault of the file."""
+    metadata, tensors = _read(Path(path), expected_format=BANK_FORMAT)
+    if set(tensors) != {"embeddings"}:
+        raise WeightsError(f"{path}: a prompt bank holds the tensor embeddings alone, not {_names(tensors)}")
+    _require_finite(path, tensors)
+    return _bank(path, metadata, tensors["embeddings"])
+
+
+def bank_beside(path: Path) -> Path:
+    """Where the prompt bank of a released checkpoint is looked for: `a.pth.tar` has `a.prompts.safetensors`."""
+    suffix = next((suffix for suffix in RELEASED_SUFFIXES if path.name.endswith(suffix)), path.suffix)
+    return path.with_name(path.name.removesuffix(suffix) + ".prompts.safetensors")
+
+
+def _load_own(path: Path, sha256: str) -> Checkpoint:
+    metadata, tensors = _read(path, expected_format=FORMAT)
+    if (architecture := _entry(path, metadata, "architecture")) != ARCHITECTURE:
+        raise WeightsError(f"{path}: unknown architecture {architecture!r}; known: {ARCHITECTURE!r}")
+    config_fields = _json(path, metadata, "config", dict)
+    try:
+        config = DFPIRConfig(**config_fields)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its configuration {config_fields} is not one of DFPIR: {error}") from error
+    prefix = "network."
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    network = _build(path, config, state)
+    extra = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+    if "prompts.embeddings" not in extra:
+        raise WeightsError(f"{path}: missing key: prompts.embeddings")
+    _require_finite(path, {"prompts.embeddings": extra["prompts.embeddings"]})
+    bank = _bank(path, metadata, extra.pop("prompts.embeddings"))
+    bank = _with_stored_permutations(path, network, bank, extra)
+    return Checkpoint(
+        network=network,
+        prompts=bank,
+        licence=_entry(path, metadata, "licence"),
+        provenance=_json(path, metadata, "provenance", dict),
+        sha256=sha256,
+        path=path,
+    )
+
+
+def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Checkpoint:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise WeightsError(
+            f"{path} is not a checkpoint that holds tensors only, or is cut short; it was not loaded ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not a PyTorch checkpoint, or is cut short: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        found = _names(content) if isinstance(content, dict) else type(content).__name__
+        raise WeightsError(f"{path}: expected an entry state_dict, as released checkpoints have; found {found}")
+    state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
+    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise WeightsError(f"{path}: entries of state_dict that are no tensors: {_names(odd)}")
+    network = _build(path, infer_config(path, state), state)
+    if prompts is None:
+        beside = bank_beside(path)
+        if not beside.is_file():
+            raise WeightsError(
+                f"{path} carries no prompts, as released checkpoints do not. Put the bank that it was trained with at "
+                f"{beside}: models.weights.save_prompt_bank(path, models.prompts.clip_bank(CLIP_WEIGHTS)) makes it "
+                "from CLIP ViT-B/32 weights"
+            )
+        prompts = load_prompt_bank(beside)
+    return Checkpoint(
+        network=network,
+        prompts=replace(prompts, permutations=prompt_permutations(network, prompts.embeddings)),
+        licence="unknown: see where the checkpoint was released",
+        provenance={"origin": "released checkpoint"},
+        sha256=sha256,
+        path=path,
+    )
+
+
+def _build(path: Path, config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
+    """The network with exactly these weights, in float32."""
+    with torch.device("meta"):
+        network = DFPIR(config)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    faults = []
+    if missing := [key for key in shapes if key not in state]:
+        faults.append(f"missing keys: {_names(missing)}")
+    if unexpected := [key for key in state if key not in shapes]:
+        faults.append(f"unexpected keys: {_names(unexpected)}")
+    if wrong := [
+        f"{key} is {tuple(value.shape)}, not {shapes[key]}"
+        for key, value in state.items()
+        if key in shapes and tuple(value.shape) != shapes[key]
+    ]:
+        faults.append(f"wrong shapes: {_names(wrong)}")
+    if faults:
+        raise WeightsError(f"{path} does not fit DFPIR of {config.as_dict()}: {'; '.join(faults)}")
+    _require_finite(path, state)
+    network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return network.eval()
+
+
+def _with_stored_permutations(path: Path, network: DFPIR, bank: PromptBank, stored: Mapping[str, Tensor]) -> PromptBank:
+    """The bank with the stored channel orders, after computing them anew.
+
+    Another processor may sum in another order and so swap channels whose guidance agrees to rounding: the stored
+    order counts, as long as it is a descending order within that rounding.
+    """
+    orders = {}
+    guidance = prompt_guidance(network, bank.embeddings)
+    names = {f"prompts.permutations.{block}": block for block in guidance}
+    if set(stored) != set(names):
+        missing, unexpected = set(names) - set(stored), set(stored) - set(names)
+        raise WeightsError(f"{path}: missing keys: {_names(missing)}; unexpected keys: {_names(unexpected)}")
+    for name, block in names.items():
+        order, values = stored[name].long(), guidance[block]
+        expected = torch.arange(values.shape[1]).expand_as(values)
+        if order.shape != values.shape or not torch.equal(order.sort(dim=1).values, expected):
+            raise WeightsError(f"{path}: {name} holds no permutations of {values.shape[1]} channels per prompt")
+        ordered = values.gather(1, order)
+        before, after = ordered[:, :-1], ordered[:, 1:]
+        if (after - before > 1e-5 * (1 + torch.maximum(before.abs(), after.abs()))).any():
+            raise WeightsError(
+                f"{path}: the channel orders stored for block {block} are not those that its guidance layers give the "
+                "stored prompts; the file was put together from parts that do not belong together"
+            )
+        orders[block] = order
+    return replace(bank, permutations=orders)
+
+
+def _read(path: Path, *, expected_format: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file of one of our formats."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a safetensors file, or is cut short: {error}") from error
+    if (found := _entry(path, metadata, "format")) != expected_format:
+        raise WeightsError(f"{path} is of format {found!r}, not {expected_format!r}")
+    if (version := _entry(path, metadata, "format_version")) != str(FORMAT_VERSION):
+        raise WeightsError(
+            f"{path} is of format version {version}; this release reads {FORMAT_VERSION}: update dfpir or export again"
+        )
+    return metadata, tensors
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    safetensors.torch.save_file(contiguous, partial, {"format_version": str(FORMAT_VERSION), **metadata})
+    os.replace(partial, path)
+
+
+def _describe_prompts(bank: PromptBank) -> dict[str, str]:
+    pairs = [{"key": key, "sentence": sentence} for key, sentence in zip(bank.keys, bank.sentences, strict=True)]
+    return {"prompts": json.dumps(pairs)}
+
+
+def _bank(path: Path, metadata: Mapping[str, str], embeddings: Tensor) -> PromptBank:
+    pairs = _json(path, metadata, "prompts", list)
+    try:
+        return PromptBank(tuple(p["key"] for p in pairs), tuple(p["sentence"] for p in pairs), embeddings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its prompts are not usable: {error}") from error
+
+
+def _entry(path: Path, metadata: Mapping[str, str], key: str) -> str:
+    if key not in metadata:
+        raise WeightsError(f"{path} lacks {key!r} in its metadata; was it written by dfpir?")
+    return metadata[key]
+
+
+def _json(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> Any:
+    text = _entry(path, metadata, key)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path}: {key!r} in its metadata is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise WeightsError(f"{path}: {key!r} in its metadata is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if bad := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise WeightsError(f"{path}: weights that are not finite: {_names(bad)}")
+
+
+def _is_guidance(key: str) -> bool:
+    return any(part in key for part in _GUIDANCE)
+
+
+def _names(names: Any, limit: int = 8) -> str:
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more if listed else "none"

@@ -1,0 +1,60 @@
+"""Batches: which images go through the network together, and what happens when a batch does not."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def padded(side: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that holds `side` pixels."""
+    return -(-side // multiple) * multiple
+
+
+def batches(items: Sequence[T], *, key: Callable[[T], K], limit: Callable[[K], int]) -> Iterator[list[T]]:
+    """Cuts items into batches of one key and at most `limit(key)` items; order is kept within a key."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    for each, members in groups.items():
+        size = max(1, limit(each))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a GPU or of the machine; the CPU allocator of torch says so in words only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def in_halves(
+    batch: Sequence[T],
+    work: Callable[[Sequence[T]], None],
+    *,
+    on_halved: Callable[[Sequence[T], Exception], None],
+    on_fault: Callable[[T, Exception], None],
+) -> None:
+    """Works on a batch; if that fails, on its halves, down to single items: so a fault stays with its item.
+
+    `on_halved` is told of a batch that is about to be tried again in halves, `on_fault` of an item that failed alone.
+    """
+    fault: Exception
+    try:
+        work(batch)
+        return
+    except Exception as error:
+        # Without its traceback, which would keep the failed batch's tensors alive during the next try.
+        fault = error.with_traceback(None)
+    if len(batch) == 1:
+        on_fault(batch[0], fault)
+        return
+    on_halved(batch, fault)
+    middle = len(batch) // 2
+    for half in (batch[:middle], batch[middle:]):
+        in_halves(half, work, on_halved=on_halved, on_fault=on_fault)

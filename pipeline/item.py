@@ -1,0 +1,94 @@
+"""One image on its way through a worker: what it holds in memory, and the facts that become its row."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.batching import is_out_of_memory
+from pipeline.images import DecodedImage, ImageFault, Pixels, to_uint8
+from pipeline.records import ImageRef, Outcome, Stage, Status
+
+
+@dataclass(eq=False)
+class Item:
+    """An image in work. `facts` are columns of the manifest, by name."""
+
+    ref: ImageRef
+    facts: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    status: Status | None = None
+    """None until it is decided; `restored` before it is, until something fails."""
+    data: bytes = b""
+    image: DecodedImage | None = None
+    view: NDArray[np.uint8] | None = None
+    """The picture as classifier and metrics see it: H x W x 3 uint8."""
+    reference: NDArray[np.uint8] | None = None
+    restored: Pixels | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a stage has failed: later ones leave the item alone."""
+        return self.status is Status.FAILED
+
+    def decoded(self) -> DecodedImage:
+        """The decoded image; only after the decode stage."""
+        assert self.image is not None
+        return self.image
+
+    def seen(self) -> NDArray[np.uint8]:
+        """The picture in eight bits, H x W x 3; only after the decode stage."""
+        if self.view is None:
+            self.view = to_uint8(self.decoded().pixels)
+        return self.view
+
+    def add_ms(self, stage: Stage, milliseconds: float) -> None:
+        """Adds to the time spent on this image in a stage."""
+        name = f"{stage}_ms"
+        self.facts[name] = self.facts.get(name, 0.0) + milliseconds
+
+    def fail(self, stage: Stage, error: Exception) -> None:
+        """Turns an exception into the row's fault."""
+        self.status = Status.FAILED
+        if isinstance(error, ImageFault):
+            stage, error_class, message = error.stage, error.error_class, str(error)
+        elif is_out_of_memory(error):
+            size = f"{self.facts.get('width')} x {self.facts.get('height')}"
+            error_class, message = "out_of_memory", f"memory ran out for this {size} image alone: {error}"
+        elif isinstance(error, OSError):
+            error_class = type(error).__name__
+            message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        else:
+            error_class, message = type(error).__name__, str(error) or type(error).__name__
+        self.facts.update(stage=stage, error_class=error_class, error_message=message)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """The boundary of a stage: times it, and turns whatever it raises into a `failed` row."""
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self.fail(stage, error)
+        finally:
+            self.add_ms(stage, (time.perf_counter() - started) * 1000)
+
+    def outcome(self) -> Outcome:
+        """The finished row."""
+        assert self.status is not None
+        return Outcome(
+            image_id=self.ref.image_id,
+            source_uri=self.ref.uri,
+            relative_path=self.ref.relative_path,
+            source_modified=self.ref.modified,
+            revision=self.ref.revision,
+            status=self.status,
+            warnings=tuple(self.warnings),
+            finished_at=datetime.now(UTC),
+            **self.facts,
+        )

@@ -1,0 +1,199 @@
+"""The records that flow through a run, and the manifest's schema."""
+
+import hashlib
+from dataclasses import dataclass, fields
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+from classifier.labels import LABELS
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """How an image ended."""
+
+    RESTORED = "restored"
+    COPIED = "copied"
+    """Already clean: kept as it was."""
+    ABSTAINED = "abstained"
+    """Too unsure, or damage that the model has no prompt for: kept as it was, for review."""
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+    """Its processing ended the process twice."""
+
+
+class Stage(StrEnum):
+    """The step of the work in which a fault arose."""
+
+    FETCH = "fetch"
+    DECODE = "decode"
+    CLASSIFY = "classify"
+    RESTORE = "restore"
+    MEASURE = "measure"
+    ENCODE = "encode"
+    WRITE = "write"
+    PROCESS = "process"
+    """The whole process died."""
+
+
+def image_id(relative_path: str) -> str:
+    """Stable id of an image: 128 bits of a hash of its relative path with `/` separators, in hexadecimal."""
+    return hashlib.blake2b(relative_path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A source image without its pixels."""
+
+    image_id: str
+    relative_path: str
+    """With `/` separators; outputs mirror it."""
+    uri: str
+    size_bytes: int
+    modified: datetime | None
+    revision: int = 0
+    """Raised by one each time a re-run finds the file changed."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images that are dispatched and retried together; frozen in the plan."""
+
+    shard_id: str
+    images: tuple[ImageRef, ...]
+
+
+_text, _real, _whole = pa.string(), pa.float64(), pa.int64()
+_time = pa.timestamp("us", tz="UTC")
+_probabilities = pa.struct([pa.field(str(label), pa.float32()) for label in LABELS])
+
+MANIFEST_FIELDS: dict[str, pa.DataType] = {
+    # identity
+    "image_id": _text, "shard_id": _text, "source_uri": _text, "source_member": _text, "frame": _whole,
+    "relative_path": _text, "source_sha256": _text, "source_bytes": _whole, "source_modified": _time,
+    "source_etag": _text, "source_format": _text, "width": _whole, "height": _whole, "mode": _text,
+    "bit_depth": _whole, "has_alpha": pa.bool_(), "exif_orientation": _whole,
+    # decision
+    "label": _text, "confidence": _real, "margin": _real, "probabilities": _probabilities,
+    "noise_sigma_255": _real, "classifier": _text, "label_source": _text, "true_label": _text,
+    "decision_reason": _text, "prompt": _text,
+    # execution
+    "status": _text, "stage": _text, "error_class": _text, "error_message": _text,
+    "warnings": pa.list_(_text), "attempt": _whole, "tiled": pa.bool_(), "tile_px": _whole,
+    "batch_size": _whole, "dtype": _text, "oom_retries": _whole, "worker_id": _text, "host": _text,
+    "device": _text, "started_at": _time, "fetch_ms": _real, "decode_ms": _real, "classify_ms": _real,
+    "restore_ms": _real, "measure_ms": _real, "encode_ms": _real, "write_ms": _real,
+    # output
+    "output_uri": _text, "output_sha256": _text, "output_bytes": _whole, "output_format": _text,
+    "output_mode": _text, "output_width": _whole, "output_height": _whole,
+    # quality
+    "reference_uri": _text, "psnr_input_db": _real, "psnr_db": _real, "ssim_input": _real, "ssim": _real,
+    "clean_probability_before": _real, "clean_probability_after": _real, "change_rmse_255": _real,
+    "clipped_fraction": _real, "suspicious": pa.bool_(),
+    # provenance
+    "run_id": _text, "revision": _whole, "config_digest": _text, "model": _text, "weights_sha256": _text,
+    "code_version": _text, "schema_version": _whole, "finished_at": _time,
+}  # fmt: skip
+"""Column by column; `docs/manifest.md` says what each holds."""
+
+MANIFEST_SCHEMA = pa.schema(list(MANIFEST_FIELDS.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One image's row in the manifest: exactly one per planned image, whatever happened.
+
+    Fields are the manifest's columns, in their order; None is null.
+    """
+
+    image_id: str
+    shard_id: str
+    source_uri: str
+    source_member: str | None = None
+    frame: int | None = None
+    relative_path: str
+    source_sha256: str | None = None
+    source_bytes: int | None = None
+    source_modified: datetime | None = None
+    source_etag: str | None = None
+    source_format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    bit_depth: int | None = None
+    has_alpha: bool | None = None
+    exif_orientation: int | None = None
+
+    label: str | None = None
+    confidence: float | None = None
+    margin: float | None = None
+    probabilities: dict[str, float] | None = None
+    noise_sigma_255: float | None = None
+    classifier: str | None = None
+    label_source: str | None = None
+    true_label: str | None = None
+    decision_reason: str | None = None
+    prompt: str | None = None
+
+    status: Status
+    stage: Stage | None = None
+    error_class: str | None = None
+    error_message: str | None = None
+    warnings: tuple[str, ...] = ()
+    attempt: int | None = None
+    tiled: bool | None = None
+    tile_px: int | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    oom_retries: int | None = None
+    worker_id: str | None = None
+    host: str | None = None
+    device: str | None = None
+    started_at: datetime | None = None
+    fetch_ms: float | None = None
+    decode_ms: float | None = None
+    classify_ms: float | None = None
+    restore_ms: float | None = None
+    measure_ms: float | None = None
+    encode_ms: float | None = None
+    write_ms: float | None = None
+
+    output_uri: str | None = None
+    output_sha256: str | None = None
+    output_bytes: int | None = None
+    output_format: str | None = None
+    output_mode: str | None = None
+    output_width: int | None = None
+    output_height: int | None = None
+
+    reference_uri: str | None = None
+    psnr_input_db: float | None = None
+    psnr_db: float | None = None
+    ssim_input: float | None = None
+    ssim: float | None = None
+    clean_probability_before: float | None = None
+    clean_probability_after: float | None = None
+    change_rmse_255: float | None = None
+    clipped_fraction: float | None = None
+    suspicious: bool | None = None
+
+    run_id: str
+    revision: int = 0
+    config_digest: str
+    model: str | None = None
+    weights_sha256: str | None = None
+    code_version: str
+    schema_version: int = SCHEMA_VERSION
+    finished_at: datetime | None = None
+
+
+def to_table(outcomes: list[Outcome]) -> pa.Table:
+    """Rows as an Arrow table of `MANIFEST_SCHEMA`."""
+    names = [f.name for f in fields(Outcome)]
+    columns: dict[str, list[Any]] = {name: [getattr(o, name) for o in outcomes] for name in names}
+    columns["warnings"] = [list(w) for w in columns["warnings"]]
+    return pa.table(columns, schema=MANIFEST_SCHEMA)

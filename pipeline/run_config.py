@@ -1,0 +1,73 @@
+"""What a run is: the options that can change an output, and where it lies."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+ALGORITHM_VERSION = 1
+"""Raised when the same options come to give different pixels or decisions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The options that can change an output, resolved; its digest stands in every row.
+
+    Workers, engine, device count and shard size are not here: they may change between a run and its resumption.
+    """
+
+    model: str
+    weights_sha256: str
+    classifier: str
+    classifier_sha256: str
+    label: str
+    """`auto`, or the label that every image is restored under."""
+    noise_sigma_255: float | None
+    """Forced noise standard deviation on the 0..255 scale, from `--label noise:SIGMA`."""
+    reference: str | None
+    """Directory of references, matched by relative path without extension."""
+    output_format: str
+    """`same`, `png`, `jpeg` or `webp`."""
+    quality: int
+    clean: str
+    """What becomes of images that need no restoring: `copy`, `link` or `skip`."""
+    dtype: str
+    """`float32` or `bfloat16`: already resolved."""
+    tile: str
+    """`auto`, `off`, or a side in pixels."""
+    min_confidence: float | None
+    """Replaces the classifier's own thresholds where given."""
+    max_pixels: int
+    """A larger image is refused as a decompression bomb."""
+    algorithm_version: int = ALGORITHM_VERSION
+
+    @property
+    def digest(self) -> str:
+        """128 bits over all fields, in hexadecimal."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """One line per field in which a stored configuration differs from this one."""
+        mine = asdict(self)
+        return [
+            f"{f.name}: was {other.get(f.name)!r}, is now {mine[f.name]!r}"
+            for f in fields(self)
+            if other.get(f.name) != mine[f.name]
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Everything that a worker needs to know of its run; picklable."""
+
+    run_id: str
+    run_dir: str
+    source_root: str
+    config: RunConfig
+    code_version: str
+    device: str
+    """`cpu` or `cuda`: already resolved."""
+    threads: int
+    """CPU threads for torch in each worker."""
+    commit_every_s: float = 60.0

@@ -1,0 +1,269 @@
+"""Where a run's results go, and how they get there: a row in a manifest part is the only proof that an image is done.
+
+Everything is written under a temporary name in its final folder, fsynced, and renamed, so that what has a final
+name is whole. Images come first, then the part with their rows; parts are never overwritten.
+
+    OUT/.dfpir.lock   held by the one driver
+        job.json  summary.json
+        plan/     the frozen plan
+        images/   results, mirroring the source
+        manifest/ <shard>-<random>.parquet
+        logs/     worker-*.log, journal/
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.faults import fault_point
+from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, to_table
+
+PARTIAL_SUFFIX = ".partial"
+LOCK_WAIT_S = 60.0
+"""How long a process of an ended run may take to die."""
+
+
+class ManifestError(Exception):
+    """A manifest part is not what this version writes; the message names the file and what is at odds."""
+
+
+class ShardBusyError(Exception):
+    """Another living process works on the shard."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that has its final name."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+class RunDirectory:
+    """The layout of a run, and the only way in which files come into it."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.job_path = self.root / "job.json"
+        self.summary_path = self.root / "summary.json"
+        self.lock_path = self.root / ".dfpir.lock"
+        self.plan_dir = self.root / "plan"
+        self.images_dir = self.root / "images"
+        self.manifest_dir = self.root / "manifest"
+        self.logs_dir = self.root / "logs"
+        self.journal_dir = self.logs_dir / "journal"
+
+    def create(self) -> None:
+        """Makes the folders that are not there yet."""
+        for folder in (self.plan_dir, self.images_dir, self.manifest_dir, self.journal_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        """Writes or replaces a JSON file of the run in one step."""
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+        _write_whole(path, (text + "\n").encode("utf-8", "surrogateescape"))
+        _sync_folder(path.parent)
+
+    def image_path(self, relative_path: str) -> Path:
+        """Where a result lies; raises ValueError for a path that leads out of `images/`."""
+        pure = PurePosixPath(relative_path)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+            raise ValueError(f"{relative_path!r} is not a path inside the images folder")
+        return self.images_dir / pure
+
+    def uri(self, path: Path) -> str:
+        """How the manifest names a file of the run: relative to the run's root, so that the run can be moved."""
+        return path.relative_to(self.root).as_posix()
+
+    def write_image(self, relative_path: str, data: bytes) -> Written:
+        """Writes a result under its name below `images/`; replaces one that an interrupted run has left."""
+        path = self.image_path(relative_path)
+        _write_whole(path, data)
+        fault_point("after-image", relative_path)
+        return Written(path, hashlib.sha256(data).hexdigest(), len(data))
+
+    def link_image(self, relative_path: str, source: Path, data: bytes) -> Written:
+        """Hard-links a source file below `images/`; `data` are its bytes.
+
+        Raises OSError where the file system cannot (another device, no hard links): never copies instead.
+        """
+        path = self.image_path(relative_path)
+        temporary = _temporary_name(path)
+        os.link(source, temporary)
+        fault_point("before-rename", path.name)
+        os.replace(temporary, path)
+        # Renaming one link of a file over another does nothing and leaves the temporary name.
+        temporary.unlink(missing_ok=True)
+        fault_point("after-image", relative_path)
+        return Written(path, hashlib.sha256(data).hexdigest(), len(data))
+
+    def commit_part(self, shard_id: str, outcomes: Sequence[Outcome]) -> Path:
+        """Makes rows count: writes them as a new part. The images they speak of must have been written."""
+        if not outcomes:
+            raise ValueError("a manifest part needs at least one row")
+        self._sync_image_folders(outcomes)
+        one = outcomes[0]
+        provenance = {
+            "dfpir.run_id": one.run_id,
+            "dfpir.config_digest": one.config_digest,
+            "dfpir.code_version": one.code_version,
+            "dfpir.schema_version": str(SCHEMA_VERSION),
+            "dfpir.shard_id": shard_id,
+        }
+        table = to_table(list(outcomes)).replace_schema_metadata(provenance)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        path = self.manifest_dir / f"{shard_id}-{secrets.token_hex(8)}.parquet"
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "a manifest part of this name exists already", str(path))
+        _write_whole(path, buffer.getvalue().to_pybytes())
+        _sync_folder(self.manifest_dir)
+        fault_point("after-part", shard_id)
+        return path
+
+    def committed(self, shard_id: str) -> set[tuple[str, int]]:
+        """(image id, revision) of the rows that a shard's parts hold."""
+        return _keys(part for part in self.parts() if part.name.rpartition("-")[0] == shard_id)
+
+    def parts(self) -> list[Path]:
+        """Manifest parts, sorted by name; unfinished ones have another ending and are not among them."""
+        return sorted(self.manifest_dir.glob("*.parquet"))
+
+    def remove_partials(self, *, wait_s: float = LOCK_WAIT_S) -> int:
+        """Removes what interrupted writes have left, and returns how many files that was.
+
+        First waits for processes of an ended run that still work on a shard: their files are not stale.
+        Raises ShardBusyError when they do not end.
+        """
+        self.create()
+        for lock in sorted(self.journal_dir.glob("*.lock")):
+            with self.shard_lock(lock.stem, wait_s=wait_s):
+                pass
+        stale = [path for folder in (self.images_dir, self.manifest_dir, self.plan_dir, self.journal_dir)
+                 for path in folder.rglob(f".*{PARTIAL_SUFFIX}")]  # fmt: skip
+        stale += self.root.glob(f".*{PARTIAL_SUFFIX}")
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale)
+
+    @contextmanager
+    def shard_lock(self, shard_id: str, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+        """Holds a shard against other processes; the kernel lets go of it when this process dies."""
+        self.journal_dir.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait_s
+        with (self.journal_dir / f"{shard_id}.lock").open("a") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ShardBusyError(
+                            f"shard {shard_id} is still held by another process after {wait_s:.0f} s "
+                            f"({lock.name}); end that process and run again"
+                        ) from None
+                    time.sleep(0.1)
+            yield
+
+    def _sync_image_folders(self, outcomes: Sequence[Outcome]) -> None:
+        """Makes the new names durable, those of new folders included."""
+        folders: set[Path] = set()
+        for outcome in outcomes:
+            if outcome.output_uri is not None:
+                path = self.root / outcome.output_uri
+                folders.update(p for p in path.parents if p == self.images_dir or self.images_dir in p.parents)
+        for folder in sorted(folders):
+            _sync_folder(folder)
+
+
+def read_manifest(run_dir: Path | str) -> pa.Table:
+    """All rows of a run, one per image: that of the highest revision, in the order of the relative paths.
+
+    Raises ManifestError naming a part that is damaged or of another schema.
+    """
+    tables = [_read_part(part) for part in RunDirectory(run_dir).parts()]
+    table: pa.Table = pa.concat_tables(tables) if tables else MANIFEST_SCHEMA.empty_table()
+    order = [("relative_path", "ascending"), ("image_id", "ascending"), ("revision", "descending")]
+    table = table.sort_by([*order, ("finished_at", "ascending")])
+    seen: set[str] = set()
+    kept = []
+    for row, image_id in enumerate(table["image_id"].to_pylist()):
+        if image_id not in seen:
+            seen.add(image_id)
+            kept.append(row)
+    return table.take(pa.array(kept, pa.int64()))
+
+
+def done(run_dir: Path | str) -> set[tuple[str, int]]:
+    """(image id, revision) of everything that has a row, whatever its status."""
+    return _keys(iter(RunDirectory(run_dir).parts()))
+
+
+def _keys(parts: Iterator[Path]) -> set[tuple[str, int]]:
+    keys: set[tuple[str, int]] = set()
+    for part in parts:
+        table = _read_part(part, columns=["image_id", "revision"])
+        keys.update(zip(table["image_id"].to_pylist(), table["revision"].to_pylist(), strict=True))
+    return keys
+
+
+def _read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as part:
+            schema = part.schema_arrow.remove_metadata()
+            if not schema.equals(MANIFEST_SCHEMA):
+                differing = [f.name for f in MANIFEST_SCHEMA if f.name not in schema.names or schema.field(f.name) != f]
+                differing += [name for name in schema.names if name not in MANIFEST_SCHEMA.names]
+                raise ManifestError(
+                    f"{path} is not of manifest schema version {SCHEMA_VERSION}; differing columns: "
+                    f"{', '.join(differing) or 'their order'}. Read it with the version that wrote it."
+                )
+            return part.read(columns=columns).replace_schema_metadata(None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ManifestError(
+            f"{path} cannot be read as a manifest part ({error}). Restore it from a copy, "
+            "or remove it: its images are then done again."
+        ) from error
+
+
+def _temporary_name(path: Path) -> Path:
+    # Cut short, because the name of a result may already be as long as a file system allows.
+    stem = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")
+    return path.with_name(f".{stem}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Temporary name, fsync, rename. The folder's entry is durable only after `_sync_folder`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fault_point("before-rename", path.name)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
