@@ -1,4 +1,4 @@
-"""Quality of `dfpir restore` on referenced sets, label predicted and label given: `python benchmarks/quality.py --help`.
+"""Quality of `dfpir restore` on referenced sets, with the label predicted and with it given.
 
 Every set is restored twice through the command line, local engine: once blindly, once with the true label forced.
 Means count every image: one that failed or was left alone scores as its input. Clean and labelled sets show what
@@ -25,6 +25,10 @@ from classifier.labels import Degradation
 from pipeline.synthesis import convolve, to_uint8
 
 NOISE_SIGMAS = (15, 25, 50)
+IMAGE_COLUMNS = (
+    "relative_path", "status", "label", "confidence", "prompt", "noise_sigma_255",
+    "psnr_input_db", "psnr_db", "ssim_input", "ssim",
+)  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -124,9 +128,10 @@ def measure(one: Set, work: Path, model: list[str]) -> tuple[dict[str, object], 
         "ssim": mean(list(blind.values()), "ssim"),
         "ssim_told": mean(list(told.values()), "ssim"),
     }
-    kept = ("relative_path", "status", "label", "confidence", "prompt", "noise_sigma_255", "psnr_input_db", "psnr_db", "ssim_input", "ssim")  # fmt: skip
     images = [
-        {"set": one.name} | {name: row[name] for name in kept} | {"psnr_told_db": told.get(path, {}).get("psnr_db")}
+        {"set": one.name}
+        | {name: row[name] for name in IMAGE_COLUMNS}
+        | {"psnr_told_db": told.get(path, {}).get("psnr_db")}
         for path, row in sorted(blind.items())
     ]
     return summary, images
@@ -164,9 +169,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=[], help="options passed on, e.g. --model=--model=FILE")
     arguments = parser.parse_args()
     summaries, images = [], []
-    print(
-        f"{'set':<20}{'n':>4} {'recogn.':>8} {'input':>7} {'blind':>7} {'gain':>6} {'told':>7} {'SSIM in':>8} {'blind':>6}"
-    )
+    print("set                    n  recogn.   input   blind   gain    told  SSIM in  blind")
     for one in sets(arguments.data, arguments.work, arguments.sets):
         row, rows = measure(one, arguments.work, arguments.model)
         gain = None if row["psnr_db"] is None else row["psnr_db"] - row["psnr_input_db"]  # type: ignore[operator]

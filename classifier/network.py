@@ -37,18 +37,34 @@ class Architecture:
         return asdict(self)
 
 
-def finest_pixels(image: Tensor) -> Tensor:
-    """B x 3 x H x W in [0, 1] -> B x 24 x H/2 x W/2: colour, and its amplified residual against a 3 x 3 mean."""
-    mean = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
-    residual = torch.tanh((image - mean) * RESIDUAL_GAIN)
-    return F.pixel_unshuffle(torch.cat([image * 2 - 1, residual], dim=1), UNSHUFFLE)
+class FinestPixels(nn.Module):
+    """B x 3 x H x W on the 0..255 scale -> B x 24 x H/2 x W/2: colour, and its amplified residual.
+
+    The residual is against the mean of 3 x 3 pixels. One fixed convolution does both; on whole levels of 255 it is
+    exact in bfloat16 too, with colours in [0, 1] it would not be.
+    """
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        kernel = torch.zeros(6, UNSHUFFLE, UNSHUFFLE, 3, UNSHUFFLE + 2, UNSHUFFLE + 2)
+        for channel in range(3):
+            for row in range(UNSHUFFLE):
+                for column in range(UNSHUFFLE):
+                    kernel[channel, row, column, channel, row + 1, column + 1] = 1
+                    kernel[3 + channel, row, column, channel, row : row + 3, column : column + 3] = -1 / 9
+                    kernel[3 + channel, row, column, channel, row + 1, column + 1] = 8 / 9
+        self.register_buffer("kernel", kernel.flatten(0, 2), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The features of an image."""
+        colour, residual = F.conv2d(image, self.kernel, stride=UNSHUFFLE, padding=1).chunk(2, dim=1)
+        return torch.cat([colour * (2 / 255) - 1, torch.tanh(residual * (RESIDUAL_GAIN / 255))], dim=1)
 
 
 class DegradationNetwork(nn.Module):
-    """Called as `net(crops, thumbnails)`: B x N x 3 x P x P and B x 3 x T x T, RGB in [0, 1], P and T even.
-
-    Returns logits, B x labels in the order of `LABELS`.
-    """
+    """Called as `net(crops, thumbnails)`; the crops of an image are pooled by their mean and their maximum."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -64,6 +80,7 @@ class DegradationNetwork(nn.Module):
                 channels=channels,
             )
 
+        self.front = FinestPixels()
         self.crop_backbone = backbone(architecture.crop_channels)
         self.thumbnail_backbone = backbone(architecture.thumbnail_channels)
         features = 2 * architecture.crop_channels[-1] + architecture.thumbnail_channels[-1]
@@ -75,13 +92,19 @@ class DegradationNetwork(nn.Module):
         )
 
     def forward(self, crops: Tensor, thumbnails: Tensor) -> Tensor:
+        """Logits, B x labels in the order of `LABELS`.
+
+        Args:
+            crops: B x N x 3 x P x P, RGB on the 0..255 scale, P even.
+            thumbnails: B x 3 x T x T, RGB on the 0..255 scale, T even.
+        """
         batch, count = crops.shape[:2]
-        seen: Tensor = self.crop_backbone(finest_pixels(crops.flatten(0, 1))).view(batch, count, -1)
-        whole: Tensor = self.thumbnail_backbone(finest_pixels(thumbnails))
+        seen: Tensor = self.crop_backbone(self.front(crops.flatten(0, 1))).view(batch, count, -1)
+        whole: Tensor = self.thumbnail_backbone(self.front(thumbnails))
         logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole], dim=1))
         return logits
 
 
 def to_input(pixels: Tensor) -> Tensor:
-    """uint8 ... x H x W x 3 -> float32 ... x 3 x H x W in [0, 1], channels last in memory."""
-    return pixels.movedim(-1, -3).float() / 255
+    """uint8 ... x H x W x 3 -> float32 ... x 3 x H x W on the 0..255 scale, channels last in memory."""
+    return pixels.movedim(-1, -3).float()

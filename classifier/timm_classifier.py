@@ -24,14 +24,15 @@ class TimmClassifier:
         self.sha256 = weights.sha256
         self.weights = weights
         self.device = torch.device(device)
-        self.network = weights.network.to(self.device, memory_format=torch.channels_last)
+        self.network = weights.network.to(self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def _logits(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
         views = take_views(image, self.weights.view)
         crops = to_input(torch.from_numpy(views.crops).to(self.device))[None]
         thumbnails = to_input(torch.from_numpy(views.thumbnail.copy()).to(self.device))[None]
-        return self.network(crops, thumbnails)[0].double().cpu().numpy()
+        logits: NDArray[np.float64] = self.network(crops, thumbnails)[0].double().cpu().numpy()
+        return logits
 
     def _predict_one(self, image: NDArray[np.uint8]) -> Prediction:
         probability = probabilities(self._logits(image), self.weights.temperature)

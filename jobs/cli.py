@@ -56,13 +56,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one J
 @contextmanager
 def _faults_explained() -> Iterator[None]:
     """Wrong usage ends with exit code 2, a run that broke off with 1, a signal with 128 and its number."""
-    from jobs.runner import RunError, RunInterrupted
+    from jobs.runner import RunError, RunInterruptedError
 
     try:
         yield
     except UsageError as error:
         code, fault = 2, cast(Exception, error)
-    except RunInterrupted as error:
+    except RunInterruptedError as error:
         code, fault = 128 + error.signal_number, error
     except RunError as error:
         code, fault = 1, error

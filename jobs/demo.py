@@ -15,7 +15,7 @@ from skimage import data
 
 from classifier.labels import Degradation
 from jobs import display
-from jobs.config import RestoreOptions
+from jobs.config import read_options
 from jobs.errors import UsageError
 from jobs.progress import ProgressView
 from jobs.restore import make_runner, prepare, run, sole_driver
@@ -84,7 +84,7 @@ def run_demo(out: Path, *, engine: str, messages: Console, results: Console) -> 
     for name in ("source", "reference", "run"):
         shutil.rmtree(out / name, ignore_errors=True)
     _write_photographs(out)
-    options = RestoreOptions(reference=out / "reference", engine=engine)  # type: ignore[arg-type]
+    options = read_options(None, {"reference": out / "reference", "engine": engine})
     with sole_driver(out / "source", out / "run"):
         job = prepare(out / "source", out / "run", options)
         display.before(messages, job, options)

@@ -1,11 +1,13 @@
 """What commands print, for a terminal of 80 columns, and the records behind `--json`."""
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from classifier.registry import known_classifiers
+from classifier.weights import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
 from jobs.restore import Job
 from models.registry import list_models
@@ -38,7 +40,7 @@ def after(console: Console, summary: Summary) -> None:
     table.add_row("labels", _counts(summary.labels) or "none")
     table.add_row(
         "speed",
-        f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} megapixels/s over {summary.elapsed_s:.1f} s",
+        f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} MP/s in {summary.elapsed_s:.1f} s",
     )
     table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
     if summary.psnr_db is not None and summary.psnr_input_db is not None:
@@ -101,8 +103,16 @@ def plan(console: Console, job: Job, estimated: Estimate) -> None:
 
 def model_records() -> list[dict[str, Any]]:
     """Restoration and classifier weights, JSON-ready."""
-    restorers = [{"kind": "restorer"} | spec.as_dict() for spec in list_models()]
-    return restorers + [{"kind": "classifier"} | spec.as_dict() for spec in known_classifiers()]
+    restorers: list[dict[str, Any]] = []
+    for spec in list_models():
+        size_bytes = spec.file.stat().st_size if spec.file is not None else None
+        record = asdict(spec) | {"file": None if spec.file is None else str(spec.file), "size_bytes": size_bytes}
+        restorers.append({"kind": "restorer"} | record)
+    classifiers = [
+        {"kind": "classifier", "name": card.stem} | json.loads(card.read_text(encoding="utf-8"))
+        for card in sorted(CLASSIFIERS_DIR.glob("*.json"))
+    ]
+    return restorers + classifiers
 
 
 def models(console: Console) -> None:

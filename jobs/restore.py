@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from jobs.errors import UsageError
 from jobs.runner import Runner
 from models import load_restorer
 from models.errors import WeightsError
-from pipeline.plan import Estimate, PlanChanges, estimate, load_plan, update_plan
+from pipeline.plan import Estimate, PlanChanges, PlanError, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label
 from pipeline.records import Outcome, Shard
 from pipeline.report import Summary, summarise
@@ -116,9 +116,12 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     )
     if job is None:
         directory.write_json(directory.job_path, _job_record(context, options))
-    listed = Listing(images=listing.images[: options.limit], ignored=listing.ignored)
-    changes = update_plan(out, listed)
-    shards = tuple(load_plan(out))
+    try:
+        listed = _limited(listing, options.limit, out)
+        changes = update_plan(out, listed)
+        shards = tuple(load_plan(out))
+    except PlanError as error:
+        raise UsageError(str(error)) from error
     finished = done(out)
     left = (Shard(s.shard_id, tuple(i for i in s.images if (i.image_id, i.revision) not in finished)) for s in shards)
     return Job(
@@ -145,12 +148,12 @@ def measure_speed(options: RestoreOptions) -> float:
         classifier.predict([image])
         restorer.restore([image], restorer.prompts.keys[:1])
         seconds.append(time.perf_counter() - started)
-    return image.shape[0] * image.shape[1] / 1e6 / float(np.median(seconds[1:]))
+    return float(image.shape[0] * image.shape[1] / 1e6 / np.median(seconds[1:]))
 
 
 def estimate_job(job: Job, *, megapixels_per_s: float | None) -> Estimate:
     """Time and disk for the images listed, from a sample of their headers."""
-    return estimate(job.listing, megapixels_per_s=megapixels_per_s)
+    return estimate(job.listing, megapixels_per_s=megapixels_per_s, output_format=job.context.config.output_format)
 
 
 @contextmanager
@@ -246,6 +249,15 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
+
+
+def _limited(listing: Listing, limit: int | None, out: Path) -> Listing:
+    """The first `limit` images and whatever is planned already."""
+    planned = {image.image_id for shard in load_plan(out) for image in shard.images}
+    images = [
+        image for i, image in enumerate(listing.images) if limit is None or i < limit or image.image_id in planned
+    ]
+    return replace(listing, images=tuple(images))
 
 
 def _read_job(directory: RunDirectory) -> dict[str, Any] | None:

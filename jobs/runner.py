@@ -1,11 +1,14 @@
 """What the local and the Ray runner share: which shard goes where next, and what a worker's death means."""
 
+import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -27,7 +30,7 @@ class RunError(Exception):
     """The run cannot go on; what is committed stays, and the same command resumes it. The message says why."""
 
 
-class RunInterrupted(RunError):
+class RunInterruptedError(RunError):
     """SIGINT or SIGTERM: workers have committed what they had."""
 
     def __init__(self, signal_number: int) -> None:
@@ -42,7 +45,7 @@ class Runner(Protocol):
         """Returns when every image of `shards` has a row in the manifest.
 
         `on_outcomes` is called in this process, once per image, as images get done (which may be before
-        their rows are committed). Raises RunError when the run cannot go on.
+        their rows are committed: the manifest is what counts). Raises RunError when the run cannot go on.
         """
         ...
 
@@ -109,7 +112,10 @@ class Dispatcher:
 
     def done(self, shard_id: str) -> None:
         """The shard's worker has committed a row for each image."""
-        del self._assigned[shard_id]
+        shard = self._assigned.pop(shard_id).shard
+        if any(ref.image_id not in self._reported for ref in shard.images):
+            # Committed by a worker that died before it could tell.
+            self.report(shard_id, self._directory.rows(shard_id))
 
     def give_back(self, shard_id: str) -> None:
         """The shard's worker ended before its end through no fault of an image: same attempt, elsewhere."""
@@ -145,6 +151,17 @@ class Dispatcher:
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
         self._waiting.append(replace(assignment, attempt=assignment.attempt + 1))
+
+
+def log_to(path: Path) -> None:
+    """Sends this process's stdout and stderr, those of native code included, to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 class StopRequest:

@@ -6,6 +6,7 @@ A run stops after `--max-minutes` or `--steps` and goes on from its last checkpo
 
 import argparse
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def learning_rate(progress: float, *, peak: float) -> float:
     """Linear warm-up over the first 2 %, then a cosine to a hundredth of the peak."""
     if progress < 0.02:
         return peak * (progress + 1e-3) / 0.02
-    return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -182,9 +183,9 @@ def train(arguments: argparse.Namespace) -> None:
     network.to(memory_format=torch.channels_last)
     average = DFPIR(COMPACT).to(memory_format=torch.channels_last).requires_grad_(False)
     average.load_state_dict(network.state_dict())
-    trained = [p for p in network.parameters() if p.requires_grad]
+    trained: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
     by_name = dict(average.named_parameters())
-    averaged = [by_name[name] for name, p in network.named_parameters() if p.requires_grad]
+    averaged: list[Tensor] = [by_name[name] for name, p in network.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     step, seconds = 0, 0.0
     if arguments.out.exists():
@@ -214,7 +215,7 @@ def train(arguments: argparse.Namespace) -> None:
             restored = network(degraded, prompts)
         loss = relative_l1(restored, clean)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(trained, 2.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")

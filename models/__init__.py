@@ -1,0 +1,36 @@
+"""DFPIR: the network, its prompts and weights, and the Restorer that runs it."""
+
+from torch import nn
+
+from models.dfpir import DFPIR, DFPIRConfig
+from models.errors import WeightsError
+from models.prompts import PromptBank, orthogonal_bank
+from models.registry import ModelSpec, list_models
+from models.restorer import Restorer, load_restorer
+
+__all__ = [
+    "ModelSpec",
+    "PromptBank",
+    "Restorer",
+    "WeightsError",
+    "build_model",
+    "list_models",
+    "load_restorer",
+    "orthogonal_bank",
+]
+
+
+def build_model(name: str, **config: object) -> nn.Module:
+    """A network with random weights, for training: `build_model("dfpir", dim=24)`.
+
+    Args:
+        name: `dfpir`, the one architecture there is.
+        config: fields of `DFPIRConfig`; what is not given is as published.
+
+    Raises:
+        ValueError: an unknown architecture, or a configuration out of range.
+        TypeError: an unknown field.
+    """
+    if name != "dfpir":
+        raise ValueError(f"unknown architecture {name!r}; known: 'dfpir'")
+    return DFPIR(DFPIRConfig(**config))  # type: ignore[arg-type] # DFPIRConfig checks its fields

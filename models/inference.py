@@ -11,8 +11,6 @@ Differences from the plain form in `models.dfpir`, none of which changes the res
 - Reducing a concatenation is the sum of two products, without the concatenation.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -260,7 +258,7 @@ class InferenceDFPIR(nn.Module):
         super().__init__()
         self.config = network.config
         self.dtype = dtype
-        orders: Mapping[str, Tensor] = bank.permutations or prompt_permutations(network, bank.embeddings)
+        orders = bank.permutations or prompt_permutations(network, bank.embeddings)
 
         def perturbation(name: str) -> _Perturbation:
             plain = network.get_submodule(name)

@@ -27,9 +27,9 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         found = tuple(state[key].shape) if key in state else default
         return found if len(found) == len(default) else default
 
-    def count(level: str) -> int:
-        indices = {key.split(".")[1] for key in state if key.startswith(f"{level}.")}
-        return max((int(i) + 1 for i in indices if i.isdecimal()), default=0)
+    def count(default: int, *levels: str) -> int:
+        indices = {key.split(".")[1] for key in state if key.split(".")[0] in levels}
+        return max((int(i) + 1 for i in indices if i.isdecimal()), default=default)
 
     dim, image_channels, *_ = shape("patch_embed.proj.weight", (published.dim, 3, 3, 3))
     wide = shape("encoder_shuffle_channel1.conv1x1.weight", (published.shuffle_expansion * dim, dim, 1, 1))[0]
@@ -41,12 +41,15 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         dim * 2**i: shape(f"{level}.0.ffn.project_out.weight", (dim * 2**i, 0, 1, 1))[1]
         for i, level in enumerate(_LEVELS)
     }
-    blocks = [count(level) for level in _LEVELS]
+    blocks = [
+        count(default, level, level.replace("encoder", "decoder"))
+        for level, default in zip(_LEVELS, published.num_blocks, strict=True)
+    ]
     try:
         return DFPIRConfig(
             dim=dim,
             num_blocks=(blocks[0], blocks[1], blocks[2], blocks[3]),
-            num_refinement_blocks=count("refinement"),
+            num_refinement_blocks=count(published.num_refinement_blocks, "refinement"),
             heads=(heads[0], heads[1], heads[2], heads[3]),
             ffn_expansion_factor=_expansion({channels: h for channels, h in hidden.items() if h}),
             shuffle_expansion=wide // dim,
@@ -62,7 +65,7 @@ def _expansion(hidden: Mapping[int, int]) -> float:
     if not hidden:
         return published
     low = max(h / channels for channels, h in hidden.items())
-    candidates = [published, *(math.ceil(low * 10**digits) / 10**digits for digits in range(7))]
+    candidates: list[float] = [published, *(math.ceil(low * 10**digits) / 10**digits for digits in range(7))]
     for candidate in candidates:
         if all(int(channels * candidate) == h for channels, h in hidden.items()):
             return candidate

@@ -39,7 +39,7 @@ def spans(length: int, *, tile_px: int, overlap_px: int, multiple: int) -> list[
 
     Args:
         length: of the axis in pixels, a multiple of `multiple`.
-        tile_px: length of each stretch, a multiple of `multiple` above `overlap_px`; the whole axis where it is shorter.
+        tile_px: length of each stretch, a multiple of `multiple` above `overlap_px`; a shorter axis is one stretch.
         overlap_px: least overlap, a multiple of `multiple`.
         multiple: starts are multiples of it.
     """

@@ -12,20 +12,19 @@ Loading is strict: whatever is missing, unexpected, of another shape, not finite
 `WeightsError`. Nothing that a file holds is executed.
 """
 
+import copy
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.container import listed, metadata_entry, metadata_json, read_container, require_finite, write_container
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, prompt_guidance, prompt_permutations
@@ -33,7 +32,6 @@ from models.released import infer_config
 
 FORMAT = "dfpir-weights"
 BANK_FORMAT = "dfpir-prompts"
-FORMAT_VERSION = 1
 ARCHITECTURE = "dfpir"
 RELEASED_SUFFIXES = (".pth.tar", ".pth", ".tar", ".ckpt")
 _GUIDANCE = ("linear_layer1.", "linear_layer3.")
@@ -79,9 +77,10 @@ def save_checkpoint(
         f"network.{key}": value.detach().cpu().to(torch.float32 if _is_guidance(key) else torch.float16)
         for key, value in network.state_dict().items()
     }
-    _require_finite(path, tensors)
+    require_finite(path, tensors)
     tensors["prompts.embeddings"] = prompts.embeddings.cpu()
-    for block, order in prompt_permutations(network.cpu().float(), prompts.embeddings.cpu()).items():
+    exact = copy.deepcopy(network).cpu().float()
+    for block, order in prompt_permutations(exact, prompts.embeddings.cpu()).items():
         tensors[f"prompts.permutations.{block}"] = order.to(torch.int32)
     metadata = {
         "format": FORMAT,
@@ -91,12 +90,10 @@ def save_checkpoint(
         "provenance": json.dumps(provenance),
         **_describe_prompts(prompts),
     }
-    _write(path, tensors, metadata)
+    write_container(path, tensors, metadata)
 
 
-def load_checkpoint(
-    path: Path, prompts: PromptBank | None = None, *, expected_sha256: str | None = None
-) -> Checkpoint:
+def load_checkpoint(path: Path, prompts: PromptBank | None = None, *, expected_sha256: str | None = None) -> Checkpoint:
     """Reads a `.safetensors` checkpoint of ours, or a released `.pth.tar`.
 
     Args:
@@ -131,15 +128,15 @@ def load_checkpoint(
 
 def save_prompt_bank(path: Path, bank: PromptBank) -> None:
     """Writes a bank alone (`.safetensors`), to go with a released checkpoint."""
-    _write(path, {"embeddings": bank.embeddings.cpu()}, {"format": BANK_FORMAT, **_describe_prompts(bank)})
+    write_container(path, {"embeddings": bank.embeddings.cpu()}, {"format": BANK_FORMAT, **_describe_prompts(bank)})
 
 
 def load_prompt_bank(path: Path) -> PromptBank:
     """Reads what `save_prompt_bank` wrote; raises WeightsError for every fault of the file."""
-    metadata, tensors = _read(Path(path), expected_format=BANK_FORMAT)
+    metadata, tensors = read_container(Path(path), expected_format=BANK_FORMAT)
     if set(tensors) != {"embeddings"}:
-        raise WeightsError(f"{path}: a prompt bank holds the tensor embeddings alone, not {_names(tensors)}")
-    _require_finite(path, tensors)
+        raise WeightsError(f"{path}: a prompt bank holds the tensor embeddings alone, not {listed(tensors)}")
+    require_finite(path, tensors)
     return _bank(path, metadata, tensors["embeddings"])
 
 
@@ -150,10 +147,10 @@ def bank_beside(path: Path) -> Path:
 
 
 def _load_own(path: Path, sha256: str) -> Checkpoint:
-    metadata, tensors = _read(path, expected_format=FORMAT)
-    if (architecture := _entry(path, metadata, "architecture")) != ARCHITECTURE:
+    metadata, tensors = read_container(path, expected_format=FORMAT)
+    if (architecture := metadata_entry(path, metadata, "architecture")) != ARCHITECTURE:
         raise WeightsError(f"{path}: unknown architecture {architecture!r}; known: {ARCHITECTURE!r}")
-    config_fields = _json(path, metadata, "config", dict)
+    config_fields = metadata_json(path, metadata, "config", dict)
     try:
         config = DFPIRConfig(**config_fields)
     except (TypeError, ValueError) as error:
@@ -164,14 +161,14 @@ def _load_own(path: Path, sha256: str) -> Checkpoint:
     extra = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
     if "prompts.embeddings" not in extra:
         raise WeightsError(f"{path}: missing key: prompts.embeddings")
-    _require_finite(path, {"prompts.embeddings": extra["prompts.embeddings"]})
+    require_finite(path, {"prompts.embeddings": extra["prompts.embeddings"]})
     bank = _bank(path, metadata, extra.pop("prompts.embeddings"))
     bank = _with_stored_permutations(path, network, bank, extra)
     return Checkpoint(
         network=network,
         prompts=bank,
-        licence=_entry(path, metadata, "licence"),
-        provenance=_json(path, metadata, "provenance", dict),
+        licence=metadata_entry(path, metadata, "licence"),
+        provenance=metadata_json(path, metadata, "provenance", dict),
         sha256=sha256,
         path=path,
     )
@@ -188,11 +185,11 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is not a PyTorch checkpoint, or is cut short: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        found = _names(content) if isinstance(content, dict) else type(content).__name__
+        found = listed(content) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{path}: expected an entry state_dict, as released checkpoints have; found {found}")
     state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
     if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise WeightsError(f"{path}: entries of state_dict that are no tensors: {_names(odd)}")
+        raise WeightsError(f"{path}: entries of state_dict that are no tensors: {listed(odd)}")
     network = _build(path, infer_config(path, state), state)
     if prompts is None:
         beside = bank_beside(path)
@@ -220,18 +217,18 @@ def _build(path: Path, config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPI
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     faults = []
     if missing := [key for key in shapes if key not in state]:
-        faults.append(f"missing keys: {_names(missing)}")
+        faults.append(f"missing keys: {listed(missing)}")
     if unexpected := [key for key in state if key not in shapes]:
-        faults.append(f"unexpected keys: {_names(unexpected)}")
+        faults.append(f"unexpected keys: {listed(unexpected)}")
     if wrong := [
         f"{key} is {tuple(value.shape)}, not {shapes[key]}"
         for key, value in state.items()
         if key in shapes and tuple(value.shape) != shapes[key]
     ]:
-        faults.append(f"wrong shapes: {_names(wrong)}")
+        faults.append(f"wrong shapes: {listed(wrong)}")
     if faults:
         raise WeightsError(f"{path} does not fit DFPIR of {config.as_dict()}: {'; '.join(faults)}")
-    _require_finite(path, state)
+    require_finite(path, state)
     network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return network.eval()
 
@@ -247,7 +244,7 @@ def _with_stored_permutations(path: Path, network: DFPIR, bank: PromptBank, stor
     names = {f"prompts.permutations.{block}": block for block in guidance}
     if set(stored) != set(names):
         missing, unexpected = set(names) - set(stored), set(stored) - set(names)
-        raise WeightsError(f"{path}: missing keys: {_names(missing)}; unexpected keys: {_names(unexpected)}")
+        raise WeightsError(f"{path}: missing keys: {listed(missing)}; unexpected keys: {listed(unexpected)}")
     for name, block in names.items():
         order, values = stored[name].long(), guidance[block]
         expected = torch.arange(values.shape[1]).expand_as(values)
@@ -264,72 +261,18 @@ def _with_stored_permutations(path: Path, network: DFPIR, bank: PromptBank, stor
     return replace(bank, permutations=orders)
 
 
-def _read(path: Path, *, expected_format: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file of one of our formats."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a safetensors file, or is cut short: {error}") from error
-    if (found := _entry(path, metadata, "format")) != expected_format:
-        raise WeightsError(f"{path} is of format {found!r}, not {expected_format!r}")
-    if (version := _entry(path, metadata, "format_version")) != str(FORMAT_VERSION):
-        raise WeightsError(
-            f"{path} is of format version {version}; this release reads {FORMAT_VERSION}: update dfpir or export again"
-        )
-    return metadata, tensors
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    contiguous = {key: value.contiguous() for key, value in tensors.items()}
-    safetensors.torch.save_file(contiguous, partial, {"format_version": str(FORMAT_VERSION), **metadata})
-    os.replace(partial, path)
-
-
 def _describe_prompts(bank: PromptBank) -> dict[str, str]:
     pairs = [{"key": key, "sentence": sentence} for key, sentence in zip(bank.keys, bank.sentences, strict=True)]
     return {"prompts": json.dumps(pairs)}
 
 
 def _bank(path: Path, metadata: Mapping[str, str], embeddings: Tensor) -> PromptBank:
-    pairs = _json(path, metadata, "prompts", list)
+    pairs = metadata_json(path, metadata, "prompts", list)
     try:
         return PromptBank(tuple(p["key"] for p in pairs), tuple(p["sentence"] for p in pairs), embeddings)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its prompts are not usable: {error}") from error
 
 
-def _entry(path: Path, metadata: Mapping[str, str], key: str) -> str:
-    if key not in metadata:
-        raise WeightsError(f"{path} lacks {key!r} in its metadata; was it written by dfpir?")
-    return metadata[key]
-
-
-def _json(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> Any:
-    text = _entry(path, metadata, key)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path}: {key!r} in its metadata is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise WeightsError(f"{path}: {key!r} in its metadata is a {type(value).__name__}, not a {kind.__name__}")
-    return value
-
-
-def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    if bad := [key for key, value in tensors.items() if not value.isfinite().all()]:
-        raise WeightsError(f"{path}: weights that are not finite: {_names(bad)}")
-
-
 def _is_guidance(key: str) -> bool:
     return any(part in key for part in _GUIDANCE)
-
-
-def _names(names: Any, limit: int = 8) -> str:
-    listed = [str(name) for name in names]
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more if listed else "none"

@@ -47,6 +47,15 @@ class Item:
             self.view = to_uint8(self.decoded().pixels)
         return self.view
 
+    def result_seen(self) -> NDArray[np.uint8]:
+        """The restored picture in eight bits, H x W x 3; only after the restore stage."""
+        assert self.restored is not None
+        return to_uint8(self.restored)
+
+    def drop_pixels(self) -> None:
+        """Only the row is still needed."""
+        self.data, self.image, self.view, self.reference, self.restored = b"", None, None, None, None
+
     def add_ms(self, stage: Stage, milliseconds: float) -> None:
         """Adds to the time spent on this image in a stage."""
         name = f"{stage}_ms"

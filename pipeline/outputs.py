@@ -30,7 +30,8 @@ def restored_name(
 
     Args:
         relative_path: of the source image; its extension is one of `IMAGE_EXTENSIONS`.
-        source_format, output_format: Pillow's names of what was read and what is written.
+        source_format: Pillow's name of what was read.
+        output_format: Pillow's name of what is written.
         option: the value of `--format`.
         taken: whether a relative path is that of a source image.
     """

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.faults import fault_point
-from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, to_table
+from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, Status, to_table
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_WAIT_S = 60.0
@@ -136,7 +136,19 @@ class RunDirectory:
 
     def committed(self, shard_id: str) -> set[tuple[str, int]]:
         """(image id, revision) of the rows that a shard's parts hold."""
-        return _keys(part for part in self.parts() if part.name.rpartition("-")[0] == shard_id)
+        return _keys(iter(self._parts_of(shard_id)))
+
+    def rows(self, shard_id: str) -> list[Outcome]:
+        """What a shard's parts hold."""
+        tables = [_read_part(part) for part in self._parts_of(shard_id)]
+        return [
+            Outcome(**{**row, "status": Status(row["status"]), "warnings": tuple(row["warnings"])})
+            for table in tables
+            for row in table.to_pylist()
+        ]
+
+    def _parts_of(self, shard_id: str) -> list[Path]:
+        return [part for part in self.parts() if part.name.rpartition("-")[0] == shard_id]
 
     def parts(self) -> list[Path]:
         """Manifest parts, sorted by name; unfinished ones have another ending and are not among them."""

@@ -38,6 +38,7 @@ class Listing:
 
     @property
     def size_bytes(self) -> int:
+        """Of all candidates together."""
         return sum(image.size_bytes for image in self.images)
 
 
@@ -59,7 +60,8 @@ def list_source(src: Path) -> Listing:
         raise SourceError(f"source {src} is not a directory", hint="give the folder that holds the images")
     root = src.resolve()
     images: dict[str, ImageRef] = {}
-    ignored, unreadable = 0, []
+    ignored = 0
+    unreadable: list[str] = []
     for entry in _walk(os.fspath(root), unreadable):
         ref = _candidate(entry, root)
         if ref is None:

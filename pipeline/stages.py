@@ -82,7 +82,7 @@ def measure_result(item: Item) -> None:
             if item.reference is not None:
                 item.facts.update(psnr_db=item.facts["psnr_input_db"], ssim=item.facts["ssim_input"])
             return
-        result, seen = to_uint8(item.restored), item.seen()
+        result, seen = item.result_seen(), item.seen()
         if item.reference is not None:
             item.facts.update(psnr_db=psnr_db(result, item.reference), ssim=ssim(result, item.reference))
         change = float(np.sqrt(np.mean((result.astype(np.float32) - seen) ** 2)))

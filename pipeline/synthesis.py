@@ -23,11 +23,11 @@ def to_uint8(image: FloatImage) -> NDArray[np.uint8]:
 
 
 def _clip(image: NDArray[np.floating]) -> FloatImage:
-    return np.clip(image, 0, 1).astype(np.float32)
+    return cast(FloatImage, np.clip(image, 0, 1).astype(np.float32))
 
 
 def _fast_length(length: int) -> int:
-    """The next length whose only prime factors are 2, 3 and 5: Fourier transforms of others are several times slower."""
+    """The next length with no prime factor but 2, 3 and 5: Fourier transforms of others are several times slower."""
     while True:
         rest = length
         for prime in (2, 3, 5):
@@ -93,7 +93,7 @@ def line_kernel(length_px: float, angle_deg: float, width_px: float) -> NDArray[
     along = np.abs(x * np.sin(angle) + y * np.cos(angle))
     across = np.abs(x * np.cos(angle) - y * np.sin(angle))
     body = np.clip(length_px / 2 - along + 0.5, 0, 1) * np.exp(-0.5 * (across / (width_px / 2)) ** 2)
-    return (body / body.max()).astype(np.float32)
+    return cast(NDArray[np.float32], (body / body.max()).astype(np.float32))
 
 
 def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
@@ -177,7 +177,7 @@ def trajectory_kernel(rng: np.random.Generator, *, length_px: float) -> NDArray[
         np.add.at(kernel, (row + dy + radius, column + dx + radius), weight)
     soft = np.outer([0.05, 0.9, 0.05], [0.05, 0.9, 0.05])
     kernel = np.asarray(convolve(kernel[:, :, None].astype(np.float32), soft)[:, :, 0], dtype=np.float64).clip(0)
-    return (kernel / kernel.sum()).astype(np.float32)
+    return cast(NDArray[np.float32], (kernel / kernel.sum()).astype(np.float32))
 
 
 def add_motion_blur(image: FloatImage, rng: np.random.Generator, *, longest_px: float = 40.0) -> FloatImage:
@@ -217,7 +217,7 @@ def disk_kernel(radius_px: float) -> NDArray[np.float32]:
     reach = int(np.ceil(radius_px)) + 1
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = np.clip(radius_px + 0.5 - np.hypot(x, y), 0, 1)
-    return (disk / disk.sum()).astype(np.float32)
+    return cast(NDArray[np.float32], (disk / disk.sum()).astype(np.float32))
 
 
 def gaussian_kernel(sigma_px: float) -> NDArray[np.float32]:
@@ -225,7 +225,7 @@ def gaussian_kernel(sigma_px: float) -> NDArray[np.float32]:
     reach = max(1, int(np.ceil(3 * sigma_px)))
     line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma_px, 1e-3)) ** 2)
     kernel = np.outer(line, line)
-    return (kernel / kernel.sum()).astype(np.float32)
+    return cast(NDArray[np.float32], (kernel / kernel.sum()).astype(np.float32))
 
 
 def add_other(image: FloatImage, rng: np.random.Generator) -> FloatImage:

@@ -1,33 +1,27 @@
-"""A worker: shards in, images and committed rows out. It runs in a plain loop, a child process and a Ray actor alike."""
+"""A worker: shards in, images and committed rows out. Runs in a plain loop, a child process and a Ray actor alike."""
 
-import logging
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from classifier import load_classifier
-from classifier.base import Classifier, Prediction
-from classifier.labels import Degradation
-from classifier.sigma import estimate_sigma
+from classifier.base import Classifier
 from models import load_restorer
-from models.prompts import PromptBank
-from pipeline.batching import batches, in_halves, is_out_of_memory, padded
 from pipeline.faults import fault_point
-from pipeline.images import Pixels
 from pipeline.item import Item
 from pipeline.journal import Journal
+from pipeline.judge import Judge
 from pipeline.outputs import ReferenceIndex
-from pipeline.prompting import decide
 from pipeline.records import ImageRef, Outcome, Shard, Stage, Status
+from pipeline.restoring import BatchRestorer, ImageRestorer
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 from pipeline.stages import load, measure_input, measure_result, write
@@ -39,22 +33,6 @@ WINDOW_PIXELS = 32_000_000
 READERS, WRITERS = 2, 2
 
 OnOutcomes = Callable[[list[Outcome]], None]
-
-_log = logging.getLogger(__name__)
-
-
-class ImageRestorer(Protocol):
-    """What the worker needs of `models.Restorer`."""
-
-    name: str
-    prompts: PromptBank
-    size_multiple: int
-
-    def restore(self, images: Sequence[Pixels], prompt_keys: Sequence[str]) -> list[Pixels]: ...
-
-    def batch_limit(self, height: int, width: int) -> int: ...
-
-    def tile_px_for(self, height: int, width: int) -> int | None: ...
 
 
 class Ledger:
@@ -88,16 +66,27 @@ class Worker:
         self, context: RunContext, *, restorer: ImageRestorer, classifier: Classifier | None, worker_id: str
     ) -> None:
         """`classifier` may be None when the run's label is forced."""
-        if classifier is None and context.config.label == "auto":
-            raise ValueError("a run with --label auto needs a classifier")
         self._context, self._config = context, context.config
-        self._restorer, self._classifier, self._worker_id = restorer, classifier, worker_id
+        self._judge = Judge(context.config, classifier=classifier, prompts=restorer.prompts.keys)
+        self._restoring = BatchRestorer(restorer, device=context.device)
         self._directory = RunDirectory(context.run_dir)
         self._source_root = Path(context.source_root)
         reference = context.config.reference
         self._references = ReferenceIndex(Path(reference)) if reference is not None else None
-        self._host = socket.gethostname()
         self._stop = threading.Event()
+        self._facts: dict[str, Any] = {
+            "worker_id": worker_id,
+            "host": socket.gethostname(),
+            "device": context.device,
+            "dtype": context.config.dtype,
+            "classifier": self._judge.classifier_name,
+            "label_source": "auto" if context.config.label == "auto" else "forced",
+            "run_id": context.run_id,
+            "config_digest": context.config.digest,
+            "model": restorer.name,
+            "weights_sha256": context.config.weights_sha256,
+            "code_version": context.code_version,
+        }
 
     @property
     def is_stopping(self) -> bool:
@@ -120,7 +109,7 @@ class Worker:
             todo = [ref for ref in shard.images if (ref.image_id, ref.revision) not in committed]
             journal = Journal(self._directory.journal_dir, shard.shard_id)
             ledger = Ledger(self._directory, shard.shard_id, on_outcomes, self._context.commit_every_s)
-            base = self._base_facts(shard.shard_id, attempt)
+            base = dict(self._facts, shard_id=shard.shard_id, attempt=attempt)
             if attempt > 1 or not journal.is_empty:
                 self._go_carefully(todo, base, journal, ledger)
             else:
@@ -129,17 +118,16 @@ class Worker:
             if not self.is_stopping:
                 journal.remove()
 
-    def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, object], ledger: Ledger) -> None:
+    def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger) -> None:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
         with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(WRITERS, "write") as writers:
             finishing: deque[Future[Item]] = deque()
             try:
                 for window in self._windows(refs, base, readers):
                     for batch in self._prepared_batches(window):
-                        self._restore(batch)
-                        self._finish_behind(batch, writers, finishing, ledger)
-                        if self.is_stopping:
-                            break
+                        if not self.is_stopping:
+                            self._restore(batch)
+                            self._finish_behind(batch, writers, finishing, ledger)
                     if self.is_stopping:
                         break
             finally:
@@ -148,7 +136,7 @@ class Worker:
                 ledger.add(finishing.popleft().result().outcome())
 
     def _windows(
-        self, refs: Sequence[ImageRef], base: dict[str, object], readers: ThreadPoolExecutor
+        self, refs: Sequence[ImageRef], base: dict[str, Any], readers: ThreadPoolExecutor
     ) -> Iterator[list[Item]]:
         """Loaded images, some at a time; the next ones are read meanwhile, as long as they are not too large."""
         waiting, ahead = deque(refs), deque[Future[Item]]()
@@ -160,7 +148,7 @@ class Worker:
 
         window: list[Item] = []
         read_ahead()
-        while ahead:
+        while ahead and not self.is_stopping:
             window.append(ahead.popleft().result())
             read_ahead()
             if len(window) == WINDOW_IMAGES or sum(map(_pixels, window)) >= WINDOW_PIXELS or not ahead:
@@ -176,9 +164,7 @@ class Worker:
         while finishing and (finishing[0].done() or len(finishing) > WINDOW_IMAGES):
             ledger.add(finishing.popleft().result().outcome())
 
-    def _go_carefully(
-        self, refs: Sequence[ImageRef], base: dict[str, object], journal: Journal, ledger: Ledger
-    ) -> None:
+    def _go_carefully(self, refs: Sequence[ImageRef], base: dict[str, Any], journal: Journal, ledger: Ledger) -> None:
         """One image at a time; suspects come last and after a commit, so that their deaths cost others nothing."""
         journal.count_death()
         for ref in sorted(refs, key=lambda ref: journal.deaths(ref.image_id)):
@@ -200,7 +186,7 @@ class Worker:
                 journal.end()
             ledger.add(item.outcome())
 
-    def _load(self, ref: ImageRef, base: dict[str, object]) -> Item:
+    def _load(self, ref: ImageRef, base: dict[str, Any]) -> Item:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
         load(item, self._config)
         measure_input(item, self._references, self._config)
@@ -208,81 +194,65 @@ class Worker:
 
     def _prepared_batches(self, window: list[Item]) -> Iterator[list[Item]]:
         """Decides on each image of a window, then cuts it into batches; images that skip the network come first."""
-        self._classify([item for item in window if not item.has_failed])
+        self._judge.decide([item for item in window if not item.has_failed])
         aside = [item for item in window if item.status is not Status.RESTORED]
         if aside:
             yield aside
-        multiple = self._restorer.size_multiple
-
-        def shape(item: Item) -> tuple[int, int, str]:
-            pixels = item.decoded().pixels
-            return padded(pixels.shape[0], multiple), padded(pixels.shape[1], multiple), str(pixels.dtype)
-
-        to_restore = [item for item in window if item.status is Status.RESTORED]
-        yield from batches(to_restore, key=shape, limit=lambda key: self._restorer.batch_limit(key[0], key[1]))
-
-    def _classify(self, items: list[Item]) -> None:
-        """Notes label, decision and prompt of each."""
-        if not items:
-            return
-
-        def work(batch: Sequence[Item]) -> None:
-            started = time.perf_counter()
-            predictions: Sequence[Prediction | None] = [None] * len(batch)
-            if self._config.label == "auto" and self._classifier is not None:
-                predictions = self._classifier.predict([item.seen() for item in batch])
-            for item, prediction in zip(batch, predictions, strict=True):
-                self._decide(item, prediction)
-            for item in batch:
-                item.add_ms(Stage.CLASSIFY, (time.perf_counter() - started) * 1000 / len(batch))
-
-        in_halves(
-            items,
-            work,
-            on_halved=lambda batch, error: None,
-            on_fault=lambda item, error: item.fail(Stage.CLASSIFY, error),
-        )
-
-    def _decide(self, item: Item, prediction: Prediction | None) -> None:
-        raise NotImplementedError
+        yield from self._restoring.batches([item for item in window if item.status is Status.RESTORED])
 
     def _restore(self, batch: Sequence[Item]) -> None:
-        """Restores a batch of one padded shape, in smaller ones when memory runs out or an image is at fault."""
-        batch = [item for item in batch if item.status is Status.RESTORED]
-        if not batch:
-            return
-        height, width = batch[0].decoded().pixels.shape[:2]
-        tile_px = self._restorer.tile_px_for(height, width)
-
-        def work(part: Sequence[Item]) -> None:
-            started = time.perf_counter()
-            for item in part:
-                fault_point("restore", item.ref.relative_path)
-            images, prompts = [item.decoded().pixels for item in part], [str(item.facts["prompt"]) for item in part]
-            results = self._restorer.restore(images, prompts)
-            each_ms = (time.perf_counter() - started) * 1000 / len(part)
-            for item, result in zip(part, results, strict=True):
-                item.restored = result
-                item.add_ms(Stage.RESTORE, each_ms)
-                item.facts.update(batch_size=len(part), tiled=tile_px is not None, tile_px=tile_px)
-
-        def on_halved(part: Sequence[Item], error: Exception) -> None:
-            if is_out_of_memory(error):
-                for item in part:
-                    item.facts["oom_retries"] = item.facts["oom_retries"] + 1
-                if self._context.device == "cuda":
-                    torch.cuda.empty_cache()
-
-        in_halves(batch, work, on_halved=on_halved, on_fault=lambda item, error: item.fail(Stage.RESTORE, error))
-        self._look_again([item for item in batch if item.restored is not None])
-
-    def _look_again(self, items: list[Item]) -> None:
-        """What the classifier says of the results: little work beside restoring them."""
-        raise NotImplementedError
+        self._restoring([item for item in batch if item.status is Status.RESTORED])
+        self._judge.look_again([item for item in batch if item.restored is not None])
 
     def _finish(self, item: Item) -> Item:
         measure_result(item)
         write(item, self._directory, self._config, self._source_root)
-        # Only the row is still needed, and rows may wait for a minute.
-        item.data, item.image, item.view, item.reference, item.restored = b"", None, None, None, None
+        item.drop_pixels()
         return item
+
+    def _quarantined(self, ref: ImageRef, base: dict[str, Any], deaths: int) -> Outcome:
+        item = Item(ref, dict(base, started_at=datetime.now(UTC)), status=Status.QUARANTINED)
+        item.facts.update(
+            stage=Stage.PROCESS,
+            error_class="process_died",
+            error_message=(
+                f"the worker's process died {deaths} times with this image in hand, so it was set aside; "
+                "the file may make a decoder crash, or need more memory than there is"
+            ),
+        )
+        return item.outcome()
+
+
+def build_worker(context: RunContext, worker_id: str) -> Worker:
+    """A worker with the weights that the run's configuration names.
+
+    Raises the loaders' errors, and ValueError when a file's weights are not those the run was started with.
+    """
+    fault_point("start", worker_id)
+    torch.set_num_threads(context.threads)
+    config = context.config
+    restorer = load_restorer(
+        config.model,
+        device=context.device,
+        dtype=getattr(torch, config.dtype),
+        tile=int(config.tile) if config.tile.isdigit() else config.tile,
+    )
+    _check_same("model", config.model, restorer.sha256, config.weights_sha256)
+    classifier: Classifier | None = None
+    if config.label == "auto":
+        classifier = load_classifier(config.classifier, device=context.device)
+        _check_same("classifier", config.classifier, classifier.sha256, config.classifier_sha256)
+    return Worker(context, restorer=restorer, classifier=classifier, worker_id=worker_id)
+
+
+def _pixels(item: Item) -> int:
+    """Decoded pixels that an item holds in memory."""
+    return item.image.width * item.image.height if item.image is not None else 0
+
+
+def _check_same(kind: str, name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{kind} {name} has sha256 {found} here, but the run was started with {expected}: "
+            "put the same file on every machine, or start a new run"
+        )

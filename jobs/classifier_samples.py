@@ -1,0 +1,148 @@
+"""Training samples of the classifier: photographs degraded whole, seen through crops and thumbnail as in use."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from classifier.labels import CLEAN_LIMITS, LABELS, Degradation
+from classifier.network import to_input
+from classifier.view import ViewSettings, take_views
+from jobs.training_data import CleanPhotographs
+from pipeline.synthesis import (
+    FloatImage,
+    add_haze,
+    add_lowlight,
+    add_motion_blur,
+    add_noise,
+    add_other,
+    add_rain,
+    to_uint8,
+    vary_clean,
+)
+
+SHARES: dict[Degradation, float] = {
+    Degradation.NOISE: 0.12,
+    Degradation.RAIN: 0.14,
+    Degradation.HAZE: 0.13,
+    Degradation.BLUR: 0.14,
+    Degradation.LOWLIGHT: 0.12,
+    Degradation.CLEAN: 0.22,
+    Degradation.OTHER: 0.13,
+}
+"""Share of each label in the samples; `clean` is what every kind of damage must be told from."""
+
+
+def draw_scene(photographs: CleanPhotographs, rng: np.random.Generator) -> FloatImage:
+    """A photograph or a part of one, H x W x 3 in [0, 1], sides from 160 to 640 px, at native or reduced scale.
+
+    Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are.
+    """
+    image = photographs.images[rng.integers(len(photographs.images))]
+    height, width = image.shape[:2]
+    kind = rng.random()
+    if kind < 0.35:
+        scale = float(np.exp(rng.uniform(np.log(224), np.log(480)))) / min(height, width)
+        source_height, source_width = height, min(width, 2 * height)
+    else:
+        scale = 1.0 if kind > 0.75 else float(np.exp(rng.uniform(np.log(0.35), 0)))
+        sides = np.exp(rng.uniform(np.log(224), np.log(512), 2)) / scale
+        source_height, source_width = min(height, round(sides[0])), min(width, round(sides[1]))
+    top = rng.integers(height - source_height + 1)
+    left = rng.integers(width - source_width + 1)
+    part = image[top : top + source_height, left : left + source_width]
+    if rng.random() < 0.5:
+        part = part[:, ::-1]
+    if scale != 1.0:
+        size = max(160, round(source_width * scale)), max(160, round(source_height * scale))
+        part = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.LANCZOS))
+    return part.astype(np.float32) / np.float32(255)
+
+
+FAINTEST_RAIN = 0.012
+"""Rain that changes an image by less than this on average (of 1) counts neither as rain nor as clean."""
+
+
+def visible_rain(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """The image in rain that can be seen: drawn again while it is too faint, in the end on a darker image."""
+    while True:
+        rainy = add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])))
+        if float(np.abs(rainy - image).mean()) >= FAINTEST_RAIN:
+            return rainy
+        image = image * np.float32(0.93)
+
+
+def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> FloatImage:
+    """The image under a label, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
+
+    Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
+    """
+    match label:
+        case Degradation.NOISE:
+            return add_noise(image, rng, sigma_255=float(rng.uniform(1.2 * CLEAN_LIMITS.noise_sigma_255, 60)))
+        case Degradation.RAIN:
+            return visible_rain(image, rng)
+        case Degradation.HAZE:
+            return add_haze(image, rng, tint=float(rng.choice([0.04, 0.12])))
+        case Degradation.BLUR:
+            return add_motion_blur(image, rng, longest_px=60)
+        case Degradation.LOWLIGHT:
+            return add_lowlight(image, rng, lowest_gain=0.05)
+        case Degradation.CLEAN:
+            return vary_clean(image, rng)
+        case Degradation.OTHER:
+            return add_other(image, rng)
+
+
+def as_filed(image: FloatImage, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The image in eight bits, in two of five cases after JPEG of a quality that still counts as clean."""
+    pixels = to_uint8(image)
+    if rng.random() < 0.6:
+        return pixels
+    buffer = io.BytesIO()
+    quality = int(rng.integers(CLEAN_LIMITS.jpeg_quality + 12, 97))
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=int(rng.choice([0, 2])))
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+@dataclass
+class Samples:
+    """Views of many images in preallocated memory: crops M N P P 3 and thumbnails M T T 3 uint8, labels M int64."""
+
+    crops: NDArray[np.uint8]
+    thumbnails: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    filled: int = 0
+    written: int = 0
+
+    @classmethod
+    def empty(cls, size: int, view: ViewSettings) -> "Samples":
+        """Room for `size` samples."""
+        return cls(
+            np.empty((size, view.crops, view.crop_px, view.crop_px, 3), np.uint8),
+            np.empty((size, view.thumbnail_px, view.thumbnail_px, 3), np.uint8),
+            np.empty(size, np.int64),
+        )
+
+    def synthesise(
+        self, photographs: CleanPhotographs, rng: np.random.Generator, *, count: int, view: ViewSettings
+    ) -> None:
+        """Adds `count` samples, in the place of the oldest once there is no room."""
+        shares = np.array([SHARES[label] for label in LABELS])
+        for label in rng.choice(len(LABELS), size=count, p=shares / shares.sum()):
+            pixels = as_filed(damage(draw_scene(photographs, rng), LABELS[label], rng), rng)
+            views = take_views(pixels, view)
+            place = self.written % len(self.labels)
+            self.crops[place], self.thumbnails[place] = views.crops, views.thumbnail
+            self.labels[place] = label
+            self.written += 1
+            self.filled = min(self.written, len(self.labels))
+
+    def batch(self, chosen: NDArray[np.integer]) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops, thumbnails (network inputs) and labels of the chosen samples."""
+        crops, thumbnails = torch.from_numpy(self.crops[chosen]), torch.from_numpy(self.thumbnails[chosen])
+        return to_input(crops), to_input(thumbnails), torch.from_numpy(self.labels[chosen])

@@ -1,0 +1,243 @@
+"""The local runner: supervised child processes on this machine, without Ray."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.runner import Assignment, Dispatcher, OnOutcomes, RunInterruptedError, StopRequest, log_to, stop_on_signals
+from pipeline.records import Outcome, Shard
+from pipeline.run_config import RunContext
+from pipeline.sink import RunDirectory
+
+POLL_S = 0.5
+STOP_GRACE_S = 300.0
+"""How long workers may take to finish and commit what they have in hand once the run is to end."""
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class _Message:
+    """From a child to the driver."""
+
+    kind: Literal["ready", "outcomes", "done", "given_back", "failed", "start_failed"]
+    outcomes: tuple[Outcome, ...] = ()
+    fault: str = ""
+
+
+class LocalRunner:
+    """Works off shards in child processes that load the weights once each."""
+
+    def __init__(self, *, max_workers: int | None = None) -> None:
+        """`max_workers`: child processes; by default one per GPU, or one if the run is on the CPU."""
+        self._max_workers = max_workers
+
+    def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
+        """See `jobs.runner.Runner.run`."""
+        dispatcher = Dispatcher(shards, context, on_outcomes)
+        gpus = _gpu_count() if context.device == "cuda" else 0
+        count = min(self._max_workers or max(1, gpus), len(shards))
+        children: dict[int, _Child] = {}
+        with stop_on_signals() as request:
+            try:
+                while not dispatcher.is_finished and not request:
+                    for number in range(count):
+                        if number not in children and len(children) < dispatcher.unassigned + _busy(children):
+                            children[number] = _Child(number, context, gpu=number % gpus if gpus else None)
+                    _step(children, dispatcher)
+                if request:
+                    _wind_up(children, dispatcher, request)
+            finally:
+                for child in children.values():
+                    child.end()
+
+
+class _Child:
+    """One worker process as the driver sees it."""
+
+    def __init__(self, number: int, context: RunContext, *, gpu: int | None) -> None:
+        self.number = number
+        self.log = RunDirectory(context.run_dir).logs_dir / f"worker-{number}.log"
+        self.is_ready = False
+        self.assignment: Assignment | None = None
+        # A spawned child has no copy of the driver's threads, locks and CUDA state.
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process: BaseProcess = spawn.Process(
+            target=_child_main, args=(theirs, context, number, gpu, str(self.log), os.getpid()), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def give(self, assignment: Assignment) -> None:
+        """Sends a shard; a child that is dead by now is noticed by its sentinel."""
+        self.assignment = assignment
+        with suppress(BrokenPipeError):
+            self.connection.send(assignment)
+
+    def stop(self) -> None:
+        """Asks for an orderly end."""
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """Ends the process: an idle one by closing its pipe, else by force."""
+        self.connection.close()
+        if self.assignment is not None or not self.is_ready:
+            self.process.kill()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _busy(children: dict[int, _Child]) -> int:
+    return sum(child.assignment is not None for child in children.values())
+
+
+def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = True) -> None:
+    """Waits a moment for messages and deaths, acts on them, and hands out shards."""
+    if give:
+        for child in children.values():
+            if child.is_ready and child.assignment is None and (assignment := dispatcher.take()) is not None:
+                child.give(assignment)
+    sources: list[Any] = [source for c in children.values() for source in (c.connection, c.process.sentinel)]
+    for source in wait(sources, timeout=POLL_S):
+        for child in list(children.values()):
+            if source is child.connection:
+                _drain(child, dispatcher)
+            elif source == child.process.sentinel:
+                _drain(child, dispatcher)
+                del children[child.number]
+                child.process.join()
+                child.connection.close()
+                _note_end(child, dispatcher)
+
+
+def _drain(child: _Child, dispatcher: Dispatcher) -> None:
+    """Acts on all that a child has said."""
+    try:
+        while not child.connection.closed and child.connection.poll():
+            _act(child, child.connection.recv(), dispatcher)
+    except (EOFError, ConnectionResetError):
+        # Its end is noticed by the sentinel; until then the pipe would be reported again and again.
+        child.process.join(timeout=POLL_S)
+
+
+def _act(child: _Child, message: _Message, dispatcher: Dispatcher) -> None:
+    shard_id = child.assignment.shard.shard_id if child.assignment is not None else ""
+    match message.kind:
+        case "ready":
+            child.is_ready = True
+            dispatcher.worker_ready()
+            return
+        case "start_failed":
+            # Its process ends by itself; the end is not to be counted twice.
+            child.is_ready = True
+            dispatcher.start_failed(message.fault, str(child.log))
+            return
+        case "outcomes":
+            dispatcher.report(shard_id, list(message.outcomes))
+            return
+        case "done":
+            dispatcher.done(shard_id)
+        case "given_back":
+            dispatcher.give_back(shard_id)
+        case "failed":
+            dispatcher.failed(shard_id, message.fault, str(child.log))
+    child.assignment = None
+
+
+def _note_end(child: _Child, dispatcher: Dispatcher) -> None:
+    """Books the death of a child that had a shard, or was not ready yet."""
+    code = child.process.exitcode
+    fault = f"{signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    if child.assignment is not None:
+        dispatcher.died(child.assignment.shard.shard_id, fault, str(child.log))
+    elif not child.is_ready:
+        dispatcher.start_failed(fault, str(child.log))
+
+
+def _wind_up(children: dict[int, _Child], dispatcher: Dispatcher, request: StopRequest) -> None:
+    """Lets busy workers commit, then ends the run."""
+    for child in children.values():
+        if child.assignment is not None:
+            child.stop()
+    left_s = STOP_GRACE_S
+    while _busy(children) and left_s > 0:
+        _step(children, dispatcher, give=False)
+        left_s -= POLL_S
+    assert request.signal_number is not None
+    raise RunInterruptedError(request.signal_number)
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+# In the child
+
+
+def _child_main(
+    connection: Connection, context: RunContext, number: int, gpu: int | None, log: str, driver_pid: int
+) -> None:
+    """The life of a child: load the weights, then shard after shard until the pipe is closed."""
+    _die_with(driver_pid)
+    log_to(Path(log))
+    # Ctrl-C reaches the whole process group; only the driver decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
+
+    from pipeline.worker import build_worker
+
+    try:
+        worker = build_worker(context, f"local-{number}")
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(_Message("start_failed", fault=f"{type(error).__name__}: {error}"))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    connection.send(_Message("ready"))
+    while not worker.is_stopping:
+        try:
+            assignment: Assignment = connection.recv()
+        except EOFError:
+            return
+        try:
+            worker(
+                assignment.shard,
+                attempt=assignment.attempt,
+                on_outcomes=lambda rows: connection.send(_Message("outcomes", tuple(rows))),
+            )
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(_Message("failed", fault=f"{type(error).__name__}: {error}"))
+            continue
+        connection.send(_Message("given_back" if worker.is_stopping else "done"))
+
+
+def _die_with(driver_pid: int) -> None:
+    """Has the kernel kill this process when the driver dies (Linux); elsewhere the closed pipe ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != driver_pid:
+            os._exit(1)
+
+
+def _visible_gpu(index: int) -> str:
+    """The index-th of the GPUs that this process may see, as CUDA_VISIBLE_DEVICES names it."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[index] if visible else str(index)

@@ -1,0 +1,371 @@
+"""The Ray runner: one actor per worker, on a cluster or on one that is started for the run on this machine.
+
+Ray schedules actors and tells of their deaths; it retries nothing (see `jobs.runner.Dispatcher`).
+"""
+
+import logging
+import os
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from jobs.errors import UsageError
+from jobs.runner import (
+    Assignment,
+    Dispatcher,
+    OnOutcomes,
+    RunError,
+    RunInterruptedError,
+    StopRequest,
+    log_to,
+    stop_on_signals,
+)
+from pipeline.faults import fault_environment
+from pipeline.records import Outcome, Shard
+from pipeline.run_config import RunContext
+from pipeline.sink import RunDirectory
+
+POLL_S = 1.0
+STOP_GRACE_S = 300.0
+"""How long workers may take to finish and commit what they have in hand once the run is to end."""
+PENDING_WARNING_S = 60.0
+START_TRIES = 3
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Only rows cross it."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one worker asks of the cluster."""
+
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus} GPU" if self.gpus else "")
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What came of an assignment: `done`, `given_back` or `failed`, and the outcomes not yet fetched."""
+
+    kind: str
+    outcomes: list[Outcome]
+    fault: str = ""
+
+
+class WorkerActor:
+    """A worker inside an actor; `outcomes` and `stop` run beside `work`, in a concurrency group of their own."""
+
+    def __init__(self, context: RunContext, worker_id: str, log: str, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        log_to(Path(log))
+
+        from pipeline.worker import build_worker
+
+        self._worker = build_worker(context, worker_id)
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        # Ray's own handler would end the process before the rows of finished images are committed.
+        signal.signal(signal.SIGTERM, lambda *_: self._worker.stop())
+
+    def node_id(self) -> str:
+        """Where the actor runs; answered once the weights are loaded."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def work(self, assignment: Assignment) -> _Report:
+        """Works off a shard."""
+        try:
+            self._worker(assignment.shard, attempt=assignment.attempt, on_outcomes=self._keep)
+        except Exception as error:
+            traceback.print_exc()
+            return _Report("failed", self._take(), f"{type(error).__name__}: {error}")
+        return _Report("given_back" if self._worker.is_stopping else "done", self._take())
+
+    @ray.method(concurrency_group="control")
+    def outcomes(self) -> list[Outcome]:
+        """Images done since the last call; waits a moment for one."""
+        try:
+            first = self._outcomes.get(timeout=POLL_S)
+        except queue.Empty:
+            return []
+        return [first, *self._take()]
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Has the current call commit what it has and return."""
+        self._worker.stop()
+
+    def _keep(self, rows: list[Outcome]) -> None:
+        for row in rows:
+            self._outcomes.put(row)
+
+    def _take(self) -> list[Outcome]:
+        taken = []
+        while not self._outcomes.empty():
+            taken.append(self._outcomes.get_nowait())
+        return taken
+
+
+@dataclass(eq=False)
+class _Member:
+    """One actor as the driver sees it."""
+
+    number: int
+    actor: Any
+    log: Path
+    node_id: str | None = None
+    """None until its weights are loaded."""
+    assignment: Assignment | None = None
+    pending: dict[Any, str] = field(default_factory=dict)
+    """Calls under way, by object reference."""
+
+
+class RayRunner:
+    """Works off shards in Ray actors."""
+
+    def __init__(self, *, address: str | None = None, max_workers: int | None = None) -> None:
+        """`address` of a cluster; without one (and without RAY_ADDRESS) one is started here and ended again.
+
+        `max_workers`: actors asked for; by default as many as the cluster has room for.
+        """
+        self._address, self._max_workers = address, max_workers
+
+    def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
+        """See `jobs.runner.Runner.run`. Raises UsageError when the cluster lacks what a worker needs."""
+        with _cluster(self._address, context):
+            needs, room = measure_room(ray.nodes(), device=context.device, threads=context.threads)
+            crew = _Crew(replace(context, threads=needs.cpus), needs, Dispatcher(shards, context, on_outcomes))
+            # Ray has set its own handlers by now.
+            with stop_on_signals() as request:
+                try:
+                    crew.work(self._max_workers or room, request)
+                finally:
+                    crew.dismiss()
+
+
+def measure_room(nodes: Sequence[dict[str, Any]], *, device: str, threads: int) -> tuple[Needs, int]:
+    """What one worker asks for, and how many workers the cluster's living nodes have room for.
+
+    `nodes` as from `ray.nodes()`. Raises UsageError saying what is missing when no node can hold one worker.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
+    if device == "cuda":
+        shares = [cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu]
+        needs = Needs(cpus=max(1, min([threads, *shares])), gpus=1)
+    else:
+        needs = Needs(cpus=threads, gpus=0)
+    room = sum(min(cpu // needs.cpus, gpu if needs.gpus else cpu) for cpu, gpu in zip(cpus, gpus, strict=True))
+    if room == 0:
+        found = ", ".join(f"{cpu} CPUs and {gpu} GPUs" for cpu, gpu in zip(cpus, gpus, strict=True)) or "no node"
+        raise UsageError(
+            f"a worker needs {needs} on one node, but the Ray cluster has: {found}. "
+            "Start the cluster with more, choose another --device, or use --engine local."
+        )
+    return needs, room
+
+
+class _Crew:
+    """The actors of a run."""
+
+    def __init__(self, context: RunContext, needs: Needs, dispatcher: Dispatcher) -> None:
+        self._context, self._dispatcher = context, dispatcher
+        self._logs = RunDirectory(context.run_dir).logs_dir
+        self._members: dict[int, _Member] = {}
+        self._waiting_since = time.monotonic()
+        remote = ray.remote(
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            concurrency_groups={"control": 2},
+        )
+        self._actor_class: Any = remote(WorkerActor)
+
+    def work(self, max_workers: int, request: StopRequest) -> None:
+        """Until every shard is done or the run is asked to end."""
+        while not self._dispatcher.is_finished and not request:
+            for number in range(max_workers):
+                if number not in self._members and len(self._members) < self._dispatcher.unassigned + self._busy():
+                    self._hire(number)
+            for member in self._members.values():
+                if member.node_id is not None and member.assignment is None:
+                    self._give(member)
+            self._step()
+            self._warn_if_pending()
+        if request:
+            self._wind_up(request)
+
+    def dismiss(self) -> None:
+        """Ends all actors."""
+        for member in self._members.values():
+            ray.kill(member.actor, no_restart=True)
+        self._members = {}
+
+    def _busy(self) -> int:
+        return sum(member.assignment is not None for member in self._members.values())
+
+    def _hire(self, number: int) -> None:
+        log = self._logs / f"worker-{number}.log"
+        actor = self._actor_class.remote(self._context, f"ray-{number}", str(log), fault_environment())
+        member = self._members[number] = _Member(number, actor, log)
+        member.pending[actor.node_id.remote()] = "node_id"
+
+    def _give(self, member: _Member) -> None:
+        member.assignment = self._dispatcher.take()
+        if member.assignment is not None:
+            member.pending[member.actor.work.remote(member.assignment)] = "work"
+            if "outcomes" not in member.pending.values():
+                member.pending[member.actor.outcomes.remote()] = "outcomes"
+
+    def _step(self) -> None:
+        """Waits a moment for answers and deaths, and acts on them."""
+        pending = {reference: member for member in self._members.values() for reference in member.pending}
+        if not pending:
+            return
+        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.2)
+        for reference in ready or ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0]:
+            member = pending[reference]
+            if self._members.get(member.number) is member:
+                self._act(member, reference)
+
+    def _act(self, member: _Member, reference: Any) -> None:
+        call = member.pending.pop(reference)
+        try:
+            answer = ray.get(reference)
+        except RayError as error:
+            # All its calls fail together; the first one to be looked at stands for them.
+            del self._members[member.number]
+            ray.kill(member.actor, no_restart=True)
+            self._note_end(member, error)
+            return
+        if call == "node_id":
+            member.node_id = answer
+            self._dispatcher.worker_ready()
+        elif call == "outcomes":
+            self._report(answer)
+            if member.assignment is not None:
+                member.pending[member.actor.outcomes.remote()] = "outcomes"
+        else:
+            self._close(member, answer)
+
+    def _report(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            self._dispatcher.report(outcome.shard_id, [outcome])
+
+    def _close(self, member: _Member, report: _Report) -> None:
+        assert member.assignment is not None
+        shard_id = member.assignment.shard.shard_id
+        member.assignment = None
+        self._report(report.outcomes)
+        if report.kind == "done":
+            self._dispatcher.done(shard_id)
+        elif report.kind == "failed":
+            self._dispatcher.failed(shard_id, report.fault, str(member.log))
+        else:
+            self._dispatcher.give_back(shard_id)
+            del self._members[member.number]
+            ray.kill(member.actor, no_restart=True)
+
+    def _note_end(self, member: _Member, error: RayError) -> None:
+        """Books a death, unless the machine went away."""
+        shard_id = member.assignment.shard.shard_id if member.assignment is not None else None
+        if _node_is_gone(member, error):
+            if shard_id is not None:
+                self._dispatcher.give_back(shard_id)
+        elif shard_id is not None:
+            self._dispatcher.died(shard_id, _short(error), str(member.log))
+        elif member.node_id is None:
+            self._dispatcher.start_failed(_short(error), str(member.log))
+
+    def _warn_if_pending(self) -> None:
+        if any(member.node_id is not None for member in self._members.values()):
+            self._waiting_since = time.monotonic()
+        elif time.monotonic() - self._waiting_since > PENDING_WARNING_S:
+            self._waiting_since = time.monotonic()
+            free = ray.available_resources()
+            _log.warning(
+                "no worker has started in the last %.0f s; free in the cluster: %.0f CPUs, %.0f GPUs",
+                PENDING_WARNING_S, free.get("CPU", 0), free.get("GPU", 0),
+            )  # fmt: skip
+
+    def _wind_up(self, request: StopRequest) -> None:
+        """Lets busy workers commit, then ends the run."""
+        for member in self._members.values():
+            if member.assignment is not None:
+                member.actor.stop.remote()
+        deadline = time.monotonic() + STOP_GRACE_S
+        while self._busy() and time.monotonic() < deadline:
+            self._step()
+        assert request.signal_number is not None
+        raise RunInterruptedError(request.signal_number)
+
+
+def _node_is_gone(member: _Member, error: RayError) -> bool:
+    if isinstance(error, RayActorError) and error.preempted:
+        return True
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return member.node_id is not None and member.node_id not in alive
+
+
+def _short(error: RayError) -> str:
+    """The telling line of Ray's many: the exception of an actor's start, or how its process ended."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("The actor is dead because")]
+    return (telling or lines[-1:] or [type(error).__name__])[0][:300]
+
+
+@contextmanager
+def _cluster(address: str | None, context: RunContext) -> Iterator[None]:
+    """A connection to a cluster: the one this process already has, the one at `address`, or one started here."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _start_local(context)
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(context: RunContext) -> None:
+    """Starts a cluster of this one machine."""
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, context.threads),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+            return
+        except Exception as error:
+            # Ray gives its processes 15 s to start, fixed (ray-project/ray#65983): on a busy machine that may be
+            # too short, above all the first time, when nothing is in the file cache yet.
+            ray.shutdown()
+            if attempt == START_TRIES:
+                raise RunError(
+                    f"Ray could not be started on this machine in {START_TRIES} tries ({error}); "
+                    "end other work on it, give --address of a running cluster, or use --engine local"
+                ) from error

@@ -1,0 +1,216 @@
+"""The Restorer: images of any size and prompt keys in, restored images out."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.dfpir import DFPIR
+from models.inference import InferenceDFPIR
+from models.memory import available_bytes, bytes_per_pixel
+from models.padding import pad, padded_size
+from models.prompts import PromptBank
+from models.registry import resolve
+from models.tiling import run_tiled
+from models.weights import load_checkpoint
+
+Tile = Literal["auto", "off"] | int
+Image = NDArray[Any]
+"""H x W x 3, RGB: uint8, uint16, or float32 in [0, 1]."""
+
+_FULL_SCALE: dict[np.dtype[Any], float] = {
+    np.dtype(np.uint8): 255.0,
+    np.dtype(np.uint16): 65535.0,
+    np.dtype(np.float32): 1.0,
+}
+_MEMORY_SHARE = 0.5
+"""Of the memory that is free when a Restorer is made: the rest is for decoded images and other processes."""
+_LARGEST_BATCH = 32
+
+
+class Restorer:
+    """Restores images with one DFPIR network and its bank of prompts.
+
+    The batch that an image was in changes none of its pixels by more than one level of 255.
+
+    Attributes:
+        name: of the model, for records; may be empty.
+        sha256: of the weights file, in hexadecimal; may be empty.
+        prompts: the bank; `prompts.keys` are the valid prompt keys.
+        size_multiple: images are padded to a multiple of this many pixels, and cropped back.
+        device: where the network runs.
+        dtype: of its features, float32 or bfloat16.
+        memory_budget_bytes: what a batch may take; lower it to get smaller batches and, with `tile` auto, tiles.
+    """
+
+    def __init__(
+        self,
+        network: DFPIR,
+        prompts: PromptBank,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tile: Tile = "auto",
+        sha256: str = "",
+        name: str = "",
+    ) -> None:
+        """Prepares the network for inference; `network` itself is left as it is.
+
+        Args:
+            network: in float32.
+            prompts: the bank that it was trained with.
+            device: `cpu`, `cuda` or one CUDA device.
+            dtype: float32 or bfloat16.
+            tile: `auto` tiles what does not fit into memory, `off` never does, and a number of pixels tiles whatever is
+                larger than that; it is rounded up to the size multiple.
+            sha256: of the weights file, for records.
+            name: of the model, for records.
+
+        Raises:
+            ValueError: an unknown dtype, a tile of less than two size multiples, or CUDA asked for where there is none.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("CUDA was asked for, but torch finds no CUDA device here; use device='cpu'")
+        self.size_multiple = network.config.size_multiple
+        if isinstance(tile, int):
+            if tile < 2 * self.size_multiple:
+                raise ValueError(f"tile must be at least {2 * self.size_multiple} pixels, not {tile}")
+            tile = padded_size(tile, tile, self.size_multiple)[0]
+        elif tile not in ("auto", "off"):
+            raise ValueError(f"tile must be auto, off or a number of pixels, not {tile!r}")
+        self.name = name
+        self.sha256 = sha256
+        self.prompts = prompts
+        self.dtype = dtype
+        self._tile: Tile = tile
+        self._network = InferenceDFPIR(network, prompts, dtype=dtype).to(self.device)
+        self._bytes_per_pixel = bytes_per_pixel(network.config, dtype)
+        # Read once: a choice that depended on the moment would tile one of two equal images.
+        self.memory_budget_bytes = int(_MEMORY_SHARE * available_bytes(self.device))
+
+    def tile_px_for(self, height: int, width: int) -> int | None:
+        """Side in pixels of the tiles that an image of this size is restored in; None: whole."""
+        height, width = padded_size(height, width, self.size_multiple)
+        if self._tile == "off":
+            return None
+        if isinstance(self._tile, int):
+            return self._tile if max(height, width) > self._tile else None
+        if height * width * self._bytes_per_pixel <= self.memory_budget_bytes:
+            return None
+        side = int((self.memory_budget_bytes / self._bytes_per_pixel) ** 0.5)
+        side = max(side // self.size_multiple, 2) * self.size_multiple
+        return side if max(height, width) > side else None
+
+    def batch_limit(self, height: int, width: int) -> int:
+        """How many images of this size (of their tiles, where they are tiled) fit in one batch; at least 1."""
+        side = self.tile_px_for(height, width)
+        height, width = padded_size(height, width, self.size_multiple)
+        if side is not None:
+            height, width = min(height, side), min(width, side)
+        fitting = int(self.memory_budget_bytes / (height * width * self._bytes_per_pixel))
+        return max(1, min(fitting, _LARGEST_BATCH))
+
+    @torch.inference_mode()
+    def restore(self, images: Sequence[Image], prompt_keys: Sequence[str]) -> list[Image]:
+        """Restored images of the same sizes and dtypes, in the same order.
+
+        Args:
+            images: each H x W x 3, RGB, uint8, uint16 or float32 in [0, 1]; sizes and dtypes may differ.
+            prompt_keys: one of `prompts.keys` for each image.
+
+        Returns:
+            Integers rounded and clipped to their range, float32 clipped to [0, 1].
+
+        Raises:
+            KeyError: an unknown prompt key; the message names the known ones.
+            ValueError: an image of another shape or dtype, or not one key per image.
+        """
+        if len(images) != len(prompt_keys):
+            raise ValueError(f"{len(images)} images but {len(prompt_keys)} prompt keys; each image needs one")
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _FULL_SCALE:
+                raise ValueError(f"expected H x W x 3 uint8, uint16 or float32, found {image.shape} {image.dtype}")
+        prompts = self.prompts.indices(prompt_keys)
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[padded_size(image.shape[0], image.shape[1], self.size_multiple)].append(i)
+        restored: dict[int, Image] = {}
+        for (height, width), members in groups.items():
+            limit = self.batch_limit(height, width)
+            side = self.tile_px_for(height, width)
+            step = limit if side is None else 1
+            for first in range(0, len(members), step):
+                chunk = members[first : first + step]
+                batch = torch.stack([pad(_to_tensor(images[i]), height, width) for i in chunk])
+                keys = [prompts[i] for i in chunk]
+                out = self._run(batch, keys) if side is None else self._run_tiles(batch[0], keys[0], side, limit)[None]
+                for i, pixels in zip(chunk, out, strict=True):
+                    restored[i] = _to_array(pixels, images[i])
+        return [restored[i] for i in range(len(images))]
+
+    def _run(self, batch: Tensor, prompts: list[int]) -> Tensor:
+        """One pass of the network: B x 3 x H x W float32 on the CPU, in and out."""
+        index = torch.tensor(prompts, device=self.device)
+        # TF32 is float32 in name only: its rounding changes which attention logits survive.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out: Tensor = self._network(batch.to(self.device), index)
+        return out.cpu()
+
+    def _run_tiles(self, image: Tensor, prompt: int, side: int, limit: int) -> Tensor:
+        """One image, 3 x H x W float32 on the CPU, in tiles."""
+        return run_tiled(
+            image,
+            lambda tiles: self._run(tiles, [prompt] * len(tiles)),
+            tile_px=side,
+            multiple=self.size_multiple,
+            batch_limit=limit,
+        )
+
+
+def load_restorer(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tile: Tile = "auto",
+) -> Restorer:
+    """A Restorer with the weights of a shipped model, by name, or of a file.
+
+    Raises:
+        WeightsError: the name is unknown, or the file is missing, damaged or of another hash than registered.
+        ValueError: as `Restorer`.
+    """
+    found = resolve(name_or_path)
+    checkpoint = load_checkpoint(found.path, expected_sha256=found.spec.sha256 if found.spec else None)
+    return Restorer(
+        checkpoint.network,
+        checkpoint.prompts,
+        device=device,
+        dtype=dtype,
+        tile=tile,
+        sha256=checkpoint.sha256,
+        name=found.spec.name if found.spec else found.path.name,
+    )
+
+
+def _to_tensor(image: Image) -> Tensor:
+    """H x W x 3 of any of the dtypes as 3 x H x W float32 in [0, 1]."""
+    scaled = np.ascontiguousarray(image, dtype=np.float32) / np.float32(_FULL_SCALE[image.dtype])
+    return torch.from_numpy(scaled).permute(2, 0, 1)
+
+
+def _to_array(pixels: Tensor, like: Image) -> Image:
+    """3 x H x W float32 cropped to the size of `like`, in its dtype."""
+    height, width, _ = like.shape
+    cropped = pixels[:, :height, :width].permute(1, 2, 0).clamp(0, 1).numpy()
+    if like.dtype == np.float32:
+        return np.ascontiguousarray(cropped)
+    return np.ascontiguousarray(np.rint(cropped * np.float32(_FULL_SCALE[like.dtype])).astype(like.dtype))

@@ -1,0 +1,122 @@
+"""Restored pixels in, image files out, with what the source had beside its pixels."""
+
+import io
+from typing import cast
+
+import numpy as np
+from PIL import Image
+
+from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, to_uint8
+from pipeline.records import Stage
+
+FORMATS_BY_OPTION = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+_WRITES_SAME = frozenset({"JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"})
+_WRITES_ALPHA = frozenset({"PNG", "WEBP", "TIFF"})
+_WRITES_16_BITS = frozenset({"PNG", "TIFF", "PPM"})
+_WRITES_METADATA = frozenset({"JPEG", "PNG", "WEBP", "TIFF"})
+_JPEG_EXIF_BYTES = 65_533
+
+
+def encoded_format(source_format: str, option: str) -> str:
+    """The format (Pillow's name) that `--format` leads to: `same` is PNG where the source's cannot be written.
+
+    Raises ValueError for an unknown option.
+    """
+    if option == "same":
+        return source_format if source_format in _WRITES_SAME else "PNG"
+    if option not in FORMATS_BY_OPTION:
+        raise ValueError(f"unknown format {option!r}; choose same, {', '.join(FORMATS_BY_OPTION)}")
+    return FORMATS_BY_OPTION[option]
+
+
+def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -> EncodedImage:
+    """A file of restored pixels with what `source` had beside them: alpha, greyscale, depth, EXIF, ICC.
+
+    What the format cannot hold is named in the warnings: JPEG has no alpha (composed over white); JPEG, WebP
+    and BMP have eight bits; Pillow writes 16 bits for greyscale without alpha only. WebP holds greyscale
+    in three equal channels.
+
+    Args:
+        source: the decoded image that was restored.
+        pixels: H x W x 3, same shape and dtype as `source.pixels`.
+        format: `same`, `png`, `jpeg` or `webp`.
+        quality: 1..100, for JPEG (written 4:4:4) and WebP.
+
+    Raises:
+        ImageFault: the codec refuses the image, for instance WebP beyond 16,383 pixels a side.
+        ValueError: shapes or dtypes differ, or the format is unknown.
+    """
+    if pixels.shape != source.pixels.shape or pixels.dtype != source.pixels.dtype:
+        raise ValueError(
+            f"restored pixels are {pixels.shape} {pixels.dtype}, "
+            f"the source is {source.pixels.shape} {source.pixels.dtype}"
+        )
+    name = encoded_format(source.source_format, format)
+    image, notes = _compose(source, pixels, name)
+    if format == "same" and name != source.source_format:
+        notes.append(f"{source.source_format} was written as {name}")
+    options = _save_options(source, name, quality, notes)
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, name, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        size = f"{image.width} x {image.height}"
+        raise ImageFault(Stage.ENCODE, "not_encodable", f"{name} cannot hold this {size} image: {error}") from error
+    return EncodedImage(buffer.getvalue(), name, image.mode, image.width, image.height, tuple(notes))
+
+
+def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Image.Image, list[str]]:
+    """The Pillow image that `name` can hold, and notes on what it could not."""
+    notes: list[str] = []
+    alpha = source.alpha
+    if pixels.dtype == np.uint16 and (name not in _WRITES_16_BITS or not source.greyscale or alpha is not None):
+        beside = " beside alpha" if alpha is not None else ""
+        notes.append(f"16 bits were reduced to 8: {name} is not written deeper{beside}")
+        pixels = to_uint8(pixels)
+        alpha = None if alpha is None else to_uint8(alpha)
+    channels = _mean_channel(pixels) if source.greyscale else pixels
+    if name == "WEBP" and channels.ndim == 2:
+        channels = cast(Pixels, np.repeat(channels[:, :, None], 3, axis=2))
+    if alpha is not None and name not in _WRITES_ALPHA:
+        notes.append(f"{name} has no alpha: composed over white")
+        channels, alpha = _over_white(channels, alpha), None
+    if alpha is not None:
+        channels = cast(Pixels, np.dstack([channels, alpha]))
+    return Image.fromarray(np.ascontiguousarray(channels)), notes
+
+
+def _mean_channel(pixels: Pixels) -> Pixels:
+    """H x W mean of three channels, rounded; of a replicated channel, that channel exactly."""
+    return cast(Pixels, ((pixels.sum(axis=2, dtype=np.uint32) + 1) // 3).astype(pixels.dtype))
+
+
+def _over_white(channels: Pixels, alpha: Pixels) -> Pixels:
+    """uint8 channels (H x W or H x W x 3) as they look on a white page."""
+    weight = alpha.astype(np.float32) / 255
+    if channels.ndim == 3:
+        weight = weight[:, :, None]
+    return np.rint(channels * weight + 255 * (1 - weight)).astype(np.uint8)
+
+
+def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str]) -> dict[str, object]:
+    """Pillow's keyword arguments for saving; adds a note for metadata that does not fit."""
+    options: dict[str, object] = {}
+    match name:
+        case "PNG":
+            options["compress_level"] = 4
+        case "JPEG":
+            options |= {"quality": quality, "subsampling": 0}
+        case "WEBP":
+            options |= {"quality": quality, "method": 4}
+        case "TIFF" if source.exif is None:
+            # libtiff, which compresses, cannot write an EXIF directory.
+            options["compression"] = "tiff_adobe_deflate"
+    if name in _WRITES_METADATA:
+        if source.icc is not None:
+            options["icc_profile"] = source.icc
+        if source.exif is not None:
+            if name == "JPEG" and len(source.exif) > _JPEG_EXIF_BYTES:
+                notes.append("EXIF was dropped: it is larger than JPEG can hold")
+            else:
+                options["exif"] = source.exif
+    return options

@@ -1,0 +1,89 @@
+"""What decoding and encoding hand on: images as records, and what may be wrong with one."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import Stage
+
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+
+
+class ImageFault(Exception):  # noqa: N818 - a fault of one image, not of the program
+    """What is wrong with one image: it becomes a `failed` row and the run goes on.
+
+    The message is for people; `error_class` is for queries: `missing`, `permission_denied`, `unreadable`,
+    `empty_file`, `truncated`, `not_an_image`, `zero_size`, `too_many_pixels`, `unsupported_mode`,
+    `not_encodable`.
+    """
+
+    def __init__(self, stage: Stage, error_class: str, message: str) -> None:
+        super().__init__(stage, error_class, message)
+        self.stage = stage
+        self.error_class = error_class
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before any pixel is decoded; sides in pixels, as stored."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """An upright image with all that its file knew.
+
+    `pixels` is H x W x 3 RGB, uint8 or uint16 (greyscale replicated to three channels); `alpha` is H x W of
+    the same dtype, or None. `mode` and `bit_depth` (bits per channel) are those of the file, which may be
+    deeper than `pixels`: a warning then says so. `exif` has its orientation set to 1; `icc` describes `pixels`.
+    """
+
+    pixels: Pixels
+    alpha: Pixels | None
+    greyscale: bool
+    source_format: str
+    mode: str
+    bit_depth: int
+    exif_orientation: int | None
+    exif: bytes | None
+    icc: bytes | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def height(self) -> int:
+        """Rows of the upright image."""
+        return int(self.pixels.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns of the upright image."""
+        return int(self.pixels.shape[1])
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A whole image file in memory; sides in pixels, `format` and `mode` in Pillow's names."""
+
+    data: bytes
+    format: str
+    mode: str
+    width: int
+    height: int
+    warnings: tuple[str, ...] = ()
+
+
+def to_uint8(pixels: Pixels) -> NDArray[np.uint8]:
+    """The same picture in eight bits: uint8 as it is, uint16 (0..65535) rounded to 0..255."""
+    if pixels.dtype == np.uint8:
+        return cast(NDArray[np.uint8], pixels)
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)

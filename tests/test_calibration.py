@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from classifier.calibration import (
+    HIGHEST_THRESHOLD,
+    LabelRisk,
+    calibration_error,
+    cross_entropy,
+    fit_temperature,
+    fit_thresholds,
+    probabilities,
+)
+from classifier.labels import LABELS, Degradation
+
+
+def drawn(temperature, count=4000, seed=0):
+    """Logits, and labels drawn from the softmax of logits / temperature."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (count, len(LABELS)))
+    cumulative = probabilities(logits, temperature).cumsum(axis=1)
+    return logits, (rng.random((count, 1)) > cumulative).sum(axis=1).clip(max=len(LABELS) - 1)
+
+
+def test_probabilities_sum_to_one_and_keep_the_order():
+    logits = np.random.default_rng(0).normal(0, 50, (20, 7))
+    for temperature in (0.5, 1.0, 3.0):
+        p = probabilities(logits, temperature)
+        np.testing.assert_allclose(p.sum(axis=1), 1)
+        np.testing.assert_array_equal(p.argmax(axis=1), logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.5])
+def test_the_temperature_that_drew_the_labels_is_found(temperature):
+    assert fit_temperature(*drawn(temperature)) == pytest.approx(temperature, rel=0.1)
+
+
+def test_the_fitted_temperature_lowers_cross_entropy_and_calibration_error():
+    logits, labels = drawn(2.5)
+    fitted = fit_temperature(logits, labels)
+    assert cross_entropy(logits, labels, fitted) < cross_entropy(logits, labels, 1.0)
+    assert calibration_error(probabilities(logits, fitted), labels) < 0.03
+    assert calibration_error(probabilities(logits, 1.0), labels) > 0.1
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="one label per row"):
+        fit_temperature(np.zeros((0, 7)), np.zeros(0, int))
+
+
+def test_thresholds_reach_the_precision_asked_for():
+    logits, labels = drawn(2.0, count=20_000)
+    p = probabilities(logits, 2.0)
+    risks = dict.fromkeys(LABELS, LabelRisk(precision=0.85, lowest_threshold=0.3))
+    thresholds = fit_thresholds(p, labels, risks)
+    for index, label in enumerate(LABELS):
+        accepted = (p.argmax(axis=1) == index) & (p.max(axis=1) >= thresholds[label])
+        assert thresholds[label] > 0.3
+        assert (labels[accepted] == index).mean() >= 0.85
+
+
+def test_a_dearer_mistake_asks_for_a_higher_threshold():
+    logits, labels = drawn(2.0, count=20_000)
+    p = probabilities(logits, 2.0)
+    cheap = fit_thresholds(p, labels, dict.fromkeys(LABELS, LabelRisk(0.8, 0.3)))
+    dear = fit_thresholds(p, labels, dict.fromkeys(LABELS, LabelRisk(0.97, 0.3)))
+    assert all(dear[label] > cheap[label] for label in LABELS)
+
+
+def test_a_precision_out_of_reach_stops_at_the_highest_threshold():
+    p = np.tile([0.99, *[0.01 / 6] * 6], (50, 1))
+    thresholds = fit_thresholds(p, np.ones(50, int), dict.fromkeys(LABELS, LabelRisk(0.9, 0.5)))
+    assert thresholds[Degradation.NOISE] == pytest.approx(HIGHEST_THRESHOLD)
+    assert thresholds[Degradation.RAIN] == 0.5
+
+
+def test_calibration_error_is_zero_when_sure_and_right():
+    assert calibration_error(np.eye(7)[[0, 3]], np.array([0, 3])) == 0
+    assert calibration_error(np.eye(7)[[0, 3]], np.array([1, 4])) == 1

@@ -1,0 +1,234 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from synthetic_classifier import TINY, TINY_VIEW, write_tiny_classifier
+
+from classifier import load_classifier
+from classifier.errors import ClassifierWeightsError
+from classifier.labels import LABELS, Degradation
+from classifier.network import Architecture, DegradationNetwork, to_input
+from classifier.weights import file_sha256, load_weights, save_classifier, write_card
+
+SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
+TEST_DATA = Path(__file__).parents[2] / "shared" / "data" / "test"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny_classifier(tmp_path / "tiny.safetensors")
+
+
+def random_images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in [(40, 70), (1, 1), (33, 32), (90, 5)]]
+
+
+def contents(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118 (no mapping)
+
+
+def rewritten(path, tensors, metadata):
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+# Predictions
+
+
+def test_a_prediction_is_consistent(tiny):
+    for prediction in load_classifier(tiny).predict(random_images()):
+        values = sorted(prediction.probabilities.values())
+        assert list(prediction.probabilities) == list(LABELS)
+        assert sum(values) == pytest.approx(1)
+        assert prediction.confidence == prediction.probabilities[prediction.label] == values[-1]
+        assert prediction.margin == pytest.approx(values[-1] - values[-2])
+        assert prediction.noise_sigma_255 >= 0
+
+
+def test_a_batch_equals_singles_in_any_order(tiny):
+    classifier = load_classifier(tiny)
+    images = random_images()
+    batch = classifier.predict(images)
+    assert batch == [classifier.predict([image])[0] for image in images]
+    assert batch[::-1] == classifier.predict(images[::-1])
+
+
+def test_no_images_give_no_predictions(tiny):
+    assert load_classifier(tiny).predict([]) == []
+
+
+def test_other_arrays_are_refused(tiny):
+    with pytest.raises(ValueError, match="H x W x 3 uint8"):
+        load_classifier(tiny).predict([np.zeros((8, 8), np.uint8)])
+
+
+def test_a_label_below_its_threshold_is_not_confident(tmp_path, tiny):
+    image = random_images()[0]
+    sure = load_classifier(tiny).predict([image])[0]
+    thresholds = {**dict.fromkeys(LABELS, 0.0), sure.label: sure.confidence + 1e-6}
+    weights = load_weights(tiny)
+    path = tmp_path / "strict.safetensors"
+    save_classifier(
+        path, weights.network, view=TINY_VIEW, temperature=1.0, thresholds=thresholds, licence="", provenance={}
+    )
+    unsure = load_classifier(path).predict([image])[0]
+    assert sure.confident
+    assert unsure.label == sure.label
+    assert not unsure.confident
+
+
+def test_the_network_agrees_with_its_formula(tiny):
+    """Mean and maximum over crops beside the thumbnail's features, then the head."""
+    network = load_weights(tiny).network
+    rng = np.random.default_rng(1)
+    crops = to_input(torch.from_numpy(rng.integers(0, 256, (2, 3, 32, 32, 3), dtype=np.uint8)))
+    thumbnails = to_input(torch.from_numpy(rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)))
+    with torch.inference_mode():
+        logits = network(crops, thumbnails)
+        shuffled = network(crops[:, [2, 0, 1]], thumbnails)
+        fewer = network(crops[:1, :1].expand(1, 3, -1, -1, -1), thumbnails[:1])
+        alone = network(crops[:1, :1], thumbnails[:1])
+    assert logits.shape == (2, len(LABELS))
+    torch.testing.assert_close(logits, shuffled)
+    torch.testing.assert_close(fewer, alone)
+
+
+# Weights
+
+
+def test_saved_weights_come_back(tmp_path):
+    torch.manual_seed(3)
+    network = DegradationNetwork(TINY).eval()
+    thresholds = {label: 0.1 * index for index, label in enumerate(LABELS)}
+    path = tmp_path / "own.safetensors"
+    save_classifier(
+        path, network, view=TINY_VIEW, temperature=1.3, thresholds=thresholds, licence="MIT", provenance={"steps": 4}
+    )
+    weights = load_weights(path)
+    assert (weights.temperature, weights.licence, weights.provenance) == (1.3, "MIT", {"steps": 4})
+    assert weights.thresholds == thresholds
+    assert (weights.view, weights.network.architecture) == (TINY_VIEW, TINY)
+    assert (weights.name, weights.sha256) == ("own", file_sha256(path))
+    for name, tensor in weights.network.state_dict().items():
+        torch.testing.assert_close(tensor, network.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_matrices_are_stored_in_half_precision_and_vectors_in_full(tiny):
+    tensors, _ = contents(tiny)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            assert tensor.dtype == (torch.float16 if tensor.ndim > 1 else torch.float32), name
+
+
+def test_an_unknown_name_lists_the_shipped_ones():
+    with pytest.raises(ClassifierWeightsError, match=r"no classifier 'no-such-thing'.*degradation-small"):
+        load_classifier("no-such-thing")
+
+
+def test_missing_and_unexpected_keys_and_shapes_are_named(tiny):
+    tensors, metadata = contents(tiny)
+    tensors["head.9.weight"] = tensors.pop("head.3.bias")
+    tensors["head.1.bias"] = torch.zeros(5)
+    with pytest.raises(ClassifierWeightsError) as caught:
+        load_classifier(rewritten(tiny, tensors, metadata))
+    message = str(caught.value)
+    for part in ("tiny.safetensors", "missing keys head.3.bias", "unexpected keys head.9.weight", "(5,) instead of"):
+        assert part in message
+
+
+def test_another_architecture_is_refused(tiny):
+    tensors, metadata = contents(tiny)
+    description = json.loads(metadata["classifier"])
+    description["architecture"]["hidden"] = 16
+    metadata["classifier"] = json.dumps(description)
+    with pytest.raises(ClassifierWeightsError, match=r"wrong shapes head\.1\.bias"):
+        load_classifier(rewritten(tiny, tensors, metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": {"backbone": "no_such_model"}}, "cannot be built"),
+        ({"architecture": {"depth": 3}}, "cannot be built"),
+        ({"thresholds": {"noise": 0.5}}, "cannot be built"),
+        ({"view": {"crops": 0}}, "cannot be built"),
+        ({"labels": ["noise", "clean"]}, "trained for the labels"),
+    ],
+    ids=["backbone", "option", "thresholds", "view", "labels"],
+)
+def test_a_wrong_description_is_refused(tiny, change, message):
+    tensors, metadata = contents(tiny)
+    metadata["classifier"] = json.dumps({**json.loads(metadata["classifier"]), **change})
+    with pytest.raises(ClassifierWeightsError, match=message):
+        load_classifier(rewritten(tiny, tensors, metadata))
+
+
+def test_a_description_with_a_gap_is_refused(tiny):
+    tensors, metadata = contents(tiny)
+    description = json.loads(metadata["classifier"])
+    del description["temperature"]
+    with pytest.raises(ClassifierWeightsError, match="lacks temperature"):
+        load_classifier(rewritten(tiny, tensors, {**metadata, "classifier": json.dumps(description)}))
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "something-else"}, {"format": "dfpir-classifier-1"}])
+def test_weights_of_something_else_are_refused(tmp_path, metadata):
+    path = rewritten(tmp_path / "other.safetensors", {"weight": torch.zeros(2)}, metadata or None)
+    with pytest.raises(ClassifierWeightsError, match=r"other\.safetensors"):
+        load_classifier(path)
+
+
+def test_a_damaged_file_is_refused(tiny):
+    tiny.write_bytes(tiny.read_bytes()[:200])
+    with pytest.raises(ClassifierWeightsError, match="not a readable"):
+        load_classifier(tiny)
+
+
+def test_a_card_of_another_file_is_refused(tiny):
+    card = write_card(tiny, quality={"accuracy": 0.1})
+    described = json.loads(card.read_text())
+    assert described["sha256"] == load_classifier(tiny).sha256
+    assert described["size_bytes"] == tiny.stat().st_size
+    assert described["quality"] == {"accuracy": 0.1}
+    card.write_text(json.dumps({**described, "sha256": "0" * 64}))
+    with pytest.raises(ClassifierWeightsError, match="but its card"):
+        load_classifier(tiny)
+    card.write_text("{}")
+    with pytest.raises(ClassifierWeightsError, match="not a classifier's card"):
+        load_classifier(tiny)
+
+
+def test_the_default_architecture_takes_its_views():
+    network = DegradationNetwork(Architecture()).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(1, 4, 3, 96, 96), torch.rand(1, 3, 96, 96)).shape == (1, len(LABELS))
+
+
+# The shipped weights
+
+
+def test_the_shipped_file_is_small_and_described():
+    card = json.loads(SHIPPED.with_suffix(".json").read_text())
+    assert SHIPPED.stat().st_size < 6e6
+    assert card["sha256"] == file_sha256(SHIPPED)
+    assert card["size_bytes"] == SHIPPED.stat().st_size
+    assert card["licence"]
+    assert load_classifier("degradation-small").name == "degradation-small"
+
+
+@pytest.mark.parametrize("label", [label for label in LABELS if label is not Degradation.OTHER])
+def test_shipped_weights_recognise_the_labelled_set(label):
+    folder = TEST_DATA / "labelled" / label
+    if not folder.is_dir():
+        pytest.skip("../shared/data is not there")
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
+    predictions = load_classifier("degradation-small").predict(images)
+    right = [p.label == label and p.confident for p in predictions]
+    assert np.mean(right) >= 0.85

@@ -1,0 +1,231 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.sink import read_manifest
+from tests.synthetic_classifier import write_tiny_classifier
+from tests.synthetic_weights import write_tiny_model
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("weights")
+    model, classifier = write_tiny_model(folder / "model.safetensors"), write_tiny_classifier(folder / "c.safetensors")
+    return ["--model", str(model), "--classifier", str(classifier), "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "photographs"
+    (folder / "holiday").mkdir(parents=True)
+    Image.fromarray(data.astronaut()[:72, :90]).save(folder / "astronaut.png")
+    Image.fromarray(data.coffee()[:80, :64]).save(folder / "holiday" / "coffee.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def restore(src: Path, out: Path, weights: list[str], *more: object) -> tuple[int, str, str]:
+    return invoke("restore", src, out, *weights, "--engine", "local", *more)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_is_restored_and_its_summary_is_one_json_object(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    before = tree(photographs)
+    out = tmp_path / "out"
+    code, stdout, stderr = restore(
+        photographs, out, weights, "--label", "noise:25", "--reference", photographs, "--json"
+    )
+    assert code == 0, stderr
+    summary = json.loads(stdout)
+    assert {
+        "counts", "labels", "images_per_s", "megapixels_per_s", "psnr_input_db", "psnr_db", "ssim_input", "ssim", "manifest",
+    } <= summary.keys()  # fmt: skip
+    assert summary["counts"] == {"restored": 2, "copied": 0, "abstained": 0, "failed": 0, "quarantined": 0}
+    assert summary["psnr_input_db"] == 100.0
+    assert summary["psnr_db"] < 100.0
+    rows = read_manifest(out).to_pylist()
+    assert {row["prompt"] for row in rows} == {"noise25"}
+    assert sorted(str(p.relative_to(out / "images")) for p in (out / "images").rglob("*.*")) == [
+        "astronaut.png", "holiday/coffee.jpg",
+    ]  # fmt: skip
+    assert json.loads((out / "summary.json").read_text())["counts"] == summary["counts"]
+    assert tree(photographs) == before
+
+
+def test_the_same_command_again_does_nothing_twice_and_new_files_are_added(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    out = tmp_path / "out"
+    restore(photographs, out, weights, "--label", "rain")
+    first = {row["image_id"]: row for row in read_manifest(out).to_pylist()}
+    Image.fromarray(data.chelsea()[:64, :64]).save(photographs / "cat.png")
+    code, stdout, _ = restore(photographs, out, weights, "--label", "rain", "--json")
+    second = {row["image_id"]: row for row in read_manifest(out).to_pylist()}
+    assert code == 0
+    assert len(second) == 3
+    assert {key: second[key] for key in first} == first
+    assert json.loads(stdout)["done_before"] == 2
+
+
+def test_another_configuration_is_refused_naming_the_fields(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    out = tmp_path / "out"
+    assert restore(photographs, out, weights, "--label", "rain")[0] == 0
+    before = tree(out)
+    code, _, stderr = restore(photographs, out, weights, "--label", "haze", "--quality", "80")
+    assert code == 2
+    assert "label: was 'rain', is now 'haze'" in stderr
+    assert "quality: was 95, is now 80" in stderr
+    after = tree(out)
+    assert after == before
+
+
+def test_bad_images_become_failed_rows_and_decide_the_exit_code(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    (photographs / "empty.png").write_bytes(b"")
+    (photographs / "cut.png").write_bytes((photographs / "astronaut.png").read_bytes()[:3000])
+    (photographs / "words.jpg").write_text("these are words")
+    command = (photographs, tmp_path / "out", weights, "--label", "blur", "--max-pixels-is-not-an-option")
+    assert restore(*command)[0] == 2
+    code, stdout, stderr = restore(photographs, tmp_path / "out", weights, "--label", "blur")
+    assert code == 1
+    assert "60.0% of the images failed" in stderr
+    assert "2 restored, 3 failed" in stdout
+    rows = {row["relative_path"]: row for row in read_manifest(tmp_path / "out").to_pylist()}
+    assert rows["empty.png"]["error_class"] == "empty_file"
+    assert all(rows[name]["error_message"] for name in ("empty.png", "cut.png", "words.jpg"))
+    again = restore(photographs, tmp_path / "out", weights, "--label", "blur", "--max-failed-fraction", "0.6")
+    assert again[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["SRC/none", "OUT"], "none"),
+        (["SRC", "SRC/out"], "inside SRC"),
+        (["SRC/holiday", "SRC"], "inside OUT"),
+        (["EMPTY", "OUT"], "no "),
+        (["SRC", "OUT", "--label", "fog"], "haze"),
+        (["SRC", "OUT", "--model", "no-such-model"], "dfpir-compact"),
+        (["SRC", "OUT", "--classifier", "no-such-classifier"], "no-such-classifier"),
+        (["SRC", "OUT", "--reference", "SRC/none"], "--reference"),
+        (["SRC", "OUT", "--config", "SRC/none.toml"], "none.toml"),
+        (["SRC", "SRC/notes.txt"], "notes.txt"),
+    ],
+)
+def test_wrong_usage_ends_with_2_before_any_work(
+    photographs: Path, tmp_path: Path, weights: list[str], arguments: list[str], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"SRC": str(photographs), "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    filled = [places.get(a.split("/")[0], a.split("/")[0]) + a[len(a.split("/")[0]) :] for a in arguments]
+    code, stdout, stderr = restore(Path(filled[0]), Path(filled[1]), [*weights, *filled[2:]])
+    assert code == 2
+    assert stdout == ""
+    assert said in stderr
+    assert not (tmp_path / "out" / "job.json").exists()
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_damaged_weights_end_with_2(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(Path(weights[1]).read_bytes()[:-100])
+    code, _, stderr = restore(photographs, tmp_path / "out", [*weights, "--model", str(broken)])
+    assert code == 2
+    assert "broken.safetensors" in stderr
+
+
+def test_options_come_from_a_toml_file_and_the_command_line_wins(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('label = "rain"\nformat = "png"\n')
+    assert restore(photographs, tmp_path / "out", weights, "--config", file, "--label", "haze")[0] == 0
+    rows = read_manifest(tmp_path / "out").to_pylist()
+    assert {row["prompt"] for row in rows} == {"haze"}
+    assert (tmp_path / "out" / "images" / "holiday" / "coffee.jpg.png").exists()
+
+
+def test_a_limit_plans_the_first_images_and_can_be_lifted(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    out = tmp_path / "out"
+    restore(photographs, out, weights, "--label", "rain", "--limit", "1")
+    assert [row["relative_path"] for row in read_manifest(out).to_pylist()] == ["astronaut.png"]
+    restore(photographs, out, weights, "--label", "rain")
+    assert sorted(row["relative_path"] for row in read_manifest(out).to_pylist()) == [
+        "astronaut.png", "holiday/coffee.jpg",
+    ]  # fmt: skip
+
+
+def test_plan_writes_no_image_and_restore_goes_on_from_it(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, stderr = invoke("plan", photographs, out, *weights, "--label", "rain", "--json")
+    assert code == 0, stderr
+    record = json.loads(stdout)
+    assert (record["images"], record["left"], record["ignored"]) == (2, 2, 1)
+    assert record["megapixels"] == pytest.approx((72 * 90 + 80 * 64) / 1e6)
+    assert record["worker_seconds"] > 0
+    assert (out / "job.json").exists()
+    assert not list((out / "images").rglob("*.*")) if (out / "images").exists() else True
+    assert restore(photographs, out, weights, "--label", "rain")[0] == 0
+    assert len(read_manifest(out)) == 2
+
+
+def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    picture = tmp_path / "picture.png"
+    code, stdout, stderr = invoke(
+        "preview", photographs / "astronaut.png", "--picture", picture, *weights, "--label", "haze"
+    )
+    assert code == 0, stderr
+    assert "restored" in stdout
+    assert "haze" in stdout
+    assert Image.open(picture).width > 2 * 90
+    code, _, stderr = invoke("preview", photographs / "notes.txt", *weights)
+    assert code == 2
+    assert "notes.txt" in stderr
+
+
+def test_greyscale_and_transparency_survive(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(photographs / "grey.png")
+    Image.fromarray(rng.integers(0, 256, (40, 50, 4), dtype=np.uint8)).save(photographs / "alpha.png")
+    assert restore(photographs, tmp_path / "out", weights, "--label", "noise:50")[0] == 0
+    grey, alpha = (Image.open(tmp_path / "out" / "images" / name) for name in ("grey.png", "alpha.png"))
+    assert (grey.mode, alpha.mode) == ("L", "RGBA")
+    assert np.array_equal(np.asarray(alpha)[:, :, 3], np.asarray(Image.open(photographs / "alpha.png"))[:, :, 3])
+
+
+def test_models_lists_hash_licence_and_quality() -> None:
+    code, stdout, _ = invoke("models", "--json")
+    assert code == 0
+    records = {record["name"]: record for record in json.loads(stdout)}
+    for name in ("dfpir-compact", "degradation-small"):
+        assert len(records[name]["sha256"]) == 64
+        assert records[name]["licence"]
+        assert records[name]["quality"]
+    assert "dfpir-compact" in invoke("models")[1]

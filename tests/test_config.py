@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from jobs.config import RestoreOptions, read_options
+from jobs.errors import UsageError
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('quality = 80\nmax-workers = 3\nlabel = "noise:25"\n')
+    options = read_options(file, {"quality": 70, "label": None})
+    assert (options.quality, options.max_workers, options.label) == (70, 3, "noise:25")
+
+
+def test_defaults_hold_where_nothing_is_given() -> None:
+    assert read_options(None, {"model": None}) == RestoreOptions()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"label": "fog"}, "haze"),
+        ({"label": "rain:3"}, "noise"),
+        ({"quality": 0}, "--quality 0"),
+        ({"tile": "12"}, "64"),
+        ({"engine": "spark"}, "ray"),
+        ({"max_failed_fraction": 2.0}, "--max-failed-fraction"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_may_be(given: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        read_options(None, given)
+
+
+def test_an_unknown_key_of_the_file_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text("workers = 3\n")
+    with pytest.raises(UsageError, match=r"workers.*max-workers"):
+        read_options(file, {})
+
+
+@pytest.mark.parametrize("content", [None, "quality =", b"\xff\xfe"])
+def test_an_unreadable_file_is_a_usage_error(tmp_path: Path, content: str | bytes | None) -> None:
+    file = tmp_path / "options.toml"
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UsageError, match=r"options\.toml"):
+        read_options(file, {})

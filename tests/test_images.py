@@ -1,0 +1,448 @@
+"""Files to pixels and back: modes, orientation, metadata, and nothing but `ImageFault` for bad bytes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
+from pipeline.records import Stage
+
+MAX_PIXELS = 1_000_000
+ORIENTATION = 0x0112
+DESCRIPTION = 0x010E
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def picture(height=23, width=17, channels=3, seed=0):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def file_bytes(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def read(data):
+    return decode(data, max_pixels=MAX_PIXELS)
+
+
+def fault_of(data, **options):
+    with pytest.raises(ImageFault) as caught:
+        decode(data, **({"max_pixels": MAX_PIXELS} | options))
+    assert caught.value.stage is Stage.DECODE
+    return caught.value
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def raw_png(width, height, *, bit_depth, color_type, rows):
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
+
+GREY = picture(channels=1)
+DEEP = GREY.astype(np.uint16) * 256 + picture(channels=1, seed=1)
+LOSSLESS = {
+    "1": (Image.fromarray(GREY).convert("1"), ("PNG", "TIFF", "BMP", "PPM")),
+    "L": (Image.fromarray(GREY), ("PNG", "TIFF", "BMP", "PPM")),
+    "LA": (Image.fromarray(picture(channels=2)), ("PNG", "TIFF")),
+    "P": (Image.fromarray(picture()).quantize(16), ("PNG", "TIFF", "BMP")),
+    "I;16": (Image.fromarray(DEEP), ("PNG", "TIFF", "PPM")),
+    "RGB": (Image.fromarray(picture()), ("PNG", "TIFF", "BMP", "PPM")),
+    "RGBA": (Image.fromarray(picture(channels=4)), ("PNG", "TIFF")),
+    "CMYK": (Image.fromarray(picture(channels=4), "CMYK"), ("TIFF",)),
+}
+CASES = [(mode, name) for mode, (_, names) in LOSSLESS.items() for name in names]
+
+
+def assert_same_image(decoded, other):
+    np.testing.assert_array_equal(decoded.pixels, other.pixels)
+    assert decoded.pixels.dtype == other.pixels.dtype
+    assert decoded.greyscale == other.greyscale
+    assert (decoded.alpha is None) == (other.alpha is None)
+    if decoded.alpha is not None:
+        np.testing.assert_array_equal(decoded.alpha, other.alpha)
+
+
+@pytest.mark.parametrize(("mode", "name"), CASES)
+def test_pixels_are_those_that_pillow_converts(mode, name):
+    image = LOSSLESS[mode][0]
+    decoded = read(file_bytes(image, name))
+    assert decoded.source_format == name
+    assert (decoded.height, decoded.width) == (23, 17)
+    if mode == "I;16":
+        np.testing.assert_array_equal(decoded.pixels, np.repeat(DEEP[:, :, None], 3, axis=2))
+    else:
+        np.testing.assert_array_equal(decoded.pixels, np.asarray(image.convert("RGB")))
+    assert decoded.greyscale == (mode in ("1", "L", "LA", "I;16"))
+    assert (decoded.alpha is not None) == (mode in ("LA", "RGBA"))
+    assert decoded.bit_depth == {"1": 1, "I;16": 16}.get(mode, 8)
+
+
+@pytest.mark.parametrize("format", ["same", "png"])
+@pytest.mark.parametrize(("mode", "name"), CASES)
+def test_lossless_round_trip_is_identity(mode, name, format):
+    decoded = read(file_bytes(LOSSLESS[mode][0], name))
+    encoded = encode(decoded, decoded.pixels, format=format, quality=95)
+    assert encoded.format == (name if format == "same" else "PNG")
+    assert encoded.warnings == ()
+    again = read(encoded.data)
+    assert_same_image(decoded, again)
+    # Pillow writes I;16 as PGM and reads it back as I.
+    mode_again = "I;16" if again.mode == "I" else again.mode
+    assert (encoded.width, encoded.height, encoded.mode) == (again.width, again.height, mode_again)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    channels=st.sampled_from([1, 2, 3, 4]),
+    deep=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_png_round_trip_is_identity_for_any_size(height, width, channels, deep, seed):
+    values = picture(height, width, channels, seed)
+    deep = deep and channels == 1
+    image = Image.fromarray(values.astype(np.uint16) * 257) if deep else Image.fromarray(values)
+    decoded = read(file_bytes(image, "PNG"))
+    assert decoded.pixels.shape == (height, width, 3)
+    assert_same_image(decoded, read(encode(decoded, decoded.pixels, format="png", quality=95).data))
+
+
+@pytest.mark.parametrize("name", ["PNG", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_gives_the_same_upright_picture(name, orientation):
+    upright = np.kron(picture(5, 3), np.ones((16, 16, 1), dtype=np.uint8))
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[DESCRIPTION] = orientation, "a rotated camera"
+    exif.get_ifd(0x8769)[0x9003] = "2026:01:02 03:04:05"
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(name, {})
+    # Pillow stores a TIFF's EXIF directory only when it is given as bytes.
+    data = file_bytes(Image.fromarray(np.ascontiguousarray(turned)), name, exif=exif.tobytes(), **options)
+    decoded = read(data)
+    assert decoded.exif_orientation == orientation
+    assert decoded.warnings == ()
+    tolerance = 2 if name == "JPEG" else 0
+    np.testing.assert_allclose(decoded.pixels.astype(int), upright.astype(int), atol=tolerance)
+    for format in ("same", "png", "jpeg", "webp"):
+        with Image.open(io.BytesIO(encode(decoded, decoded.pixels, format=format, quality=95).data)) as written:
+            assert written.size == (upright.shape[1], upright.shape[0])
+            assert written.getexif().get(ORIENTATION) == 1
+            assert written.getexif().get(DESCRIPTION) == "a rotated camera"
+            assert written.getexif().get_ifd(0x8769).get(0x9003) == "2026:01:02 03:04:05"
+
+
+@pytest.mark.parametrize("name", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_colour_profile_is_carried(name):
+    decoded = read(file_bytes(Image.fromarray(picture()), name, icc_profile=SRGB))
+    for format in ("same", "png", "jpeg", "webp"):
+        encoded = encode(decoded, decoded.pixels, format=format, quality=95)
+        assert Image.open(io.BytesIO(encoded.data)).info["icc_profile"] == SRGB
+
+
+def test_damaged_exif_costs_the_exif_and_not_the_picture():
+    data = file_bytes(Image.fromarray(picture()), "PNG", exif=b"Exif\0\0nonsense")
+    decoded = read(data)
+    assert decoded.pixels.shape == (23, 17, 3)
+    assert encode(decoded, decoded.pixels, format="jpeg", quality=95).data
+
+
+def test_exif_too_large_for_jpeg_is_dropped_with_a_warning():
+    exif = Image.Exif()
+    exif[DESCRIPTION] = "x" * 70_000
+    decoded = read(file_bytes(Image.fromarray(picture()), "PNG", exif=exif))
+    encoded = encode(decoded, decoded.pixels, format="jpeg", quality=95)
+    assert "EXIF was dropped" in encoded.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["JPEG", "TIFF"])
+def test_cmyk_becomes_the_colour_that_was_meant(name):
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    decoded = read(file_bytes(red, name))
+    assert decoded.mode == "CMYK"
+    np.testing.assert_allclose(decoded.pixels.reshape(-1, 3).mean(axis=0), [255, 0, 0], atol=3)
+    assert "without a colour profile" in decoded.warnings[0]
+    encoded = encode(decoded, decoded.pixels, format="same", quality=95)
+    assert (encoded.format, encoded.mode) == (name, "RGB")
+
+
+def test_inverted_cmyk_of_adobe_is_read_as_such():
+    data = file_bytes(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
+    assert b"Adobe" in data
+    np.testing.assert_allclose(read(data).pixels[8, 8], [255, 0, 0], atol=3)
+
+
+def test_cmyk_with_a_damaged_profile_is_still_read():
+    data = file_bytes(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF", icc_profile=b"no profile at all")
+    decoded = read(data)
+    assert decoded.icc is None
+    assert "damaged" in decoded.warnings[0]
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L", "I;16"])
+def test_transparent_colour_of_a_png_becomes_alpha(mode):
+    image = {
+        "P": Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) // 4, "L").convert("P"),
+        "RGB": Image.fromarray(picture(3, 4)),
+        "L": Image.fromarray(picture(3, 4, 1)),
+        "I;16": Image.fromarray(picture(3, 4, 1).astype(np.uint16) * 200),
+    }[mode]
+    colour = image.getpixel((1, 1))
+    decoded = read(file_bytes(image, "PNG", transparency=colour))
+    assert decoded.alpha is not None
+    assert decoded.alpha.dtype == decoded.pixels.dtype
+    assert decoded.alpha[1, 1] == 0
+    assert decoded.alpha.max() == np.iinfo(decoded.alpha.dtype).max
+
+
+def test_grey_palette_stays_greyscale_and_colour_palette_does_not():
+    grey = Image.fromarray(GREY).convert("P")
+    decoded = read(file_bytes(grey, "PNG"))
+    assert decoded.mode == "P"
+    assert decoded.greyscale
+    assert encode(decoded, decoded.pixels, format="same", quality=95).mode == "L"
+    assert not read(file_bytes(Image.fromarray(picture()).quantize(8), "PNG")).greyscale
+
+
+def test_tint_of_a_restored_grey_image_is_averaged_away():
+    decoded = read(file_bytes(Image.fromarray(GREY), "PNG"))
+    tinted = decoded.pixels.copy()
+    tinted[..., 0] = 10
+    tinted[..., 1] = 20
+    tinted[..., 2] = 33
+    again = read(encode(decoded, tinted, format="same", quality=95).data)
+    assert again.greyscale
+    assert (again.pixels == 21).all()
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_sixteen_bit_tiff_of_either_byte_order(byte_order):
+    entries = [
+        (256, 4, 17),
+        (257, 4, 23),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 0),
+        (277, 3, 1),
+        (278, 4, 23),
+    ]
+    entries.append((279, 4, DEEP.nbytes))
+    offset = 8 + 2 + 12 * len(entries) + 4
+    data = (b"II" if byte_order == "<" else b"MM") + struct.pack(byte_order + "HIH", 42, 8, len(entries))
+    for tag, kind, value in entries:
+        value = offset if tag == 273 else value
+        packed = struct.pack(byte_order + "HH", value, 0) if kind == 3 else struct.pack(byte_order + "I", value)
+        data += struct.pack(byte_order + "HHI", tag, kind, 1) + packed
+    data += b"\0\0\0\0" + DEEP.astype(byte_order + "u2").tobytes()
+    decoded = read(data)
+    assert decoded.pixels.dtype == np.uint16
+    np.testing.assert_array_equal(decoded.pixels[:, :, 0], DEEP)
+    assert_same_image(decoded, read(encode(decoded, decoded.pixels, format="same", quality=95).data))
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_colour_is_read_as_eight_and_says_so(color_type, channels):
+    values = np.random.default_rng(3).integers(0, 65536, (4, 5, channels)).astype(">u2")
+    decoded = read(raw_png(5, 4, bit_depth=16, color_type=color_type, rows=[row.tobytes() for row in values]))
+    assert decoded.pixels.dtype == np.uint8
+    assert decoded.bit_depth == 16
+    assert decoded.greyscale == (color_type == 4)
+    assert "16 bits per channel were read as 8" in decoded.warnings[0]
+    high = (values >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(decoded.pixels[:, :, 0], high[:, :, 0])
+
+
+def test_floating_point_greyscale_in_the_unit_range_becomes_sixteen_bits():
+    values = (GREY / 255).astype(np.float32)
+    decoded = read(file_bytes(Image.fromarray(values), "TIFF"))
+    np.testing.assert_array_equal(decoded.pixels[:, :, 0], np.rint(values * 65535))
+    assert decoded.bit_depth == 32
+    assert decoded.warnings
+    assert fault_of(file_bytes(Image.fromarray(values * 300), "TIFF")).error_class == "unsupported_mode"
+
+
+def test_integers_without_a_white_level_are_refused():
+    values = GREY.astype(np.int32)
+    assert read(file_bytes(Image.fromarray(values), "TIFF")).pixels.dtype == np.uint16
+    assert fault_of(file_bytes(Image.fromarray(values * 1000), "TIFF")).error_class == "unsupported_mode"
+
+
+def test_first_frame_of_several_with_a_warning():
+    frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
+    for name in ("TIFF", "PNG", "WEBP"):
+        options = {"lossless": True} if name == "WEBP" else {}
+        decoded = read(file_bytes(frames[0], name, save_all=True, append_images=frames[1:], **options))
+        np.testing.assert_array_equal(decoded.pixels, picture(seed=0))
+        assert decoded.warnings == ("first of 3 frames",)
+
+
+def test_gif_content_is_written_as_png_with_a_warning():
+    decoded = read(file_bytes(Image.fromarray(GREY).convert("P"), "GIF"))
+    encoded = encode(decoded, decoded.pixels, format="same", quality=95)
+    assert encoded.format == encoded_format("GIF", "same") == "PNG"
+    assert encoded.warnings == ("GIF was written as PNG",)
+
+
+def test_alpha_is_composed_over_white_where_the_format_has_none():
+    pixels = np.full((4, 4, 4), 100, dtype=np.uint8)
+    pixels[:2, :, 3], pixels[2:, :, 3] = 0, 255
+    decoded = read(file_bytes(Image.fromarray(pixels), "PNG"))
+    encoded = encode(decoded, decoded.pixels, format="jpeg", quality=100)
+    assert encoded.warnings == ("JPEG has no alpha: composed over white",)
+    written = read(encoded.data)
+    assert written.alpha is None
+    assert written.pixels[0, 0].min() > 240
+    np.testing.assert_allclose(written.pixels[3, 3], 100, atol=4)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_reduced_depth_is_named(format):
+    decoded = read(file_bytes(Image.fromarray(DEEP), "PNG"))
+    encoded = encode(decoded, decoded.pixels, format=format, quality=95)
+    assert "16 bits were reduced to 8" in encoded.warnings[0]
+
+
+def test_quality_reaches_the_encoder():
+    decoded = read(file_bytes(Image.fromarray(picture(64, 64)), "PNG"))
+    sizes = [len(encode(decoded, decoded.pixels, format="jpeg", quality=quality).data) for quality in (30, 95)]
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_an_image_that_a_format_cannot_hold_is_a_fault_of_encoding():
+    decoded = read(file_bytes(Image.new("RGB", (16_400, 1)), "PNG"))
+    with pytest.raises(ImageFault) as caught:
+        encode(decoded, decoded.pixels, format="webp", quality=95)
+    assert (caught.value.stage, caught.value.error_class) == (Stage.ENCODE, "not_encodable")
+
+
+def test_encode_refuses_other_shapes_and_formats():
+    decoded = read(file_bytes(Image.fromarray(picture()), "PNG"))
+    with pytest.raises(ValueError, match=r"\(22, 17, 3\)"):
+        encode(decoded, decoded.pixels[1:], format="same", quality=95)
+    with pytest.raises(ValueError, match="choose same, png, jpeg, webp"):
+        encode(decoded, decoded.pixels, format="avif", quality=95)
+
+
+def test_to_uint8_rounds_to_the_nearest_level():
+    deep = np.array([0, 128, 129, 257, 65535 - 129, 65535], dtype=np.uint16)
+    np.testing.assert_array_equal(to_uint8(deep), np.rint(deep / 257).astype(np.uint8))
+    eight = picture()
+    assert to_uint8(eight) is eight
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("data", "error_class"),
+    [
+        (b"", "empty_file"),
+        (b"hello, this is text and no image", "not_an_image"),
+        (b"\0" * 500, "not_an_image"),
+        (b"\x89PNG\r\n\x1a\n" + b"garbage" * 50, "truncated"),
+        (raw_png(0, 4, bit_depth=8, color_type=0, rows=[b""]), "zero_size"),
+        (b"P6 4 0 255\n", "zero_size"),
+        (b"P6 4 4 255\n" + bytes(20), "truncated"),
+        (raw_png(40_000, 40_000, bit_depth=8, color_type=0, rows=[b""]), "too_many_pixels"),
+        (raw_png(2_000, 2_000, bit_depth=8, color_type=0, rows=[b""]), "too_many_pixels"),
+    ],
+)
+def test_bad_files_have_their_own_error_class(data, error_class):
+    fault = fault_of(data)
+    assert fault.error_class == error_class
+    assert str(fault) == fault.message != ""
+
+
+def test_pixel_limit_counts_exactly():
+    data = file_bytes(Image.fromarray(picture(10, 20)), "PNG")
+    assert decode(data, max_pixels=200).width == 20
+    fault = fault_of(data, max_pixels=199)
+    assert "20 x 10 = 200 pixels; the limit is 199" in str(fault)
+
+
+def test_header_is_read_without_the_pixels():
+    data = file_bytes(Image.fromarray(picture(64, 48)), "JPEG")
+    header = read_header(io.BytesIO(data[: len(data) // 2]))
+    assert (header.format, header.mode, header.width, header.height) == ("JPEG", "RGB", 48, 64)
+    with pytest.raises(ImageFault, match="empty"):
+        read_header(io.BytesIO(b""))
+
+
+SMOOTH = Image.fromarray(np.add.outer(np.arange(40), np.arange(32)).astype(np.uint8)).convert("RGB")
+VALID = {
+    "JPEG": file_bytes(SMOOTH, "JPEG", quality=90),
+    "progressive JPEG": file_bytes(SMOOTH, "JPEG", quality=90, progressive=True),
+    "PNG": file_bytes(SMOOTH, "PNG"),
+    "palette PNG": file_bytes(SMOOTH.quantize(8), "PNG"),
+    "WEBP": file_bytes(SMOOTH, "WEBP"),
+    "lossless WEBP": file_bytes(SMOOTH, "WEBP", lossless=True),
+    "TIFF": file_bytes(SMOOTH, "TIFF"),
+    "deflated TIFF": file_bytes(SMOOTH, "TIFF", compression="tiff_adobe_deflate"),
+    "BMP": file_bytes(SMOOTH, "BMP"),
+    "PPM": file_bytes(SMOOTH, "PPM"),
+    "GIF": file_bytes(SMOOTH.quantize(8), "GIF"),
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_file_cut_anywhere_is_a_fault_or_whole(name):
+    data = VALID[name]
+    whole = read(data).pixels
+    step = max(1, len(data) // 150)
+    faults = set()
+    for end in [*range(0, len(data), step), len(data) - 1]:
+        try:
+            decoded = read(data[:end])
+        except ImageFault as fault:
+            faults.add(fault.error_class)
+        else:
+            np.testing.assert_array_equal(decoded.pixels, whole, err_msg=f"cut after {end} of {len(data)} bytes")
+    assert "truncated" in faults
+    assert faults <= {"empty_file", "truncated", "not_an_image", "unreadable"}
+    assert fault_of(data[: len(data) // 2]).error_class == "truncated"
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=200), start=st.sampled_from([b"", *{value[:24] for value in VALID.values()}]))
+def test_random_bytes_raise_nothing_but_faults(data, start):
+    with pytest.raises(ImageFault):
+        read(start + data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(sorted(VALID)),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=8),
+)
+def test_damaged_files_raise_nothing_but_faults(name, changes):
+    data = bytearray(VALID[name])
+    for position, value in changes:
+        data[position % len(data)] = value
+    try:
+        decoded = read(bytes(data))
+    except ImageFault:
+        return
+    assert decoded.pixels.shape == (decoded.height, decoded.width, 3)

@@ -1,0 +1,93 @@
+"""Metrics agree with an independent implementation."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from pipeline.metrics import PSNR_CAP_DB, change_rmse_255, clipped_fraction, psnr_db, ssim
+
+
+def random_pair(height, width, seed, spread=40, dtype=np.uint8):
+    rng = np.random.default_rng(seed)
+    top = np.iinfo(dtype).max
+    one = rng.integers(0, top + 1, (height, width, 3))
+    two = np.clip(one + rng.normal(0, spread * top / 255, one.shape), 0, top)
+    return one.astype(dtype), two.astype(dtype)
+
+
+def oracle_ssim(one, two):
+    top = np.iinfo(one.dtype).max
+    return structural_similarity(
+        one / top,
+        two / top,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=1.0,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(11, 40), st.integers(11, 40), st.integers(0, 2**32 - 1), st.sampled_from([np.uint8, np.uint16]))
+def test_agree_with_scikit_image_at_any_size(height, width, seed, dtype):
+    one, two = random_pair(height, width, seed, dtype=dtype)
+    top = np.iinfo(dtype).max
+    assert psnr_db(one, two) == pytest.approx(peak_signal_noise_ratio(one / top, two / top, data_range=1.0), abs=1e-4)
+    assert ssim(one, two) == pytest.approx(oracle_ssim(one, two), abs=1e-4)
+
+
+@pytest.mark.parametrize("sigma_255", [2, 15, 50])
+def test_agree_with_scikit_image_on_a_photograph(sigma_255):
+    photograph = data.astronaut()[40:200, 100:300]
+    noisy = photograph + np.random.default_rng(0).normal(0, sigma_255, photograph.shape)
+    noisy = np.rint(noisy.clip(0, 255)).astype(np.uint8)
+    assert psnr_db(noisy, photograph) == pytest.approx(peak_signal_noise_ratio(photograph, noisy), abs=1e-4)
+    assert ssim(noisy, photograph) == pytest.approx(oracle_ssim(photograph, noisy), abs=1e-4)
+
+
+def test_equal_images_are_capped_and_perfect():
+    one, _ = random_pair(16, 16, 0)
+    assert psnr_db(one, one) == PSNR_CAP_DB
+    assert ssim(one, one) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_known_error_has_its_psnr():
+    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
+    assert psnr_db(black, grey) == pytest.approx(20 * np.log10(5), abs=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 40), (40, 10), (1, 1)])
+def test_ssim_of_images_without_room_for_a_window_is_none(height, width):
+    one, two = random_pair(height, width, 0)
+    assert ssim(one, two) is None
+    assert psnr_db(one, two) > 0
+
+
+@pytest.mark.parametrize("metric", [psnr_db, ssim, change_rmse_255])
+def test_pairs_must_match(metric):
+    one, _ = random_pair(12, 20, 0)
+    with pytest.raises(ValueError, match="20 x 12 and 19 x 12"):
+        metric(one, one[:, :19])
+    with pytest.raises(ValueError, match="uint8 and uint16"):
+        metric(one, one.astype(np.uint16))
+
+
+def test_change_is_on_the_scale_of_eight_bits_whatever_the_depth():
+    one = np.full((5, 5, 3), 100, np.uint8)
+    two = one + np.uint8(10)
+    assert change_rmse_255(one, two) == pytest.approx(10)
+    assert change_rmse_255(two, one) == pytest.approx(10)
+    assert change_rmse_255(one.astype(np.uint16) * 257, two.astype(np.uint16) * 257) == pytest.approx(10)
+    assert change_rmse_255(one, one) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_clipped_values_are_those_at_either_end(dtype):
+    image = np.full((2, 2, 3), 100, dtype)
+    assert clipped_fraction(image) == 0
+    image[0, 0], image[1, 1, 0] = 0, np.iinfo(dtype).max
+    assert clipped_fraction(image) == pytest.approx(4 / 12)

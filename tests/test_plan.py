@@ -1,0 +1,184 @@
+"""The plan: every image in exactly one shard, frozen, and brought up to date by new generations only."""
+
+import os
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import plan
+from pipeline.plan import PLAN_SCHEMA, PlanError, cut_shards, estimate, load_plan, update_plan
+from pipeline.records import ImageRef, image_id
+from pipeline.source import Listing, list_source
+
+NOON = datetime(2026, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
+
+
+def ref(name, size_bytes=1000, modified=NOON):
+    return ImageRef(image_id(name), name, f"file:///src/{name}", size_bytes, modified)
+
+
+def listing(*refs):
+    return Listing(tuple(sorted(refs, key=lambda r: r.relative_path)), 0)
+
+
+def images(shards):
+    return [image for shard in shards for image in shard.images]
+
+
+@given(st.lists(st.integers(0, 100 * 2**20), max_size=300))
+def test_shards_hold_every_image_once_and_keep_their_limits(sizes):
+    refs = [ref(f"{i:04d}.png", size) for i, size in enumerate(sizes)]
+    shards = cut_shards(refs)
+    assert images(shards) == refs
+    assert [shard.shard_id for shard in shards] == [f"{i:05d}" for i in range(len(shards))]
+    for shard in shards:
+        assert 1 <= len(shard.images) <= 64
+        assert len(shard.images) == 1 or sum(i.size_bytes for i in shard.images) <= 64 * 2**20
+
+
+@pytest.mark.parametrize(("count", "shards"), [(1, 1), (4, 1), (9, 3), (32, 8), (100, 8), (512, 8), (640, 10)])
+def test_small_jobs_give_several_workers_something_to_do(count, shards):
+    assert len(cut_shards([ref(f"{i:04d}.png") for i in range(count)])) == shards
+
+
+def test_plan_is_read_back_as_it_was_written(tmp_path):
+    refs = [ref("a.png"), ref("b \u00e9.png", size_bytes=0, modified=None), ref("c/d.png")]
+    changes = update_plan(tmp_path, listing(*refs))
+    assert (changes.new, changes.changed, changes.vanished) == (3, 0, ())
+    assert load_plan(tmp_path) == list(changes.shards)
+    assert images(load_plan(tmp_path)) == list(listing(*refs).images)
+    (path,) = (tmp_path / "plan").iterdir()
+    assert path.name == "00000.parquet"
+    assert pq.read_schema(path).equals(PLAN_SCHEMA)
+
+
+def test_no_plan_is_an_empty_plan(tmp_path):
+    assert load_plan(tmp_path) == []
+
+
+def test_second_call_without_changes_writes_nothing(tmp_path):
+    update_plan(tmp_path, listing(ref("a.png"), ref("b.png", modified=None)))
+    before = load_plan(tmp_path)
+    changes = update_plan(tmp_path, listing(ref("a.png"), ref("b.png", modified=None)))
+    assert (changes.new, changes.changed, changes.vanished, changes.shards) == (0, 0, (), ())
+    assert load_plan(tmp_path) == before
+    assert len(list((tmp_path / "plan").iterdir())) == 1
+
+
+def test_new_files_get_new_shards_and_old_shards_stay(tmp_path):
+    first = update_plan(tmp_path, listing(ref("b.png"), ref("c.png")))
+    frozen = (tmp_path / "plan/00000.parquet").read_bytes()
+    second = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
+    assert (second.new, second.changed) == (1, 0)
+    assert [shard.shard_id for shard in second.shards] == ["00001"]
+    assert load_plan(tmp_path) == [*first.shards, *second.shards]
+    assert (tmp_path / "plan/00000.parquet").read_bytes() == frozen
+
+
+@pytest.mark.parametrize("change", [{"size_bytes": 1001}, {"modified": NOON + timedelta(microseconds=1)}])
+def test_changed_files_become_a_new_revision_that_supersedes_the_old(tmp_path, change):
+    update_plan(tmp_path, listing(ref("a.png"), ref("b.png")))
+    changed = replace(ref("a.png"), **change)
+    for revision in (1, 2):
+        changes = update_plan(tmp_path, listing(changed, ref("b.png")))
+        assert (changes.new, changes.changed) == (0, 1)
+        assert images(changes.shards) == [replace(changed, revision=revision)]
+        planned = images(load_plan(tmp_path))
+        assert sorted(i.relative_path for i in planned) == ["a.png", "b.png"]
+        assert replace(changed, revision=revision) in planned
+        changed = replace(changed, size_bytes=changed.size_bytes + 5)
+
+
+def test_shard_of_superseded_images_alone_disappears(tmp_path):
+    update_plan(tmp_path, listing(ref("a.png")))
+    update_plan(tmp_path, listing(ref("a.png", size_bytes=7)))
+    assert [shard.shard_id for shard in load_plan(tmp_path)] == ["00001"]
+
+
+def test_vanished_files_are_reported_and_stay_planned(tmp_path):
+    update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
+    gone = replace(ref("c.png"), size_bytes=0, modified=None)
+    changes = update_plan(tmp_path, listing(ref("b.png"), gone))
+    assert [image.relative_path for image in changes.vanished] == ["a.png", "c.png"]
+    assert changes.shards == ()
+    assert len(images(load_plan(tmp_path))) == 3
+    back = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
+    assert (back.new, back.changed, back.vanished) == (0, 0, ())
+
+
+def test_a_broken_link_that_is_mended_is_done_again(tmp_path):
+    update_plan(tmp_path, listing(ref("a.png", size_bytes=0, modified=None)))
+    changes = update_plan(tmp_path, listing(ref("a.png")))
+    assert changes.changed == 1
+    assert images(load_plan(tmp_path)) == [replace(ref("a.png"), revision=1)]
+
+
+def test_interrupted_write_leaves_no_generation(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.os, "fsync", broken)
+        with pytest.raises(OSError, match="disk full"):
+            update_plan(tmp_path, listing(ref("a.png")))
+    assert list((tmp_path / "plan").iterdir()) == []
+    update_plan(tmp_path, listing(ref("a.png")))
+    assert len(images(load_plan(tmp_path))) == 1
+
+
+def test_damaged_and_foreign_plans_are_named(tmp_path):
+    update_plan(tmp_path, listing(ref("a.png")))
+    path = tmp_path / "plan/00000.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PlanError, match=r"00000\.parquet"):
+        load_plan(tmp_path)
+    pq.write_table(PLAN_SCHEMA.empty_table().drop_columns(["uri"]), path)
+    with pytest.raises(PlanError, match="expected"):
+        load_plan(tmp_path)
+
+
+def test_plan_of_a_real_folder_follows_its_changes(tmp_path):
+    source = tmp_path / "src"
+    source.mkdir()
+    for name in ("a.png", "b.png"):
+        (source / name).write_bytes(b"1")
+    update_plan(tmp_path / "out", list_source(source))
+    assert update_plan(tmp_path / "out", list_source(source)).shards == ()
+    (source / "a.png").write_bytes(b"22")
+    os.utime(source / "b.png", ns=(0, 1_600_000_000_000_000_000))
+    (source / "c.png").write_bytes(b"3")
+    changes = update_plan(tmp_path / "out", list_source(source))
+    assert (changes.new, changes.changed) == (1, 2)
+
+
+def test_estimate_adds_up_what_headers_say(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (500, 400)).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (500, 400)).save(tmp_path / "photo.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    found = estimate(list_source(tmp_path), megapixels_per_s=0.5)
+    assert (found.images, found.sampled, found.unreadable) == (6, 6, 1)
+    assert found.formats == {"PNG": 4, "JPEG": 1}
+    assert found.unreadable_fraction == pytest.approx(1 / 6)
+    assert found.megapixels_mean == pytest.approx(0.2)
+    assert found.megapixels == pytest.approx(1.0)
+    assert found.seconds == pytest.approx(2.0)
+    smaller = estimate(list_source(tmp_path), megapixels_per_s=None, output_format="webp")
+    assert smaller.seconds is None
+    assert 0 < smaller.output_bytes < found.output_bytes
+
+
+def test_estimate_extrapolates_from_a_seeded_sample(tmp_path):
+    for i in range(20):
+        Image.new("L", (100, 10 * (i + 1))).save(tmp_path / f"{i}.png")
+    source = list_source(tmp_path)
+    one, two = (estimate(source, megapixels_per_s=1.0, sample_images=5, seed=3) for _ in range(2))
+    assert one == two
+    assert (one.images, one.sampled) == (20, 5)
+    assert one.megapixels == pytest.approx(one.megapixels_mean * 20)

@@ -1,0 +1,188 @@
+import numpy as np
+import pytest
+import torch
+from synthetic_weights import tiny_network, write_tiny_model
+
+from models import Restorer, load_restorer, orthogonal_bank
+from models.errors import WeightsError
+from models.memory import available_bytes, bytes_per_pixel
+from models.padding import padded_size
+
+KEYS = ("noise15", "rain", "haze", "lowlight", "blur")
+
+
+@pytest.fixture(scope="module")
+def restorer() -> Restorer:
+    return Restorer(tiny_network(), orthogonal_bank())
+
+
+def photographs(*sizes, dtype=np.uint8, seed=0):
+    rng = np.random.default_rng(seed)
+    scale = {np.uint8: 256, np.uint16: 65536}
+    if dtype == np.float32:
+        return [rng.random((*size, 3), dtype=np.float32) for size in sizes]
+    return [rng.integers(0, scale[dtype], (*size, 3), dtype=dtype) for size in sizes]
+
+
+def levels_apart(a, b):
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (17, 3), (16, 16), (33, 31)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_any_size_and_dtype_comes_back_changed_in_the_same_form(restorer, size, dtype):
+    (image,) = photographs(size, dtype=dtype)
+    (restored,) = restorer.restore([image], ["rain"])
+    assert (restored.shape, restored.dtype) == (image.shape, image.dtype)
+    assert restored.flags["C_CONTIGUOUS"]
+    assert not np.array_equal(restored, image)
+    if dtype == np.float32:
+        assert 0 <= restored.min() <= restored.max() <= 1
+
+
+def test_dtypes_agree_with_each_other(restorer):
+    (image,) = photographs((24, 20))
+    as_uint8, as_uint16, as_float = restorer.restore(
+        [image, image.astype(np.uint16) * 257, (image / 255).astype(np.float32)], ["haze"] * 3
+    )
+    assert levels_apart(as_uint8, np.rint(as_float * 255)) <= 1
+    assert levels_apart(as_uint16, np.rint(as_float * 65535)) <= 257
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_mixed_sizes_and_degradations_equals_singles(dtype):
+    restorer = Restorer(tiny_network(), orthogonal_bank(), dtype=dtype)
+    images = photographs((40, 30), (35, 32), (8, 8), (40, 30), (100, 20))
+    together = restorer.restore(images, KEYS)
+    for image, key, restored in zip(images, KEYS, together, strict=True):
+        (alone,) = restorer.restore([image], [key])
+        assert restored.shape == image.shape
+        assert levels_apart(restored, alone) <= 1
+
+
+def test_the_prompt_key_decides(restorer):
+    (image,) = photographs((32, 32))
+    rain, haze = restorer.restore([image, image], ["rain", "haze"])
+    assert levels_apart(rain, haze) > 1
+
+
+def test_images_are_padded_and_then_cropped(restorer):
+    (image,) = photographs((20, 28))
+    tall, wide = padded_size(20, 28, 16)
+    mirrored = np.pad(image, ((0, tall - 20), (0, wide - 28), (0, 0)), mode="symmetric")
+    small, large = restorer.restore([image, mirrored], ["blur", "blur"])
+    assert levels_apart(small, large[:20, :28]) <= 1
+
+
+def test_views_are_restored_as_copies_are_and_left_as_they_are(restorer):
+    (image,) = photographs((32, 48))
+    flipped = image[::-1, ::2]
+    before = flipped.copy()
+    (of_view,), (of_copy,) = restorer.restore([flipped], ["rain"]), restorer.restore([before], ["rain"])
+    assert np.array_equal(of_view, of_copy)
+    assert np.array_equal(flipped, before)
+
+
+def test_batches_stay_within_the_limit_and_give_the_same(monkeypatch):
+    restorer = Restorer(tiny_network(), orthogonal_bank(), tile="off")
+    images = photographs(*[(32, 32)] * 5)
+    whole = restorer.restore(images, KEYS)
+    restorer.memory_budget_bytes = int(2.5 * 32 * 32 * bytes_per_pixel(tiny_network().config, torch.float32))
+    assert restorer.batch_limit(32, 32) == 2
+    sizes = []
+    run = restorer._run
+    monkeypatch.setattr(restorer, "_run", lambda batch, keys: sizes.append(len(batch)) or run(batch, keys))
+    chunked = restorer.restore(images, KEYS)
+    assert sizes == [2, 2, 1]
+    assert all(levels_apart(a, b) <= 1 for a, b in zip(whole, chunked, strict=True))
+
+
+def test_auto_tiles_what_exceeds_the_memory_and_nothing_else():
+    restorer = Restorer(tiny_network(), orthogonal_bank())
+    assert restorer.tile_px_for(200, 200) is None
+    per_pixel = bytes_per_pixel(tiny_network().config, torch.float32)
+    restorer.memory_budget_bytes = int(100 * 100 * per_pixel)
+    assert restorer.tile_px_for(90, 80) is None
+    assert restorer.tile_px_for(200, 200) == 96
+    assert restorer.batch_limit(200, 200) == 1
+    (image,) = photographs((130, 150))
+    (restored,) = restorer.restore([image], ["rain"])
+    assert restored.shape == image.shape
+
+
+def test_off_never_tiles_and_a_number_forces_tiles_of_its_multiple():
+    off = Restorer(tiny_network(), orthogonal_bank(), tile="off")
+    off.memory_budget_bytes = 1
+    assert off.tile_px_for(5000, 5000) is None
+    assert off.batch_limit(5000, 5000) == 1
+    forced = Restorer(tiny_network(), orthogonal_bank(), tile=40)
+    assert forced.tile_px_for(48, 48) is None
+    assert forced.tile_px_for(49, 10) == 48
+
+
+def test_tiles_restore_what_a_tile_of_its_own_would_give_away_from_overlaps():
+    restorer = Restorer(tiny_network(), orthogonal_bank(), tile=64)
+    (image,) = photographs((64, 112))
+    (tiled,) = restorer.restore([image], ["haze"])
+    (first,) = restorer.restore([image[:, :64]], ["haze"])
+    assert levels_apart(tiled[:, :48], first[:, :48]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "keys", "error", "message"),
+    [
+        (photographs((8, 8)), ["snow"], KeyError, "no prompt for snow; this model knows noise15"),
+        (photographs((8, 8)), [], ValueError, "1 images but 0 prompt keys"),
+        ([np.zeros((8, 8), np.uint8)], ["rain"], ValueError, "expected H x W x 3"),
+        ([np.zeros((8, 8, 4), np.uint8)], ["rain"], ValueError, "expected H x W x 3"),
+        ([np.zeros((0, 8, 3), np.uint8)], ["rain"], ValueError, "expected H x W x 3"),
+        ([np.zeros((8, 8, 3))], ["rain"], ValueError, "float64"),
+    ],
+)
+def test_what_cannot_be_restored_is_refused(restorer, images, keys, error, message):
+    with pytest.raises(error, match=message):
+        restorer.restore(images, keys)
+
+
+def test_no_images_give_no_images(restorer):
+    assert restorer.restore([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float16}, "float32 or bfloat16"),
+        ({"tile": 16}, "at least 32 pixels"),
+        ({"tile": "always"}, "auto, off or a number"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Restorer(tiny_network(), orthogonal_bank(), **options)
+
+
+def test_cuda_is_not_silently_replaced_by_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        Restorer(tiny_network(), orthogonal_bank(), device="cuda")
+
+
+def test_loading_by_path_equals_the_network_as_it_was_saved(tmp_path):
+    path = write_tiny_model(tmp_path / "tiny.safetensors")
+    loaded = load_restorer(path)
+    assert (loaded.name, len(loaded.sha256), loaded.size_multiple) == ("tiny.safetensors", 64, 16)
+    images = photographs((32, 40), (20, 20))
+    direct = Restorer(tiny_network(), orthogonal_bank()).restore(images, ["rain", "blur"])
+    for a, b in zip(loaded.restore(images, ["rain", "blur"]), direct, strict=True):
+        assert levels_apart(a, b) <= 2, "more than the rounding of weights to float16 explains"
+
+
+def test_an_unknown_name_is_refused_listing_the_valid_ones():
+    with pytest.raises(WeightsError, match="neither a weights file nor a shipped model; shipped models: "):
+        load_restorer("dfpir-huge")
+
+
+def test_memory_is_known_and_grows_with_the_network():
+    assert available_bytes(torch.device("cpu")) > 0
+    config = tiny_network().config
+    assert bytes_per_pixel(config, torch.bfloat16) < bytes_per_pixel(config, torch.float32)

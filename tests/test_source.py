@@ -1,0 +1,155 @@
+"""What counts as an image of a source, and what becomes of odd files."""
+
+import os
+from datetime import UTC, datetime
+
+import pytest
+
+from pipeline.images import ImageFault
+from pipeline.records import Stage, image_id
+from pipeline.source import SourceError, fetch, list_source, local_path
+
+
+def fill(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+def paths(listing):
+    return [image.relative_path for image in listing.images]
+
+
+def test_candidates_are_found_by_extension_at_any_depth(tmp_path):
+    fill(
+        tmp_path,
+        "b.JPG",
+        "a/z.tiff",
+        "a/deep/er/x.webp",
+        "notes.txt",
+        "a/Thumbs.db",
+        ".hidden/p.png",
+        "noextension",
+        "g.gif",
+    )
+    listing = list_source(tmp_path)
+    assert paths(listing) == [".hidden/p.png", "a/deep/er/x.webp", "a/z.tiff", "b.JPG"]
+    assert listing.ignored == 4
+    assert listing.unreadable_directories == ()
+
+
+def test_refs_hold_id_size_and_time(tmp_path):
+    fill(tmp_path, "a/photo.png")
+    os.utime(tmp_path / "a/photo.png", ns=(0, 1_700_000_000_123_456_789))
+    (ref,) = list_source(tmp_path).images
+    assert ref.image_id == image_id("a/photo.png")
+    assert ref.size_bytes == len("a/photo.png")
+    assert ref.modified == datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC)
+    assert ref.revision == 0
+    assert fetch(ref) == b"a/photo.png"
+
+
+def test_order_is_that_of_relative_paths_and_does_not_depend_on_the_source_place(tmp_path):
+    names = ["b/1.png", "a.png", "a/2.png", "a-b.png", "B.png"]
+    for place in ("one", "two"):
+        fill(tmp_path / place, *(names if place == "one" else names[::-1]))
+    one, two = list_source(tmp_path / "one"), list_source(tmp_path / "two")
+    assert paths(one) == paths(two) == sorted(names)
+    assert [i.image_id for i in one.images] == [i.image_id for i in two.images]
+
+
+def test_links_to_files_count_and_links_to_folders_are_not_followed(tmp_path):
+    fill(tmp_path / "src", "real/a.png")
+    fill(tmp_path, "elsewhere/b.png")
+    (tmp_path / "src/link.png").symlink_to(tmp_path / "elsewhere/b.png")
+    (tmp_path / "src/real/loop").symlink_to(tmp_path / "src")
+    (tmp_path / "src/folder.png").symlink_to(tmp_path / "elsewhere")
+    listing = list_source(tmp_path / "src")
+    assert paths(listing) == ["link.png", "real/a.png"]
+    assert listing.ignored == 2
+    assert fetch(listing.images[0]) == b"elsewhere/b.png"
+
+
+def test_what_is_no_regular_file_is_ignored(tmp_path):
+    fill(tmp_path, "a.png", "folder.png/inner.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    listing = list_source(tmp_path)
+    assert paths(listing) == ["a.png", "folder.png/inner.png"]
+    assert listing.ignored == 1
+
+
+def test_broken_link_stays_a_candidate_and_fails_when_fetched(tmp_path):
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (ref,) = list_source(tmp_path).images
+    assert (ref.size_bytes, ref.modified) == (0, None)
+    with pytest.raises(ImageFault) as caught:
+        fetch(ref)
+    assert (caught.value.stage, caught.value.error_class) == (Stage.FETCH, "missing")
+
+
+def test_file_that_cannot_be_read_is_a_fault_with_its_cause(tmp_path):
+    fill(tmp_path, "a.png")
+    (ref,) = list_source(tmp_path).images
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(ImageFault, match="Is a directory") as caught:
+        fetch(ref)
+    assert caught.value.error_class == "unreadable"
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", "caf\u00e9 100% ?#;.png".encode(), b"new\nline.png", b"a\\b.png"])
+def test_any_name_is_listed_in_valid_utf8_and_can_be_fetched(tmp_path, name):
+    try:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"content")
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    (ref,) = list_source(tmp_path).images
+    assert ref.relative_path.encode("utf-8")
+    assert ref.image_id == image_id(os.fsdecode(name))
+    assert os.fsencode(local_path(ref.uri).name) == name
+    assert fetch(ref) == b"content"
+
+
+def test_replaced_bytes_do_not_take_the_name_of_another_file(tmp_path):
+    root = os.fsencode(tmp_path)
+    for name in (b"caf%E9.png", b"caf\xe9.png"):
+        try:
+            with open(os.path.join(root, name), "wb") as file:
+                file.write(name)
+        except OSError:
+            pytest.skip("this file system refuses the name")
+    listing = list_source(tmp_path)
+    assert len(set(paths(listing))) == 2
+    by_path = {image.relative_path: fetch(image) for image in listing.images}
+    assert by_path.pop("caf%E9.png") == b"caf%E9.png"
+    assert list(by_path.values()) == [b"caf\xe9.png"]
+
+
+def test_unusable_sources_say_what_to_do(tmp_path):
+    with pytest.raises(SourceError, match="does not exist") as caught:
+        list_source(tmp_path / "missing")
+    assert caught.value.hint in str(caught.value)
+    fill(tmp_path, "one.png", "empty/notes.txt")
+    with pytest.raises(SourceError, match="not a directory"):
+        list_source(tmp_path / "one.png")
+    with pytest.raises(SourceError, match=r"no images in .*\(1 other files\); expected files .*\.jpeg"):
+        list_source(tmp_path / "empty")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")
+def test_folder_without_permission_is_named(tmp_path):
+    fill(tmp_path, "a.png", "closed/b.png")
+    (tmp_path / "closed").chmod(0)
+    try:
+        listing = list_source(tmp_path)
+    finally:
+        (tmp_path / "closed").chmod(0o755)
+    assert paths(listing) == ["a.png"]
+    assert listing.unreadable_directories == ("closed",)
+
+
+def test_only_file_uris_are_local():
+    with pytest.raises(ValueError, match="s3://bucket"):
+        local_path("s3://bucket/key.png")

@@ -1,0 +1,140 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synthetic_classifier import TINY, TINY_VIEW
+
+from classifier import load_classifier
+from classifier.labels import LABELS, Degradation
+from jobs import train_classifier
+from jobs.classifier_samples import FAINTEST_RAIN, SHARES, Samples, as_filed, damage, draw_scene, visible_rain
+from jobs.train_classifier import learning_rate, main
+from jobs.training_data import CleanPhotographs, is_validation
+from pipeline.synthesis import smooth_field
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Forty textured pictures, some of which fall into the validation split."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        shading = np.stack([smooth_field(200, 240, rng) for _ in range(3)], axis=2)
+        pixels = 40 + 150 * shading + rng.integers(0, 40, (200, 240, 1))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"photo-{number}.png")
+    assert {is_validation(f"photo-{number}.png") for number in range(40)} == {True, False}
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(train_classifier, "VIEW", TINY_VIEW)
+    monkeypatch.setattr(train_classifier, "Architecture", lambda: TINY)
+
+
+def options(folder, out, *more):
+    small = ["--batch", "4", "--pool", "12", "--first-fill", "8", "--fresh", "2", "--validation-samples", "42"]
+    return ["--data", str(folder), "--out", str(out), *small, *map(str, more)]
+
+
+# Samples
+
+
+def test_scenes_lie_within_the_sizes_promised(folder):
+    photographs = CleanPhotographs.load(folder, validation=False)
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(photographs, rng) for _ in range(60)]
+    for scene in scenes:
+        assert 160 <= min(scene.shape[:2])
+        assert scene.dtype == np.float32
+        assert 0 <= scene.min() <= scene.max() <= 1
+    assert len({scene.shape for scene in scenes}) > 10
+
+
+def test_rain_is_visible_even_on_white():
+    for image in (np.ones((100, 100, 3), np.float32), np.full((100, 100, 3), 0.3, np.float32)):
+        for seed in range(10):
+            rainy = visible_rain(image, np.random.default_rng(seed))
+            assert np.abs(rainy - image).mean() >= FAINTEST_RAIN / 2
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_damage_repeats_with_the_seed(label):
+    image = np.random.default_rng(0).random((64, 80, 3), dtype=np.float32)
+    first, second = (damage(image, label, np.random.default_rng(1)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert first.shape == image.shape
+
+
+def test_filed_images_stay_close_to_what_was_given():
+    image = np.stack([smooth_field(80, 90, np.random.default_rng(c)) for c in range(3)], axis=2)
+    for seed in range(10):
+        filed = as_filed(image, np.random.default_rng(seed))
+        assert filed.dtype == np.uint8
+        assert np.abs(filed / 255 - image).mean() < 0.02
+
+
+def test_the_pool_keeps_its_size_and_replaces_the_oldest(folder):
+    photographs = CleanPhotographs.load(folder, validation=False)
+    rng = np.random.default_rng(0)
+    pool = Samples.empty(6, TINY_VIEW)
+    pool.synthesise(photographs, rng, count=5, view=TINY_VIEW)
+    assert pool.filled == 5
+    second = pool.crops[1].copy()
+    pool.synthesise(photographs, rng, count=2, view=TINY_VIEW)
+    assert (pool.filled, pool.written) == (6, 7)
+    np.testing.assert_array_equal(pool.crops[1], second)
+    crops, thumbnails, labels = pool.batch(np.array([0, 5]))
+    assert crops.shape == (2, 2, 3, 32, 32)
+    assert thumbnails.shape == (2, 3, 32, 32)
+    assert labels.tolist() == pool.labels[[0, 5]].tolist()
+
+
+def test_every_label_has_a_share():
+    assert set(SHARES) == set(LABELS)
+    assert sum(SHARES.values()) == pytest.approx(1)
+    assert max(SHARES, key=SHARES.__getitem__) is Degradation.CLEAN
+
+
+# Training
+
+
+def test_the_learning_rate_warms_up_and_ends_low():
+    rates = [learning_rate(progress, peak=1.0) for progress in np.linspace(0, 1, 201)]
+    assert rates[0] < 0.1
+    assert max(rates) == pytest.approx(1, abs=0.01)
+    assert rates[-1] == pytest.approx(0.01)
+    assert all(math.isfinite(rate) and type(rate) is float for rate in rates)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
+    out, weights = tmp_path / "state.pt", tmp_path / "own.safetensors"
+    main(options(folder, out, "--steps", 3))
+    first = torch.load(out, weights_only=True)
+    main(options(folder, out, "--steps", 5, "--export", weights))
+    second = torch.load(out, weights_only=True)
+    assert (first["step"], second["step"]) == (3, 5)
+    assert second["seconds"] > first["seconds"]
+    assert second["samples"] > first["samples"]
+    assert weights.with_suffix(".json").exists()
+    classifier = load_classifier(weights)
+    assert classifier.weights.provenance["steps"] == 5
+    name = "front.kernel"
+    assert name not in second["average"]
+    for key, value in classifier.network.state_dict().items():
+        torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
+    assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_few_steps_lower_the_loss(folder, tmp_path, caplog):
+    """On a pool that never changes, the network learns its samples by heart."""
+    fixed = ["--pool", "16", "--first-fill", "16", "--fresh", "0", "--batch", "16", "--lr", "1e-2"]
+    with caplog.at_level("INFO"):
+        main([*options(folder, tmp_path / "state.pt"), *fixed, "--steps", "100"])
+    losses = [float(r.getMessage().rsplit("loss ", 1)[1]) for r in caplog.records if "loss " in r.getMessage()]
+    assert len(losses) == 2
+    assert losses[1] < 0.8 * losses[0]
