@@ -15,6 +15,7 @@ from classifier.view import ViewSettings, take_views
 from jobs.training_data import CleanPhotographs
 from pipeline.synthesis import (
     FloatImage,
+    add_deep_shadow,
     add_haze,
     add_lowlight,
     add_motion_blur,
@@ -63,7 +64,7 @@ def draw_scene(photographs: CleanPhotographs, rng: np.random.Generator) -> Float
     return part.astype(np.float32) / np.float32(255)
 
 
-FAINTEST_RAIN = 0.012
+FAINTEST_RAIN = 0.008
 """Rain that changes an image by less than this on average (of 1) counts neither as rain nor as clean."""
 
 
@@ -79,8 +80,11 @@ def visible_rain(image: FloatImage, rng: np.random.Generator) -> FloatImage:
 def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> FloatImage:
     """The image under a label, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
 
-    Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
+    Half of the photographs are first varied within what counts as clean, so that softness or grain alone says
+    nothing. Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
     """
+    if label is not Degradation.CLEAN and rng.random() < 0.5:
+        image = vary_clean(image, rng)
     match label:
         case Degradation.NOISE:
             return add_noise(image, rng, sigma_255=float(rng.uniform(1.2 * CLEAN_LIMITS.noise_sigma_255, 60)))
@@ -91,6 +95,8 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
         case Degradation.BLUR:
             return add_motion_blur(image, rng, longest_px=60)
         case Degradation.LOWLIGHT:
+            if rng.random() < 0.4:
+                return add_deep_shadow(image, rng)
             return add_lowlight(image, rng, lowest_gain=0.05)
         case Degradation.CLEAN:
             return vary_clean(image, rng)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jobs.errors import UsageError
+from models import parse_tile
 from pipeline.prompting import parse_label
 
 
@@ -42,10 +43,7 @@ class RestoreOptions(BaseModel):
     @field_validator("tile", mode="before")
     @classmethod
     def _tile_size(cls, value: object) -> str:
-        text = str(value)
-        if text in {"auto", "off"} or (text.isdigit() and int(text) >= 64):
-            return text
-        raise ValueError("must be auto, off, or a side of at least 64 pixels")
+        return str(parse_tile(str(value)))
 
 
 def read_options(config_file: Path | None, given: dict[str, Any]) -> RestoreOptions:

@@ -151,7 +151,7 @@ def _write_sheet(out: Path, rows: list[dict[str, Any]]) -> None:
     sheet = []
     for damage in LABELS:
         row = _of_damage(rows, damage)[0]
-        kept = Path(row["output_uri"])
+        kept = out / "run" / row["output_uri"]
         cells = [
             (f"{damage}: {row['psnr_input_db']:.1f} dB", out / "source" / row["relative_path"]),
             (f"{row['status']} as {row['label']}: {row['psnr_db']:.1f} dB", kept),

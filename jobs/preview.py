@@ -12,7 +12,7 @@ from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.restore import resolve_device, resolve_dtype
 from jobs.sheets import side_by_side
-from models import load_restorer
+from models import load_restorer, parse_tile
 from models.errors import WeightsError
 from pipeline.images import ImageFault, decode, to_uint8
 from pipeline.prompting import decide, decide_forced, parse_label
@@ -30,7 +30,9 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     dtype = resolve_dtype(options.dtype, device)
     try:
         decoded = decode(image.read_bytes(), max_pixels=options.max_pixels)
-        restorer = load_restorer(options.model, device=device, dtype=getattr(torch, dtype), tile=_tile(options.tile))
+        restorer = load_restorer(
+            options.model, device=device, dtype=getattr(torch, dtype), tile=parse_tile(options.tile)
+        )
         classifier = load_classifier(options.classifier, device=device)
     except OSError as error:
         raise UsageError(f"cannot read {image}: {error.strerror}") from error
@@ -61,7 +63,3 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     picture.parent.mkdir(parents=True, exist_ok=True)
     side_by_side([cells], cell_px=800).save(picture)
     console.print(f"picture: {picture}", markup=False, soft_wrap=True)
-
-
-def _tile(tile: str) -> str | int:
-    return int(tile) if tile.isdigit() else tile

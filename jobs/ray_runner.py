@@ -9,8 +9,7 @@ import queue
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from jobs.errors import UsageError
+from jobs.ray_cluster import Needs, all_nodes, connected, measure_room
 from jobs.runner import (
     Assignment,
     Dispatcher,
     OnOutcomes,
-    RunError,
     RunInterruptedError,
     StopRequest,
     log_to,
@@ -38,22 +36,8 @@ POLL_S = 1.0
 STOP_GRACE_S = 300.0
 """How long workers may take to finish and commit what they have in hand once the run is to end."""
 PENDING_WARNING_S = 60.0
-START_TRIES = 3
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Only rows cross it."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one worker asks of the cluster."""
-
-    cpus: int
-    gpus: int
-
-    def __str__(self) -> str:
-        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus} GPU" if self.gpus else "")
 
 
 @dataclass(frozen=True)
@@ -143,8 +127,8 @@ class RayRunner:
 
     def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
         """See `jobs.runner.Runner.run`. Raises UsageError when the cluster lacks what a worker needs."""
-        with _cluster(self._address, context):
-            needs, room = measure_room(ray.nodes(), device=context.device, threads=context.threads)
+        with connected(self._address, threads=context.threads):
+            needs, room = measure_room(all_nodes(), device=context.device, threads=context.threads)
             crew = _Crew(replace(context, threads=needs.cpus), needs, Dispatcher(shards, context, on_outcomes))
             # Ray has set its own handlers by now.
             with stop_on_signals() as request:
@@ -152,28 +136,6 @@ class RayRunner:
                     crew.work(self._max_workers or room, request)
                 finally:
                     crew.dismiss()
-
-
-def measure_room(nodes: Sequence[dict[str, Any]], *, device: str, threads: int) -> tuple[Needs, int]:
-    """What one worker asks for, and how many workers the cluster's living nodes have room for.
-
-    `nodes` as from `ray.nodes()`. Raises UsageError saying what is missing when no node can hold one worker.
-    """
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
-    if device == "cuda":
-        shares = [cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu]
-        needs = Needs(cpus=max(1, min([threads, *shares])), gpus=1)
-    else:
-        needs = Needs(cpus=threads, gpus=0)
-    room = sum(min(cpu // needs.cpus, gpu if needs.gpus else cpu) for cpu, gpu in zip(cpus, gpus, strict=True))
-    if room == 0:
-        found = ", ".join(f"{cpu} CPUs and {gpu} GPUs" for cpu, gpu in zip(cpus, gpus, strict=True)) or "no node"
-        raise UsageError(
-            f"a worker needs {needs} on one node, but the Ray cluster has: {found}. "
-            "Start the cluster with more, choose another --device, or use --engine local."
-        )
-    return needs, room
 
 
 class _Crew:
@@ -184,14 +146,15 @@ class _Crew:
         self._logs = RunDirectory(context.run_dir).logs_dir
         self._members: dict[int, _Member] = {}
         self._waiting_since = time.monotonic()
-        remote = ray.remote(
+        # Ray's type hints leave out concurrency groups.
+        remote: Any = ray.remote
+        self._actor_class = remote(
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={"control": 2},
-        )
-        self._actor_class: Any = remote(WorkerActor)
+        )(WorkerActor)
 
     def work(self, max_workers: int, request: StopRequest) -> None:
         """Until every shard is done or the run is asked to end."""
@@ -294,7 +257,7 @@ class _Crew:
             self._waiting_since = time.monotonic()
         elif time.monotonic() - self._waiting_since > PENDING_WARNING_S:
             self._waiting_since = time.monotonic()
-            free = ray.available_resources()
+            free = ray.available_resources()  # type: ignore[no-untyped-call] # Ray's hints leave it out
             _log.warning(
                 "no worker has started in the last %.0f s; free in the cluster: %.0f CPUs, %.0f GPUs",
                 PENDING_WARNING_S, free.get("CPU", 0), free.get("GPU", 0),
@@ -315,7 +278,7 @@ class _Crew:
 def _node_is_gone(member: _Member, error: RayError) -> bool:
     if isinstance(error, RayActorError) and error.preempted:
         return True
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"] for node in all_nodes() if node["Alive"]}
     return member.node_id is not None and member.node_id not in alive
 
 
@@ -324,48 +287,3 @@ def _short(error: RayError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith("The actor is dead because")]
     return (telling or lines[-1:] or [type(error).__name__])[0][:300]
-
-
-@contextmanager
-def _cluster(address: str | None, context: RunContext) -> Iterator[None]:
-    """A connection to a cluster: the one this process already has, the one at `address`, or one started here."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        _start_local(context)
-    else:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _start_local(context: RunContext) -> None:
-    """Starts a cluster of this one machine."""
-    for attempt in range(1, START_TRIES + 1):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, context.threads),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
-            return
-        except Exception as error:
-            # Ray gives its processes 15 s to start, fixed (ray-project/ray#65983): on a busy machine that may be
-            # too short, above all the first time, when nothing is in the file cache yet.
-            ray.shutdown()
-            if attempt == START_TRIES:
-                raise RunError(
-                    f"Ray could not be started on this machine in {START_TRIES} tries ({error}); "
-                    "end other work on it, give --address of a running cluster, or use --engine local"
-                ) from error

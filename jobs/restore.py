@@ -6,7 +6,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,17 +17,18 @@ import torch
 
 from classifier import load_classifier
 from classifier.errors import ClassifierWeightsError
+from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.runner import Runner
 from models import load_restorer
 from models.errors import WeightsError
 from pipeline.plan import Estimate, PlanChanges, PlanError, estimate, load_plan, update_plan
-from pipeline.prompting import parse_label
+from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import Outcome, Shard
 from pipeline.report import Summary, summarise
 from pipeline.run_config import RunConfig, RunContext
-from pipeline.sink import RunDirectory, done, read_manifest
+from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, read_manifest
 from pipeline.source import Listing, SourceError, list_source
 
 OnOutcomes = Callable[[list[Outcome]], None]
@@ -120,9 +121,9 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         listed = _limited(listing, options.limit, out)
         changes = update_plan(out, listed)
         shards = tuple(load_plan(out))
-    except PlanError as error:
+        finished = done(out)
+    except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
-    finished = done(out)
     left = (Shard(s.shard_id, tuple(i for i in s.images if (i.image_id, i.revision) not in finished)) for s in shards)
     return Job(
         directory=directory,
@@ -167,12 +168,21 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(f"another process is working on {out}; wait for it, or end it") from error
-        yield
+        try:
+            yield
+        finally:
+            if not directory.job_path.exists():  # nothing was started: leave nothing behind
+                directory.lock_path.unlink()
+                with suppress(OSError):
+                    out.rmdir()
 
 
 def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
     """Works off what is left and returns the summary, also written to `summary.json`."""
-    job.directory.remove_partials()
+    try:
+        job.directory.remove_partials()
+    except ShardBusyError as error:
+        raise UsageError(str(error)) from error
     fresh: set[str] = set()
 
     def collect(outcomes: list[Outcome]) -> None:
@@ -217,6 +227,8 @@ def _resolve(options: RestoreOptions) -> RunConfig:
         classifier = load_classifier(options.classifier, device="cpu")
     except (WeightsError, ClassifierWeightsError) as error:
         raise UsageError(str(error)) from error
+    if label != "auto" and not set(prompts_for(Degradation(label))) & set(restorer.prompts.keys):
+        raise UsageError(f"--label {label}: {options.model} has prompts for {', '.join(restorer.prompts.keys)} only")
     return RunConfig(
         model=_absolute(options.model),
         weights_sha256=restorer.sha256,

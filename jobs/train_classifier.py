@@ -148,8 +148,9 @@ def train(arguments: argparse.Namespace) -> Trained:
         follow(average, network, decay=min(0.995, step / (step + 20)))
         losses.append(float(loss.detach()))
         seconds = time.monotonic() - begun
-        if step % 50 == 0:
-            log.info("step %d, %.1f min, pool of %d, loss %.4f", step, seconds / 60, pool.filled, np.mean(losses[-50:]))
+        if step % arguments.log_every == 0:
+            loss_now = np.mean(losses[-arguments.log_every :])
+            log.info("step %d, %.1f min, pool of %d, loss %.4f", step, seconds / 60, pool.filled, loss_now)
         if time.monotonic() - last_save > arguments.save_every_s:
             last_save = time.monotonic()
             save()
@@ -226,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation-samples", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--log-every", type=int, default=50, help="steps between two lines of the log")
     parser.add_argument("--save-every-s", type=float, default=240.0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = parser.parse_args(argv)

@@ -44,7 +44,14 @@ TASKS: dict[Degradation, float] = {
     Degradation.BLUR: 0.12,
     Degradation.LOWLIGHT: 0.16,
 }
-"""Share of each degradation in the training patches, once all are there.
+MORE_RAIN: dict[Degradation, float] = {
+    Degradation.NOISE: 0.2,
+    Degradation.RAIN: 0.36,
+    Degradation.HAZE: 0.14,
+    Degradation.BLUR: 0.1,
+    Degradation.LOWLIGHT: 0.2,
+}
+"""Shares of the degradations in the training patches, once all are there; rain takes longest to learn.
 
 Noise comes first, alone, then rain: mixed from the start, the easy gains of haze and low light keep a small
 network from ever learning fine detail, while they themselves are learnt within minutes whenever they come.
@@ -68,8 +75,9 @@ PHASES = (
     Phase(0.0, NOISE_ALONE, 64, 8),
     Phase(0.08, FINE_DETAIL, 64, 8),
     Phase(0.18, TASKS, 64, 8),
-    Phase(0.72, TASKS, 96, 6),
-    Phase(0.9, TASKS, 128, 6),
+    Phase(0.5, MORE_RAIN, 64, 8),
+    Phase(0.72, MORE_RAIN, 96, 6),
+    Phase(0.9, MORE_RAIN, 128, 6),
 )
 
 

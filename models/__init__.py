@@ -6,7 +6,7 @@ from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import ModelSpec, list_models
-from models.restorer import Restorer, load_restorer
+from models.restorer import Restorer, load_restorer, parse_tile
 
 __all__ = [
     "ModelSpec",
@@ -17,6 +17,7 @@ __all__ = [
     "list_models",
     "load_restorer",
     "orthogonal_bank",
+    "parse_tile",
 ]
 
 

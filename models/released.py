@@ -31,7 +31,10 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         indices = {key.split(".")[1] for key in state if key.split(".")[0] in levels}
         return max((int(i) + 1 for i in indices if i.isdecimal()), default=default)
 
-    dim, image_channels, *_ = shape("patch_embed.proj.weight", (published.dim, 3, 3, 3))
+    # Each figure from two places, so that one missing entry does not make all others look wrong.
+    stem = shape("patch_embed.proj.weight", (0, 0, 3, 3))
+    dim = stem[0] or shape("encoder_level1.0.norm1.body.weight", (published.dim,))[0]
+    image_channels = stem[1] or shape("output.weight", (3, 2 * dim, 3, 3))[0]
     wide = shape("encoder_shuffle_channel1.conv1x1.weight", (published.shuffle_expansion * dim, dim, 1, 1))[0]
     heads = [
         shape(f"{level}.0.attn.temperature", (default, 1, 1))[0]

@@ -31,6 +31,18 @@ _FULL_SCALE: dict[np.dtype[Any], float] = {
 _MEMORY_SHARE = 0.5
 """Of the memory that is free when a Restorer is made: the rest is for decoded images and other processes."""
 _LARGEST_BATCH = 32
+SMALLEST_TILE_PX = 64
+
+
+def parse_tile(option: str) -> Tile:
+    """The value of a `tile` option given as text; raises ValueError naming what it may be."""
+    if option == "auto":
+        return "auto"
+    if option == "off":
+        return "off"
+    if option.isdigit() and int(option) >= SMALLEST_TILE_PX:
+        return int(option)
+    raise ValueError(f"must be auto, off, or a side of at least {SMALLEST_TILE_PX} pixels, not {option!r}")
 
 
 class Restorer:

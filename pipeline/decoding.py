@@ -106,7 +106,6 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
         try:
             layout = _read_layout(image)
             image.load()
-            _check_complete(image, data)
             decoded = _to_decoded(image, layout)
         except ImageFault:
             raise
@@ -188,13 +187,6 @@ def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
     if isinstance(error, UnidentifiedImageError):
         return _fault("unreadable", f"the file begins like a {name} file, but its header is damaged or of another kind")
     return _fault("unreadable", f"the {name} file is damaged and cannot be decoded: {error or type(error).__name__}")
-
-
-def _check_complete(image: Image.Image, data: bytes) -> None:
-    """Refuses files of which decoders make do with a part."""
-    name = _format_name(image)
-    if name in ("JPEG", "WEBP") and _is_cut_short(data, name):
-        raise _fault("truncated", f"the {name} file is cut short: it ends after {len(data):,} bytes")
 
 
 # Metadata

@@ -2,8 +2,9 @@
 
 `DFPIR_FAULT` is `ACTION:POINT` or `ACTION:POINT:DETAIL`; without a detail every pass of the point counts.
 
-Actions: `kill` ends the process with SIGKILL; `stall` touches the file named by `DFPIR_FAULT_MARKER` and
-sleeps until the process is killed; `raise` raises `RuntimeError`; `exhaust` raises `MemoryError`.
+Actions: `kill` ends the process with SIGKILL; `stall` writes the process id into the file that
+`DFPIR_FAULT_MARKER` names and sleeps until the process is killed; `raise` raises `RuntimeError`; `exhaust`
+raises `MemoryError`.
 
 Points, in the order of an image's way, and their details:
 
@@ -38,7 +39,7 @@ def fault_point(point: str, detail: str) -> None:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stall":
-            Path(os.environ[MARKER]).touch()
+            Path(os.environ[MARKER]).write_text(str(os.getpid()))
             while True:
                 time.sleep(60)
         case "raise":

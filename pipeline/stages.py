@@ -109,7 +109,7 @@ def write(item: Item, directory: RunDirectory, config: RunConfig, source_root: P
             source_format=item.decoded().source_format,
             output_format=encoded_format(item.decoded().source_format, config.output_format),
             option=config.output_format,
-            taken=lambda path: (source_root / path).is_file(),
+            taken=lambda path: (source_root / path).exists(),
         )
     if item.has_failed:
         return

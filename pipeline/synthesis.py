@@ -85,34 +85,43 @@ def draw_noise_sigma(rng: np.random.Generator) -> float:
 # Rain
 
 
-def line_kernel(length_px: float, angle_deg: float, width_px: float) -> NDArray[np.float32]:
-    """One soft-edged streak, its peak at 1; `angle_deg` from the vertical."""
+def line_kernel(length_px: float, angle_deg: float, width_px: float, *, taper: float = 0.0) -> NDArray[np.float32]:
+    """One soft-edged streak, its peak at 1; `angle_deg` from the vertical.
+
+    Towards both ends it fades out over the share `taper` of its half length, 0..1.
+    """
     radius = int(np.ceil(length_px / 2 + width_px))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1].astype(np.float32)
     angle = np.deg2rad(angle_deg)
     along = np.abs(x * np.sin(angle) + y * np.cos(angle))
     across = np.abs(x * np.cos(angle) - y * np.sin(angle))
-    body = np.clip(length_px / 2 - along + 0.5, 0, 1) * np.exp(-0.5 * (across / (width_px / 2)) ** 2)
+    body = np.clip((length_px / 2 - along + 0.5) / max(taper * length_px / 2, 1.0), 0, 1)
+    body = body * np.exp(-0.5 * (across / (width_px / 2)) ** 2)
     return cast(NDArray[np.float32], (body / body.max()).astype(np.float32))
 
 
 def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
     """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a thin veil.
 
-    Per layer: streak length 8..60 px, width 0.8..2.5 px, 0.3 to 4 drops per 1000 pixels (fewer when they
-    are long), brightness 0.25..0.9. Streaks are blended towards a near-white of their own.
+    Per layer: streak length 8..80 px, width 0.8..6 px and at most a fifth of the length, sharp or tapering ends,
+    0.2 to 4 drops per 1000 pixels (fewer when they are large), brightness 0.1..0.9. Streaks are blended towards a
+    near-white of their own, or in half of the layers added, as light that reaches the sensor besides the scene's.
     """
     height, width = image.shape[:2]
     wind_deg = rng.uniform(-45, 45)
     out = image
     for _ in range(rng.integers(1, 4)):
-        length_px = rng.uniform(8, 60)
-        kernel = line_kernel(length_px, wind_deg + rng.normal(0, spread_deg), rng.uniform(0.8, 2.5))
-        density = np.exp(rng.uniform(np.log(3e-4), np.log(4e-3))) * min(1.0, 25 / length_px)
+        length_px = np.exp(rng.uniform(np.log(8), np.log(80)))
+        width_px = np.exp(rng.uniform(np.log(0.8), np.log(min(6.0, 0.2 * length_px))))
+        kernel = line_kernel(length_px, wind_deg + rng.normal(0, spread_deg), width_px, taper=rng.uniform(0, 1))
+        density = np.exp(rng.uniform(np.log(2e-4), np.log(4e-3))) * min(1.0, 40 / (length_px * width_px))
         drops = (rng.random((height, width), dtype=np.float32) < density) * rng.uniform(0.3, 1.0, (height, width))
         streaks = convolve(drops[:, :, None].astype(np.float32), kernel)
-        opacity = np.clip(streaks, 0, 1) * np.float32(rng.uniform(0.25, 0.9))
-        out = out + opacity * (np.float32(rng.uniform(0.7, 1.0)) - out).clip(0)
+        opacity = np.clip(streaks, 0, 1) * np.float32(rng.uniform(0.1, 0.9))
+        if rng.random() < 0.5:
+            out = out + 0.6 * opacity
+        else:
+            out = out + opacity * (np.float32(rng.uniform(0.7, 1.0)) - out).clip(0)
     if rng.random() < 0.3:
         veil = np.float32(rng.uniform(0.0, 0.1))
         out = out * (1 - veil) + veil * np.float32(0.8)
@@ -200,6 +209,22 @@ def add_lowlight(image: FloatImage, rng: np.random.Generator, *, lowest_gain: fl
     dark = dark * np.float32(min(np.exp(rng.uniform(np.log(lowest_gain), np.log(0.9))), brightest))
     sigma = rng.uniform(0, 4) / 255 * np.sqrt(dark) + rng.uniform(0, 4) / 255 * rng.random()
     return _clip(dark + sigma * rng.standard_normal(image.shape))
+
+
+def add_deep_shadow(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """Under-exposure of a scene with much contrast: sky and lamps keep their level, the rest falls into the dark.
+
+    What is locally among the brightest 3..50 % stays lit, with a soft edge; the rest gets gamma 1.1..2.2 and gain
+    0.04..0.35. The result is below 0.55 of the brightness, with sensor noise of sigma 0..2 on the 0..255 scale.
+    """
+    local = convolve(image.mean(axis=2, keepdims=True), gaussian_kernel(float(rng.uniform(2, 8))))
+    low, high = np.quantile(local, [rng.uniform(0.5, 0.85), rng.uniform(0.9, 0.99)])
+    lit = np.clip((local - low) / max(high - low, 1e-3), 0, 1)
+    lit = lit * lit * (3 - 2 * lit)
+    dark = image ** np.float32(rng.uniform(1.1, 2.2)) * np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.35))))
+    out = lit * image ** np.float32(rng.uniform(0.9, 1.5)) + (1 - lit) * dark
+    out = out * min(1.0, 0.55 * float(image.mean()) / max(float(out.mean()), 1e-6))
+    return add_noise(_clip(out), rng, sigma_255=float(rng.uniform(0, 2)))
 
 
 # Damage without a prompt

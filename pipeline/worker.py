@@ -14,7 +14,7 @@ import torch
 
 from classifier import load_classifier
 from classifier.base import Classifier
-from models import load_restorer
+from models import load_restorer, parse_tile
 from pipeline.faults import fault_point
 from pipeline.item import Item
 from pipeline.journal import Journal
@@ -235,7 +235,7 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
         config.model,
         device=context.device,
         dtype=getattr(torch, config.dtype),
-        tile=int(config.tile) if config.tile.isdigit() else config.tile,
+        tile=parse_tile(config.tile),
     )
     _check_same("model", config.model, restorer.sha256, config.weights_sha256)
     classifier: Classifier | None = None

@@ -58,7 +58,8 @@ def test_a_folder_is_restored_and_its_summary_is_one_json_object(
     assert code == 0, stderr
     summary = json.loads(stdout)
     assert {
-        "counts", "labels", "images_per_s", "megapixels_per_s", "psnr_input_db", "psnr_db", "ssim_input", "ssim", "manifest",
+        "counts", "labels", "images_per_s", "megapixels_per_s", "psnr_input_db", "psnr_db", "ssim_input", "ssim",
+        "manifest",
     } <= summary.keys()  # fmt: skip
     assert summary["counts"] == {"restored": 2, "copied": 0, "abstained": 0, "failed": 0, "quarantined": 0}
     assert summary["psnr_input_db"] == 100.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, JpegImagePlugin
 
 from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
 from pipeline.records import Stage
@@ -237,14 +237,14 @@ def test_tint_of_a_restored_grey_image_is_averaged_away():
     assert (again.pixels == 21).all()
 
 
-@pytest.mark.parametrize("byte_order", ["<", ">"])
-def test_sixteen_bit_tiff_of_either_byte_order(byte_order):
+@pytest.mark.parametrize(("byte_order", "white_is_zero"), [("<", False), (">", False), ("<", True)])
+def test_sixteen_bit_tiff_of_either_byte_order_and_polarity(byte_order, white_is_zero):
     entries = [
         (256, 4, 17),
         (257, 4, 23),
         (258, 3, 16),
         (259, 3, 1),
-        (262, 3, 1),
+        (262, 3, 0 if white_is_zero else 1),
         (273, 4, 0),
         (277, 3, 1),
         (278, 4, 23),
@@ -259,7 +259,7 @@ def test_sixteen_bit_tiff_of_either_byte_order(byte_order):
     data += b"\0\0\0\0" + DEEP.astype(byte_order + "u2").tobytes()
     decoded = read(data)
     assert decoded.pixels.dtype == np.uint16
-    np.testing.assert_array_equal(decoded.pixels[:, :, 0], DEEP)
+    np.testing.assert_array_equal(decoded.pixels[:, :, 0], 65535 - DEEP if white_is_zero else DEEP)
     assert_same_image(decoded, read(encode(decoded, decoded.pixels, format="same", quality=95).data))
 
 
@@ -331,6 +331,13 @@ def test_quality_reaches_the_encoder():
     assert sizes[0] < sizes[1] / 2
 
 
+def test_jpeg_keeps_the_resolution_of_colour():
+    decoded = read(file_bytes(Image.fromarray(picture(64, 64)), "PNG"))
+    encoded = encode(decoded, decoded.pixels, format="jpeg", quality=95)
+    with Image.open(io.BytesIO(encoded.data)) as written:
+        assert JpegImagePlugin.get_sampling(written) == 0
+
+
 def test_an_image_that_a_format_cannot_hold_is_a_fault_of_encoding():
     decoded = read(file_bytes(Image.new("RGB", (16_400, 1)), "PNG"))
     with pytest.raises(ImageFault) as caught:
@@ -381,6 +388,12 @@ def test_pixel_limit_counts_exactly():
     assert decode(data, max_pixels=200).width == 20
     fault = fault_of(data, max_pixels=199)
     assert "20 x 10 = 200 pixels; the limit is 199" in str(fault)
+
+
+def test_limit_of_pillow_gives_way_to_ours(monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert decode(file_bytes(Image.fromarray(picture(10, 20)), "PNG"), max_pixels=200).width == 20
+    assert not list(recwarn)
 
 
 def test_header_is_read_without_the_pixels():

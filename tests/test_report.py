@@ -21,7 +21,10 @@ def summary(outcomes: list[Outcome], fresh: set[str], elapsed_s: float = 2.0) ->
 
 
 ROWS = [
-    outcome("a", Status.RESTORED, label="noise", width=1000, height=1000, psnr_input_db=20.0, psnr_db=30.0, restore_ms=500.0),
+    outcome(
+        "a", Status.RESTORED, label="noise", width=1000, height=1000,
+        psnr_input_db=20.0, psnr_db=30.0, restore_ms=500.0,
+    ),
     outcome("b", Status.COPIED, label="clean", width=1000, height=500, psnr_input_db=40.0, psnr_db=40.0),
     outcome("c", Status.FAILED, stage=Stage.RESTORE, error_class="E", error_message="m", psnr_input_db=10.0),
     outcome("d", Status.RESTORED, label="noise"),

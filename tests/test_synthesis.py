@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from classifier.labels import CLEAN_LIMITS, LABELS, Degradation
 from pipeline.synthesis import (
+    add_deep_shadow,
     add_haze,
     add_jpeg,
     add_lowlight,
@@ -193,6 +194,15 @@ def test_low_light_is_darker_than_the_clean_limit():
     for seed in range(20):
         dark = add_lowlight(clean, np.random.default_rng(seed))
         assert dark.mean() < CLEAN_LIMITS.exposure * clean.mean()
+
+
+def test_deep_shadow_keeps_the_lit_part_and_darkens_the_rest():
+    window = np.full((80, 80, 3), 0.3, np.float32)
+    window[30:50, 30:50] = 0.95
+    for seed in range(20):
+        dark = add_deep_shadow(window, np.random.default_rng(seed))
+        assert dark.mean() < CLEAN_LIMITS.exposure * window.mean()
+        assert dark[38:42, 38:42].mean() > 3 * dark[:8, :8].mean()
 
 
 def test_jpeg_errs_more_at_lower_quality():

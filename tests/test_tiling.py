@@ -1,11 +1,14 @@
+from itertools import pairwise
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.tiling import overlap_for, run_tiled, spans
 
 
+@settings(deadline=None)
 @given(
     length=st.integers(1, 60), tile=st.integers(2, 12), multiple=st.sampled_from([4, 8, 16]), share=st.integers(1, 11)
 )
@@ -19,10 +22,11 @@ def test_spans_cover_the_axis_with_weights_that_sum_to_one(length, tile, multipl
         assert (span.weights > 0).all()
         total[span.slice] += span.weights
     assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert before.start < after.start <= before.start + before.length - overlap_px
 
 
+@settings(deadline=None)
 @given(height=st.integers(1, 12), width=st.integers(1, 12), tile=st.integers(2, 6), limit=st.integers(1, 5))
 def test_the_identity_passes_through_tiles(height, width, tile, limit):
     image = torch.rand(3, 8 * height, 8 * width)

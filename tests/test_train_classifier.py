@@ -4,15 +4,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synthetic_classifier import TINY, TINY_VIEW
+from synthetic_classifier import TINY
 
 from classifier import load_classifier
 from classifier.labels import LABELS, Degradation
+from classifier.view import ViewSettings
 from jobs import train_classifier
 from jobs.classifier_samples import FAINTEST_RAIN, SHARES, Samples, as_filed, damage, draw_scene, visible_rain
 from jobs.train_classifier import learning_rate, main
 from jobs.training_data import CleanPhotographs, is_validation
 from pipeline.synthesis import smooth_field
+
+# With views of 32 or 64 px the last strided convolution ends at 1 x 1, for which oneDNN's bfloat16 weight gradient
+# holds uninitialised memory.
+SMALL_VIEW = ViewSettings(crop_px=80, crops=2, thumbnail_px=80)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(train_classifier, "VIEW", TINY_VIEW)
+    monkeypatch.setattr(train_classifier, "VIEW", SMALL_VIEW)
     monkeypatch.setattr(train_classifier, "Architecture", lambda: TINY)
 
 
@@ -47,7 +52,7 @@ def test_scenes_lie_within_the_sizes_promised(folder):
     rng = np.random.default_rng(0)
     scenes = [draw_scene(photographs, rng) for _ in range(60)]
     for scene in scenes:
-        assert 160 <= min(scene.shape[:2])
+        assert min(scene.shape[:2]) >= 160
         assert scene.dtype == np.float32
         assert 0 <= scene.min() <= scene.max() <= 1
     assert len({scene.shape for scene in scenes}) > 10
@@ -79,16 +84,16 @@ def test_filed_images_stay_close_to_what_was_given():
 def test_the_pool_keeps_its_size_and_replaces_the_oldest(folder):
     photographs = CleanPhotographs.load(folder, validation=False)
     rng = np.random.default_rng(0)
-    pool = Samples.empty(6, TINY_VIEW)
-    pool.synthesise(photographs, rng, count=5, view=TINY_VIEW)
+    pool = Samples.empty(6, SMALL_VIEW)
+    pool.synthesise(photographs, rng, count=5, view=SMALL_VIEW)
     assert pool.filled == 5
     second = pool.crops[1].copy()
-    pool.synthesise(photographs, rng, count=2, view=TINY_VIEW)
+    pool.synthesise(photographs, rng, count=2, view=SMALL_VIEW)
     assert (pool.filled, pool.written) == (6, 7)
     np.testing.assert_array_equal(pool.crops[1], second)
     crops, thumbnails, labels = pool.batch(np.array([0, 5]))
-    assert crops.shape == (2, 2, 3, 32, 32)
-    assert thumbnails.shape == (2, 3, 32, 32)
+    assert crops.shape == (2, 2, 3, 80, 80)
+    assert thumbnails.shape == (2, 3, 80, 80)
     assert labels.tolist() == pool.labels[[0, 5]].tolist()
 
 
@@ -102,7 +107,7 @@ def test_every_label_has_a_share():
 
 
 def test_the_learning_rate_warms_up_and_ends_low():
-    rates = [learning_rate(progress, peak=1.0) for progress in np.linspace(0, 1, 201)]
+    rates = [learning_rate(progress, peak=1.0) for progress in np.linspace(0, 1, 201).tolist()]
     assert rates[0] < 0.1
     assert max(rates) == pytest.approx(1, abs=0.01)
     assert rates[-1] == pytest.approx(0.01)
@@ -122,8 +127,7 @@ def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
     assert weights.with_suffix(".json").exists()
     classifier = load_classifier(weights)
     assert classifier.weights.provenance["steps"] == 5
-    name = "front.kernel"
-    assert name not in second["average"]
+    assert classifier.network.state_dict().keys() == second["average"].keys()
     for key, value in classifier.network.state_dict().items():
         torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
@@ -132,9 +136,9 @@ def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
 @pytest.mark.usefixtures("tiny")
 def test_a_few_steps_lower_the_loss(folder, tmp_path, caplog):
     """On a pool that never changes, the network learns its samples by heart."""
-    fixed = ["--pool", "16", "--first-fill", "16", "--fresh", "0", "--batch", "16", "--lr", "1e-2"]
+    fixed = ["--pool", "8", "--first-fill", "8", "--fresh", "0", "--batch", "8", "--lr", "2e-2", "--log-every", "10"]
     with caplog.at_level("INFO"):
-        main([*options(folder, tmp_path / "state.pt"), *fixed, "--steps", "100"])
+        main([*options(folder, tmp_path / "state.pt"), *fixed, "--steps", "30"])
     losses = [float(r.getMessage().rsplit("loss ", 1)[1]) for r in caplog.records if "loss " in r.getMessage()]
-    assert len(losses) == 2
-    assert losses[1] < 0.8 * losses[0]
+    assert len(losses) == 3
+    assert losses[2] < 0.8 * losses[0]

@@ -1,0 +1,102 @@
+"""A Ray cluster to run on: a connection to one, or one of this machine alone; and what it has room for."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from jobs.errors import UsageError
+from jobs.runner import RunError
+
+START_TRIES = 3
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Only rows cross it."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one worker asks of the cluster."""
+
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus} GPU" if self.gpus else "")
+
+
+def measure_room(nodes: Sequence[dict[str, Any]], *, device: str, threads: int) -> tuple[Needs, int]:
+    """What one worker asks for, and how many workers the cluster's living nodes have room for.
+
+    `nodes` as from `ray.nodes()`. Raises UsageError saying what is missing when no node can hold one worker.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
+    if device == "cuda":
+        shares = [cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu]
+        needs = Needs(cpus=max(1, min([threads, *shares])), gpus=1)
+    else:
+        needs = Needs(cpus=threads, gpus=0)
+    room = sum(min(cpu // needs.cpus, gpu if needs.gpus else cpu) for cpu, gpu in zip(cpus, gpus, strict=True))
+    if room == 0:
+        found = ", ".join(f"{cpu} CPUs and {gpu} GPUs" for cpu, gpu in zip(cpus, gpus, strict=True)) or "no node"
+        raise UsageError(
+            f"a worker needs {needs} on one node, but the Ray cluster has: {found}. "
+            "Start the cluster with more, choose another --device, or use --engine local."
+        )
+    return needs, room
+
+
+def all_nodes() -> list[dict[str, Any]]:
+    """Ray's record of each node, living or dead, of the connected cluster."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call] # Ray's hints leave it out
+    return nodes
+
+
+@contextmanager
+def connected(address: str | None, *, threads: int) -> Iterator[None]:
+    """A connection to a cluster: the one this process already has, the one at `address`, or one started here."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        start_local(cpus=max(os.cpu_count() or 1, threads))
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_local(*, cpus: int) -> None:
+    """Starts a cluster of this one machine and connects to it; raises RunError when Ray does not come up."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+            return
+        except Exception as error:
+            # Ray gives its processes 15 s to start, fixed (ray-project/ray#65983): on a busy machine that may be
+            # too short, above all the first time, when nothing is in the file cache yet.
+            ray.shutdown()
+            if attempt == START_TRIES:
+                raise RunError(
+                    f"Ray could not be started on this machine in {START_TRIES} tries ({error}); "
+                    "end other work on it, give --address of a running cluster, or use --engine local"
+                ) from error

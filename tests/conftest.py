@@ -1,0 +1,46 @@
+"""What many tests share: tiny weights, planned runs, and one Ray cluster for the whole session."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from synthetic_classifier import write_tiny_classifier
+from synthetic_weights import write_tiny_model
+from tiny_runs import TinyRun, TinyWeights, config_of, plan_run, write_pictures
+
+from models.weights import load_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
+    from classifier import load_classifier
+
+    folder = tmp_path_factory.mktemp("weights")
+    model = write_tiny_model(folder / "tiny.safetensors")
+    classifier = write_tiny_classifier(folder / "tiny-classifier.safetensors")
+    return TinyWeights(model, load_checkpoint(model).sha256, classifier, load_classifier(classifier).sha256)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_weights: TinyWeights) -> Callable[..., TinyRun]:
+    """Plans runs with tiny real weights over pictures of the given names, in a folder of their own."""
+
+    def make(names: Sequence[str], *, out: str = "out", per_shard: int = 3, **changes: object) -> TinyRun:
+        source = tmp_path / "source"
+        if not source.exists():
+            write_pictures(source, names)
+        return plan_run(source, tmp_path / out, config_of(tiny_weights, **changes), per_shard=per_shard)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one cluster of the test session, with room for two workers."""
+    import ray
+
+    from jobs.ray_cluster import start_local
+
+    start_local(cpus=2)
+    yield
+    ray.shutdown()

@@ -1,0 +1,125 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_driver import drive
+from tiny_runs import TinyRun, check_complete, rows_of, stalled_process
+
+from jobs.local import LocalRunner
+from jobs.runner import RunError, RunInterruptedError
+from pipeline.faults import FAULT, MARKER
+
+MakeRun = Callable[..., TinyRun]
+NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
+
+
+def children() -> list[int]:
+    """Process ids of this process's children that are not mere helpers of multiprocessing."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"spawn_main" in command:
+                found.append(int(pid))
+    return found
+
+
+def test_a_run_ends_with_a_row_for_each_image_and_reports_each_once(make_run: MakeRun) -> None:
+    run = make_run(NAMES)
+    reported = drive(LocalRunner(max_workers=2), run.context, run.shards)
+    rows = check_complete(run)
+    assert sorted(reported) == sorted(row["image_id"] for row in rows.values())
+    assert {row["status"] for row in rows.values()} == {"restored"}
+    assert (run.directory.logs_dir / "worker-0.log").exists()
+    assert children() == []
+
+
+def test_a_run_that_is_done_does_nothing(make_run: MakeRun) -> None:
+    run = make_run(NAMES)
+    drive(LocalRunner(), run.context, run.shards)
+    before = {path: path.stat().st_mtime_ns for path in run.directory.root.rglob("*.p*") if path.is_file()}
+    assert drive(LocalRunner(), run.context, run.shards) == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_an_image_that_kills_its_process_is_quarantined_and_its_mates_are_done(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(["a.png", "b.png", "poison.png", "z.png"], per_shard=4)
+    monkeypatch.setenv(FAULT, "kill:decode:poison.png")
+    reported = drive(LocalRunner(), run.context, run.shards)
+    rows = check_complete(run)
+    assert len(reported) == 4
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a.png": "restored", "b.png": "restored", "poison.png": "quarantined", "z.png": "restored",
+    }  # fmt: skip
+    poison = rows["poison.png"]
+    assert (poison["stage"], poison["error_class"]) == ("process", "process_died")
+    assert "died 2 times" in poison["error_message"]
+    assert list(run.directory.journal_dir.glob("*.json")) == []
+
+
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = make_run(NAMES)
+    marker = tmp_path / "marker"
+    monkeypatch.setenv(FAULT, "stall:decode:deep/d.png")
+    monkeypatch.setenv(MARKER, str(marker))
+
+    def kill() -> None:
+        pid = stalled_process(marker)
+        monkeypatch.delenv(FAULT)
+        os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    drive(LocalRunner(), run.context, run.shards)
+    killer.join()
+    assert {row["status"] for row in check_complete(run).values()} == {"restored"}
+
+
+def test_workers_that_die_at_the_start_end_the_run_with_their_log(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(NAMES)
+    monkeypatch.setenv(FAULT, "kill:start:local-0")
+    with pytest.raises(RunError, match=r"3 workers in a row.*SIGKILL.*worker-0\.log"):
+        drive(LocalRunner(), run.context, run.shards)
+    assert rows_of(run) == {}
+
+
+def test_other_weights_than_the_run_was_started_with_are_refused_in_words(make_run: MakeRun) -> None:
+    run = make_run(NAMES, weights_sha256="f" * 64)
+    with pytest.raises(RunError, match="the run was started with ffff"):
+        drive(LocalRunner(), run.context, run.shards)
+    assert "the run was started with ffff" in (run.directory.logs_dir / "worker-0.log").read_text()
+
+
+def test_sigterm_has_workers_commit_and_the_run_can_go_on(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number:02}.png" for number in range(40)]
+    run = make_run(names, per_shard=40)
+    seen: list[str] = []
+
+    def end_at_first(rows: list[object]) -> None:
+        if not seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.extend(str(row) for row in rows)
+
+    with pytest.raises(RunInterruptedError) as ended:
+        LocalRunner().run(run.shards, run.context, on_outcomes=end_at_first)
+    assert ended.value.signal_number == signal.SIGTERM
+    assert len(rows_of(run)) == len(seen) > 0
+    assert children() == []
+    drive(LocalRunner(), run.context, run.shards)
+    assert len(check_complete(run)) == 40
+
+
+def test_the_local_runner_leaves_ray_alone() -> None:
+    code = "import sys, jobs.local, pipeline.worker; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,181 @@
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from run_driver import drive
+from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process
+
+from jobs import ray_runner
+from jobs.errors import UsageError
+from jobs.local import LocalRunner
+from jobs.ray_cluster import Needs, measure_room
+from jobs.ray_runner import RayRunner
+from jobs.runner import RunError, RunInterruptedError
+from pipeline.faults import FAULT, MARKER
+
+MakeRun = Callable[..., TinyRun]
+NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
+
+
+def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "NodeID": f"{cpus}-{gpus}", "Resources": {"CPU": float(cpus), "GPU": float(gpus)}}
+
+
+def test_room_is_counted_node_by_node() -> None:
+    assert measure_room([node(4), node(3), node(1)], device="cpu", threads=2) == (Needs(cpus=2, gpus=0), 3)
+    assert measure_room([node(16, 4), node(8)], device="cuda", threads=16) == (Needs(cpus=4, gpus=1), 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "missing"),
+    [
+        ([node(1), node(1)], "cpu", "needs 2 CPUs on one node.*1 CPUs and 0 GPUs, 1 CPUs and 0 GPUs"),
+        ([node(8)], "cuda", "needs 2 CPUs and 1 GPU on one node.*8 CPUs and 0 GPUs"),
+        ([node(8, alive=False)], "cpu", "has: no node"),
+    ],
+)
+def test_what_the_cluster_lacks_is_said_before_the_start(nodes: list[Any], device: str, missing: str) -> None:
+    with pytest.raises(UsageError, match=missing):
+        measure_room(nodes, device=device, threads=2)
+
+
+def test_a_cluster_that_is_too_small_is_refused(ray_cluster: None, make_run: MakeRun) -> None:
+    run = make_run(NAMES)
+    object.__setattr__(run.context, "threads", 64)
+    with pytest.raises(UsageError, match=r"needs 64 CPUs on one node.*--engine local"):
+        drive(RayRunner(), run.context, run.shards)
+
+
+def check_same(row: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Rows of one image in two runs: equal but for timings and for rounding, which may move a pixel by a level."""
+    figures = ("confidence", "margin", "clean_probability_before", "clean_probability_after", "change_rmse_255")
+    ours, theirs = lasting(row), lasting(expected)
+    for each in (ours, theirs):
+        del each["output_sha256"], each["output_bytes"]
+    assert ours.pop("probabilities") == pytest.approx(theirs.pop("probabilities"), abs=1e-4)
+    assert [ours.pop(name) for name in figures] == pytest.approx([theirs.pop(name) for name in figures], abs=1e-2)
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_ray_and_local_give_the_same_rows_and_pixels(ray_cluster: None, make_run: MakeRun) -> None:
+    ours, theirs = (make_run(NAMES, out=out, per_shard=2, label="auto") for out in ("local", "ray"))
+    (ours.source / "deep" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    ours, theirs = (make_run(NAMES, out=out, per_shard=2, label="auto") for out in ("local", "ray"))
+    drive(LocalRunner(), ours.context, ours.shards)
+    reported = drive(RayRunner(), theirs.context, theirs.shards)
+    expected, rows = check_complete(ours), check_complete(theirs)
+    assert sorted(reported) == sorted(row["image_id"] for row in rows.values())
+    assert rows["deep/cut.png"]["status"] == "failed"
+    assert {row["worker_id"][:4] for row in rows.values()} == {"ray-"}
+    assert len(rows) == 6
+    for name, row in rows.items():
+        check_same(row, expected[name])
+        if row["output_uri"] is None:
+            continue
+        pixels, reference = (
+            np.asarray(Image.open(run.directory.root / row["output_uri"])).astype(int) for run in (theirs, ours)
+        )
+        assert np.abs(pixels - reference).max() <= 1
+
+
+def test_an_image_that_kills_its_process_is_quarantined_and_its_mates_are_done(
+    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(["a.png", "b.png", "poison.png", "z.png"], per_shard=4)
+    monkeypatch.setenv(FAULT, "kill:decode:poison.png")
+    reported = drive(RayRunner(max_workers=1), run.context, run.shards)
+    rows = check_complete(run)
+    assert len(reported) == 4
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a.png": "restored", "b.png": "restored", "poison.png": "quarantined", "z.png": "restored",
+    }  # fmt: skip
+
+
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(
+    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = make_run(NAMES)
+    marker = tmp_path / "marker"
+    monkeypatch.setenv(FAULT, "stall:decode:deep/d.png")
+    monkeypatch.setenv(MARKER, str(marker))
+
+    def kill() -> None:
+        pid = stalled_process(marker)
+        monkeypatch.delenv(FAULT)
+        os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    reported = drive(RayRunner(max_workers=1), run.context, run.shards)
+    killer.join()
+    assert len(reported) == len(set(reported)) == len(NAMES)
+    assert {row["status"] for row in check_complete(run).values()} == {"restored"}
+
+
+def actor_processes() -> list[int]:
+    """Process ids of the worker actors on this machine."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(b"ray::WorkerActor"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_worker_that_gets_sigterm_commits_and_costs_no_attempt(ray_cluster: None, make_run: MakeRun) -> None:
+    run = make_run([f"{number:03}.png" for number in range(200)], per_shard=200)
+    seen: list[object] = []
+
+    def end_at_first(rows: list[object]) -> None:
+        if not seen:
+            for pid in actor_processes():
+                os.kill(pid, signal.SIGTERM)
+        seen.extend(rows)
+
+    RayRunner(max_workers=1).run(run.shards, run.context, on_outcomes=end_at_first)
+    rows = check_complete(run)
+    assert len(seen) == 200
+    assert len(run.directory.parts()) == 2
+    assert {row["attempt"] for row in rows.values()} == {1}
+
+
+def test_sigterm_has_workers_commit_and_the_run_can_go_on(ray_cluster: None, make_run: MakeRun) -> None:
+    run = make_run([f"{number:03}.png" for number in range(200)], per_shard=200)
+    seen: list[object] = []
+
+    def end_at_first(rows: list[object]) -> None:
+        if not seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.extend(rows)
+
+    with pytest.raises(RunInterruptedError):
+        RayRunner(max_workers=1).run(run.shards, run.context, on_outcomes=end_at_first)
+    assert len(rows_of(run)) == len(seen)
+    assert 0 < len(seen) < 200
+    drive(RayRunner(max_workers=1), run.context, run.shards)
+    assert len(check_complete(run)) == 200
+
+
+def test_workers_that_cannot_start_end_the_run_with_their_log(ray_cluster: None, make_run: MakeRun) -> None:
+    run = make_run(NAMES, weights_sha256="f" * 64)
+    with pytest.raises(RunError, match=r"3 workers in a row.*run was started with ffff.*worker-0\.log"):
+        drive(RayRunner(max_workers=1), run.context, run.shards)
+
+
+def test_a_death_with_its_machine_is_told_from_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError, RayActorError
+
+    monkeypatch.setattr(ray_runner, "all_nodes", lambda: [node(1), node(2, alive=False)])
+    alone, with_machine = (ray_runner._Member(0, None, Path("log"), node_id=each) for each in ("1-0", "2-0"))
+    assert not ray_runner._node_is_gone(alone, ActorDiedError())
+    assert ray_runner._node_is_gone(with_machine, ActorDiedError())
+    assert ray_runner._node_is_gone(alone, RayActorError(preempted=True))

@@ -1,0 +1,114 @@
+import os
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+from tiny_runs import TinyRun
+
+from jobs.runner import Dispatcher, RunError, stop_on_signals
+from pipeline.journal import Journal
+from pipeline.records import ImageRef, Outcome, Status
+
+MakeRun = Callable[..., TinyRun]
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> TinyRun:
+    return make_run(["a.png", "b.png", "c.png"], per_shard=2)
+
+
+def row(run: TinyRun, ref: ImageRef, shard_id: str) -> Outcome:
+    return Outcome(
+        image_id=ref.image_id, shard_id=shard_id, source_uri=ref.uri, relative_path=ref.relative_path,
+        status=Status.RESTORED, run_id="run", config_digest="d", code_version="1", finished_at=datetime.now(UTC),
+    )  # fmt: skip
+
+
+def test_shards_go_out_in_order_and_once(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    first, second = dispatcher.take(), dispatcher.take()
+    assert first is not None
+    assert second is not None
+    assert [a.shard.shard_id for a in (first, second)] == ["s000", "s001"]
+    assert dispatcher.take() is None
+    assert not dispatcher.is_finished
+    dispatcher.done("s000")
+    dispatcher.done("s001")
+    assert dispatcher.is_finished
+
+
+def test_a_death_makes_the_next_attempt_careful_and_a_lost_machine_does_not(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
+    attempts = []
+    for end in (dispatcher.give_back, lambda shard: dispatcher.died(shard, "SIGKILL", "log"), dispatcher.give_back):
+        assignment = dispatcher.take()
+        assert assignment is not None
+        attempts.append(assignment.attempt)
+        end("s000")
+    assignment = dispatcher.take()
+    assert assignment is not None
+    assert [*attempts, assignment.attempt] == [1, 1, 2, 2]
+
+
+def test_a_lost_machine_blames_no_image(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
+    dispatcher.take()
+    Journal(run.directory.journal_dir, "s000").begin("a")
+    dispatcher.give_back("s000")
+    assert Journal(run.directory.journal_dir, "s000").count_death() is None
+
+
+def test_what_an_ended_run_had_in_hand_is_not_blamed(run: TinyRun) -> None:
+    Journal(run.directory.journal_dir, "s000").begin("a")
+    Dispatcher(run.shards, run.context, lambda rows: None)
+    assert Journal(run.directory.journal_dir, "s000").count_death() is None
+
+
+def test_workers_that_cannot_start_end_the_run_with_the_log(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    for _ in range(2):
+        dispatcher.start_failed("SIGKILL", "logs/worker-0.log")
+    dispatcher.worker_ready()
+    for _ in range(2):
+        dispatcher.start_failed("SIGKILL", "logs/worker-0.log")
+    with pytest.raises(RunError, match=r"3 workers in a row.*SIGKILL.*logs/worker-0\.log"):
+        dispatcher.start_failed("SIGKILL", "logs/worker-0.log")
+
+
+def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
+    ref = run.shards[0].images[0]
+    for number in range(4):
+        dispatcher.take()
+        if number == 1:
+            dispatcher.report("s000", [row(run, ref, "s000")])
+        if number == 3:
+            break
+        dispatcher.died("s000", "SIGKILL", "log")
+    with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
+        dispatcher.died("s000", "SIGKILL", "log")
+
+
+def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
+    seen: list[str] = []
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: seen.extend(r.relative_path for r in rows))
+    first, second = (row(run, ref, "s000") for ref in run.shards[0].images)
+    dispatcher.take()
+    dispatcher.report("s000", [first])
+    dispatcher.died("s000", "SIGKILL", "log")
+    dispatcher.take()
+    dispatcher.report("s000", [first])
+    run.directory.commit_part("s000", [first, second])
+    dispatcher.done("s000")
+    assert seen == ["a.png", "b.png"]
+
+
+def test_the_first_signal_asks_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as request:
+        assert not request
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal_number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,195 @@
+import hashlib
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.records import MANIFEST_SCHEMA, Outcome, Status, image_id
+from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, read_manifest
+
+
+def row(name: str, *, shard: str = "s1", revision: int = 0, **facts: object) -> Outcome:
+    return Outcome(
+        image_id=image_id(name),
+        shard_id=shard,
+        source_uri=f"file:///{name}",
+        relative_path=name,
+        revision=revision,
+        run_id="run",
+        config_digest="digest",
+        code_version="1",
+        finished_at=datetime.now(UTC),
+        **({"status": Status.RESTORED} | facts),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "out")
+    directory.create()
+    return directory
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_image_is_there_whole_under_its_name_only(directory: RunDirectory) -> None:
+    written = directory.write_image("a/b.png", b"pixels")
+    assert written.path.read_bytes() == b"pixels"
+    assert written.sha256 == hashlib.sha256(b"pixels").hexdigest()
+    assert written.size_bytes == 6
+    assert directory.uri(written.path) == "images/a/b.png"
+    assert names(directory.images_dir) == ["a/b.png"]
+
+
+def test_a_name_as_long_as_a_file_system_allows_can_be_written(directory: RunDirectory) -> None:
+    name = "ü" * 125 + ".png"
+    assert directory.write_image(name, b"x").path.name == name
+
+
+@pytest.mark.parametrize("path", ["../a.png", "/a.png", "a/../../b.png", ""])
+def test_nothing_is_written_outside_the_images_folder(directory: RunDirectory, path: str) -> None:
+    with pytest.raises(ValueError, match="not a path inside"):
+        directory.write_image(path, b"x")
+
+
+def test_a_failed_write_leaves_no_file(directory: RunDirectory) -> None:
+    (directory.images_dir / "a.png").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        directory.write_image("a.png", b"x")
+    assert names(directory.images_dir) == []
+
+
+def test_a_link_shares_the_source_and_a_rewrite_leaves_the_source_alone(
+    directory: RunDirectory, tmp_path: Path
+) -> None:
+    source = tmp_path / "source.png"
+    source.write_bytes(b"original")
+    for _ in range(2):
+        written = directory.link_image("a.png", source, b"original")
+        assert os.path.samefile(written.path, source)
+        assert written.sha256 == hashlib.sha256(b"original").hexdigest()
+        assert names(directory.images_dir) == ["a.png"]
+    directory.write_image("a.png", b"restored")
+    assert source.read_bytes() == b"original"
+
+
+def test_rows_come_back_as_they_were_committed(directory: RunDirectory) -> None:
+    rows = [row("b", probabilities={"noise": 0.5}, warnings=("w",), stage="decode"), row("a", status=Status.FAILED)]
+    directory.commit_part("s1", rows)
+    assert directory.rows("s1") == [
+        Outcome(**{**vars(each), "probabilities": _whole(each.probabilities)}) for each in rows
+    ]
+    table = read_manifest(directory.root)
+    assert table.schema.equals(MANIFEST_SCHEMA)
+    assert table["relative_path"].to_pylist() == ["a", "b"]
+
+
+def _whole(probabilities: dict[str, float] | None) -> dict[str, float | None] | None:
+    labels = [field.name for field in MANIFEST_SCHEMA.field("probabilities").type]
+    return None if probabilities is None else {label: probabilities.get(label) for label in labels}
+
+
+def test_a_part_states_its_run(directory: RunDirectory) -> None:
+    part = directory.commit_part("s1", [row("a")])
+    metadata = pq.read_schema(part).metadata
+    assert metadata[b"dfpir.run_id"] == b"run"
+    assert metadata[b"dfpir.config_digest"] == b"digest"
+    assert metadata[b"dfpir.code_version"] == b"1"
+    assert metadata[b"dfpir.schema_version"] == b"1"
+
+
+def test_parts_never_overwrite_each_other(directory: RunDirectory) -> None:
+    parts = {directory.commit_part("s1", [row(f"{number}")]) for number in range(20)}
+    assert len(parts) == 20
+    assert read_manifest(directory.root).num_rows == 20
+
+
+def test_a_shard_knows_its_own_rows_only(directory: RunDirectory) -> None:
+    directory.commit_part("s1", [row("a")])
+    directory.commit_part("s1-2", [row("b", shard="s1-2", revision=3)])
+    assert directory.committed("s1") == {(image_id("a"), 0)}
+    assert directory.committed("s1-2") == {(image_id("b"), 3)}
+    assert done(directory.root) == {(image_id("a"), 0), (image_id("b"), 3)}
+
+
+def test_the_manifest_has_the_highest_revision_of_each_image(directory: RunDirectory) -> None:
+    directory.commit_part("s2", [row("a", revision=1, shard="s2"), row("b")])
+    directory.commit_part("s1", [row("a", status=Status.FAILED)])
+    table = read_manifest(directory.root)
+    assert table.select(["relative_path", "revision"]).to_pylist() == [
+        {"relative_path": "a", "revision": 1},
+        {"relative_path": "b", "revision": 0},
+    ]
+
+
+def test_an_empty_run_has_an_empty_manifest(directory: RunDirectory) -> None:
+    assert read_manifest(directory.root).schema.equals(MANIFEST_SCHEMA)
+    assert read_manifest(directory.root).num_rows == 0
+
+
+def test_a_half_written_part_is_not_read_and_is_removed(directory: RunDirectory) -> None:
+    part = directory.commit_part("s1", [row("a")])
+    whole = part.read_bytes()
+    (directory.manifest_dir / ".s1-00.parquet.0123456789abcdef.partial").write_bytes(whole[: len(whole) // 2])
+    directory.write_image("deep/a.png", b"x")
+    (directory.images_dir / "deep" / ".a.png.0123456789abcdef.partial").write_bytes(b"")
+    assert read_manifest(directory.root).num_rows == 1
+    assert directory.remove_partials() == 2
+    assert names(directory.manifest_dir) == [part.name]
+    assert names(directory.images_dir) == ["deep/a.png"]
+
+
+def test_a_damaged_part_is_named(directory: RunDirectory) -> None:
+    part = directory.commit_part("s1", [row("a")])
+    part.write_bytes(part.read_bytes()[:-10])
+    with pytest.raises(ManifestError, match=part.name):
+        read_manifest(directory.root)
+
+
+def test_a_part_of_another_schema_is_named_with_its_columns(directory: RunDirectory) -> None:
+    pq.write_table(pa.table({"image_id": ["a"], "revision": [0]}), directory.manifest_dir / "s1-0.parquet")
+    with pytest.raises(ManifestError, match=r"s1-0\.parquet.*shard_id"):
+        done(directory.root)
+
+
+HOLDER = """
+import sys, time
+from pipeline.sink import RunDirectory
+with RunDirectory(sys.argv[1]).shard_lock("s1"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_shard_is_held_until_its_process_is_killed(directory: RunDirectory) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(directory.root)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ShardBusyError, match="s1"), directory.shard_lock("s1", wait_s=0):
+            pass
+        with pytest.raises(ShardBusyError):
+            directory.remove_partials(wait_s=0)
+        with directory.shard_lock("s2", wait_s=0):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with directory.shard_lock("s1"):
+        pass
+    assert directory.remove_partials() == 0
+
+
+def test_json_is_replaced_whole(directory: RunDirectory) -> None:
+    directory.write_json(directory.job_path, {"a": 1})
+    directory.write_json(directory.job_path, {"a": "ü"})
+    assert directory.job_path.read_text(encoding="utf-8") == '{\n  "a": "ü"\n}\n'
+    assert [path.name for path in directory.root.iterdir() if path.is_file()] == ["job.json"]

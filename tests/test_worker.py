@@ -1,0 +1,345 @@
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from tiny_runs import TinyRun, config_of, plan_run, rows_of, write_pictures
+
+from classifier.base import Prediction
+from classifier.labels import LABELS, Degradation
+from models.prompts import orthogonal_bank
+from pipeline.faults import FAULT
+from pipeline.images import to_uint8
+from pipeline.journal import Journal
+from pipeline.metrics import psnr_db
+from pipeline.records import Outcome, Shard, Status
+from pipeline.sink import done
+from pipeline.worker import Worker
+
+
+class Brightener:
+    """Restores by adding 10 levels; notes what it is given."""
+
+    name = "brightener"
+    prompts = orthogonal_bank()
+    size_multiple = 8
+
+    def __init__(self, *, limit: int = 4, memory: int = 100) -> None:
+        self.limit, self.memory = limit, memory
+        self.batches: list[list[tuple[int, ...]]] = []
+        self.prompts_seen: list[str] = []
+
+    def restore(self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str]) -> list[NDArray[Any]]:
+        if len(images) > self.memory:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
+        self.batches.append([image.shape for image in images])
+        self.prompts_seen.extend(prompt_keys)
+        step = {np.dtype(np.uint8): 10, np.dtype(np.uint16): 2570}
+        return [np.minimum(i, np.iinfo(i.dtype).max - step[i.dtype]) + step[i.dtype] for i in images]
+
+    def batch_limit(self, height: int, width: int) -> int:
+        assert height % self.size_multiple == 0
+        assert width % self.size_multiple == 0
+        return self.limit
+
+    def tile_px_for(self, height: int, width: int) -> int | None:
+        return None
+
+
+class Reader:
+    """Classifies by the top left pixel's red value: that of label i is 10 i; 200 is unsure, 210 an exception."""
+
+    name, sha256 = "reader", "1" * 64
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
+        return [self._one(int(image[0, 0, 0])) for image in images]
+
+    def _one(self, value: int) -> Prediction:
+        if value == 210:
+            raise RuntimeError("cannot classify this")
+        label = LABELS[value // 10] if value < 10 * len(LABELS) else Degradation.RAIN
+        probabilities = {each: 0.94 if each is label else 0.01 for each in LABELS}
+        return Prediction(
+            label, 0.94, 0.93, confident=value != 200, probabilities=probabilities, noise_sigma_255=float(value + 25)
+        )
+
+
+def marked(path: Path, value: int, *, height: int = 16, width: int = 16) -> None:
+    """A mid-grey PNG whose top left pixel is `value`."""
+    pixels = np.full((height, width, 3), 128, np.uint8)
+    pixels[0, 0] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def red(label: Degradation) -> int:
+    return 10 * LABELS.index(label)
+
+
+def work(
+    run: TinyRun, restorer: Brightener | None = None, *, attempt: int = 1, worker: Worker | None = None
+) -> dict[str, dict[str, Any]]:
+    """Works off all shards and returns the manifest's rows by relative path."""
+    worker = worker or Worker(run.context, restorer=restorer or Brightener(), classifier=Reader(), worker_id="w")
+    for shard in run.shards:
+        worker(shard, attempt=attempt, on_outcomes=lambda rows: None)
+    return rows_of(run)
+
+
+def plan(tmp_path: Path, **changes: object) -> TinyRun:
+    return plan_run(tmp_path / "src", tmp_path / "out", config_of(**({"label": "auto"} | changes)), per_shard=100)
+
+
+def test_each_label_leads_to_its_status_with_all_that_is_known(tmp_path: Path) -> None:
+    for label in LABELS:
+        marked(tmp_path / "src" / f"{label}.png", red(label))
+    marked(tmp_path / "src" / "unsure.png", 200)
+    restorer = Brightener()
+    rows = work(plan(tmp_path), restorer)
+    expected = {f"{label}.png": Status.RESTORED for label in LABELS}
+    expected |= {"clean.png": Status.COPIED, "other.png": Status.ABSTAINED, "unsure.png": Status.ABSTAINED}
+    assert {name: row["status"] for name, row in rows.items()} == expected
+    assert sorted(restorer.prompts_seen) == ["blur", "haze", "lowlight", "noise25", "rain"]
+    noise = rows["noise.png"]
+    for column in ("source_sha256", "width", "mode", "confidence", "probabilities", "noise_sigma_255", "prompt",
+                   "decision_reason", "batch_size", "started_at", "finished_at", "fetch_ms", "decode_ms", "classify_ms",
+                   "restore_ms", "measure_ms", "encode_ms", "write_ms", "output_sha256", "output_format", "output_mode",
+                   "clean_probability_before", "clean_probability_after", "host", "weights_sha256"):  # fmt: skip
+        assert noise[column] is not None, column
+    assert noise["output_uri"] == "images/noise.png"
+    assert noise["change_rmse_255"] == pytest.approx(10)
+    assert noise["suspicious"] is False
+    for name in ("clean.png", "other.png"):
+        assert (tmp_path / "out" / "images" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
+        assert rows[name]["output_sha256"] == rows[name]["source_sha256"]
+        assert rows[name]["prompt"] is None
+
+
+def test_a_bad_file_fails_alone_with_its_stage(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    marked(source / "good.png", red(Degradation.RAIN))
+    (source / "empty.png").write_bytes(b"")
+    (source / "cut.png").write_bytes((source / "good.png").read_bytes()[:40])
+    marked(source / "odd.png", 210)
+    marked(source / "gone.png", 0)
+    marked(source / "huge.png", 0, height=200, width=200)
+    run = plan(tmp_path, max_pixels=10_000)
+    (source / "gone.png").unlink()
+    rows = work(run)
+    faults = {name: (row["stage"], row["error_class"]) for name, row in rows.items() if row["status"] == "failed"}
+    assert faults == {
+        "empty.png": ("decode", "empty_file"),
+        "cut.png": ("decode", "truncated"),
+        "odd.png": ("classify", "RuntimeError"),
+        "gone.png": ("fetch", "missing"),
+        "huge.png": ("decode", "too_many_pixels"),
+    }
+    assert rows["odd.png"]["error_message"] == "cannot classify this"
+    assert rows["good.png"]["status"] == "restored"
+    assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["good.png"]
+
+
+def test_batches_are_of_one_padded_shape_and_within_the_limit(tmp_path: Path) -> None:
+    for number in range(5):
+        marked(tmp_path / "src" / f"a{number}.png", red(Degradation.HAZE), height=15 + number % 2, width=20)
+    marked(tmp_path / "src" / "b.png", red(Degradation.NOISE), height=40)
+    restorer = Brightener(limit=3)
+    rows = work(plan(tmp_path), restorer)
+    assert sorted(len(batch) for batch in restorer.batches) == [1, 2, 3]
+    assert all({(-(-h // 8), -(-w // 8)) for h, w, _ in batch} in ({(2, 3)}, {(5, 2)}) for batch in restorer.batches)
+    assert sorted(row["batch_size"] for row in rows.values()) == [1, 2, 2, 3, 3, 3]
+
+
+def test_full_memory_halves_the_batch(tmp_path: Path) -> None:
+    for number in range(4):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rows = work(plan(tmp_path), Brightener(limit=4, memory=1))
+    assert {row["status"] for row in rows.values()} == {"restored"}
+    assert {row["oom_retries"] for row in rows.values()} == {2}
+    assert {row["batch_size"] for row in rows.values()} == {1}
+
+
+def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    monkeypatch.setenv(FAULT, "exhaust:restore:2.png")
+    rows = work(plan(tmp_path))
+    assert [rows[f"{number}.png"]["status"] for number in range(4)] == ["restored", "restored", "failed", "restored"]
+    assert rows["2.png"]["error_class"] == "out_of_memory"
+    assert rows["2.png"]["stage"] == "restore"
+    assert rows["2.png"]["output_uri"] is None
+
+
+def test_references_are_measured_before_and_after(tmp_path: Path) -> None:
+    source, references = tmp_path / "src", tmp_path / "ref"
+    for name, label in (("rain", Degradation.RAIN), ("clean", Degradation.CLEAN), ("small", Degradation.RAIN)):
+        marked(source / f"{name}.png", red(label))
+    marked(source / "alone.png", red(Degradation.RAIN))
+    marked(source / "fails.png", red(Degradation.RAIN))
+    for name in ("rain", "clean", "fails"):
+        references.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (138, 138, 138)).save(references / f"{name}.bmp")
+    Image.new("RGB", (8, 8)).save(references / "small.bmp")
+    run = plan(tmp_path, reference=str(references))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAULT, "raise:restore:fails.png")
+        rows = work(run)
+    degraded = np.asarray(Image.open(source / "rain.png"))
+    expected = psnr_db(degraded, np.full_like(degraded, 138))
+    assert rows["rain.png"]["psnr_input_db"] == pytest.approx(expected)
+    assert rows["rain.png"]["psnr_db"] > rows["rain.png"]["psnr_input_db"]
+    assert rows["rain.png"]["ssim"] is not None
+    assert rows["clean.png"]["psnr_db"] == rows["clean.png"]["psnr_input_db"] is not None
+    assert rows["clean.png"]["ssim"] == rows["clean.png"]["ssim_input"] is not None
+    assert (rows["fails.png"]["status"], rows["fails.png"]["psnr_db"]) == ("failed", None)
+    assert rows["fails.png"]["psnr_input_db"] == pytest.approx(expected)
+    assert rows["small.png"]["status"] == "restored"
+    assert rows["small.png"]["psnr_db"] is None
+    assert any("8 x 8" in warning for warning in rows["small.png"]["warnings"])
+    assert rows["alone.png"]["reference_uri"] is None
+
+
+def test_a_file_that_changed_since_the_plan_is_done_with_a_warning(tmp_path: Path) -> None:
+    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN), height=64, width=48)
+    row = work(run)["a.png"]
+    assert row["status"] == "restored"
+    assert any("changed after it was planned" in warning for warning in row["warnings"])
+    assert (row["height"], row["output_height"]) == (64, 64)
+
+
+def test_a_forced_label_asks_no_classifier(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "src", ["a.png"])
+    run = plan(tmp_path, label="noise")
+    restorer = Brightener()
+    row = work(run, worker=Worker(run.context, restorer=restorer, classifier=None, worker_id="w"))["a.png"]
+    assert (row["label"], row["label_source"], row["classifier"]) == ("noise", "forced", None)
+    assert row["noise_sigma_255"] > 0
+    assert restorer.prompts_seen == [row["prompt"]]
+
+
+def test_a_given_sigma_overrules_the_estimate(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "src", ["a.png"])
+    row = work(plan(tmp_path, label="noise", noise_sigma_255=50.0))["a.png"]
+    assert row["prompt"] == "noise50"
+
+
+@pytest.mark.parametrize(("clean", "files"), [("copy", ["a.png"]), ("link", ["a.png"]), ("skip", [])])
+def test_clean_images_are_copied_linked_or_skipped(tmp_path: Path, clean: str, files: list[str]) -> None:
+    marked(tmp_path / "src" / "a.png", red(Degradation.CLEAN))
+    row = work(plan(tmp_path, clean=clean))["a.png"]
+    images = tmp_path / "out" / "images"
+    assert row["status"] == "copied"
+    assert [path.name for path in images.iterdir()] == files
+    assert (row["output_uri"] is None) == (clean == "skip")
+    if clean == "link":
+        assert (images / "a.png").samefile(tmp_path / "src" / "a.png")
+
+
+def test_sixteen_bit_greyscale_stays_so(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    pixels = np.full((16, 16), 128 * 257, np.uint16)
+    pixels[0, 0] = red(Degradation.RAIN) * 257
+    Image.fromarray(pixels).save(tmp_path / "src" / "deep.png")
+    row = work(plan(tmp_path))["deep.png"]
+    with Image.open(tmp_path / "out" / "images" / "deep.png") as image:
+        result = np.asarray(image).astype(np.uint16)
+    assert row["status"] == "restored"
+    assert (result == pixels + 2570).all()
+    assert row["change_rmse_255"] == pytest.approx(float(to_uint8(result)[5, 5]) - 128)
+
+
+def test_rows_that_are_committed_are_not_done_again(tmp_path: Path) -> None:
+    for number in range(4):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    (shard,) = run.shards
+    worker(Shard(shard.shard_id, shard.images[:2]), attempt=1, on_outcomes=lambda rows: None)
+    first = rows_of(run)
+    reported: list[str] = []
+    worker(shard, attempt=1, on_outcomes=lambda rows: reported.extend(row.relative_path for row in rows))
+    assert sorted(reported) == ["2.png", "3.png"]
+    again = rows_of(run)
+    assert len(again) == 4
+    assert {name: again[name] for name in first} == first
+
+
+def test_rows_are_committed_as_time_goes_on(tmp_path: Path) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    object.__setattr__(run.context, "commit_every_s", 0.0)
+    work(run)
+    assert len(run.directory.parts()) == 3
+
+
+def test_after_stop_what_is_done_is_committed_and_the_rest_left(tmp_path: Path) -> None:
+    for number in range(40):
+        marked(tmp_path / "src" / f"{number:02}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    reported: list[Outcome] = []
+
+    def stop_at_first(rows: list[Outcome]) -> None:
+        reported.extend(rows)
+        worker.stop()
+
+    (shard,) = run.shards
+    worker(shard, attempt=1, on_outcomes=stop_at_first)
+    assert 0 < len(reported) < 40
+    assert done(run.directory.root) == {(row.image_id, 0) for row in reported}
+    fresh = work(run)
+    assert len(fresh) == 40
+
+
+def test_a_careful_attempt_gives_the_same_rows_one_at_a_time(tmp_path: Path) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    restorer = Brightener()
+    rows = work(plan(tmp_path), restorer, attempt=2)
+    assert [len(batch) for batch in restorer.batches] == [1, 1, 1]
+    assert {row["status"] for row in rows.values()} == {"restored"}
+    assert {row["attempt"] for row in rows.values()} == {2}
+
+
+def test_a_failing_manifest_is_an_error_of_the_shard_and_no_image_is_blamed(tmp_path: Path) -> None:
+    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    run.directory.manifest_dir.rmdir()
+    run.directory.manifest_dir.write_bytes(b"")
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    with pytest.raises(OSError, match="manifest"):
+        worker(run.shards[0], attempt=2, on_outcomes=lambda rows: None)
+    assert not Journal(run.directory.journal_dir, run.shards[0].shard_id).has_in_flight
+
+
+def test_two_workers_never_have_one_shard(tmp_path: Path) -> None:
+    for number in range(6):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    seen: list[str] = []
+    workers = [
+        threading.Thread(
+            target=Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id=name),
+            args=(run.shards[0],),
+            kwargs={"attempt": 1, "on_outcomes": lambda rows: seen.extend(row.image_id for row in rows)},
+        )
+        for name in ("w1", "w2")
+    ]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    assert len(seen) == len(set(seen)) == 6
+
+
+def test_label_auto_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "src", ["a.png"])
+    with pytest.raises(ValueError, match="classifier"):
+        Worker(plan(tmp_path).context, restorer=Brightener(), classifier=None, worker_id="w")
