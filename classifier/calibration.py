@@ -21,19 +21,22 @@ class LabelRisk:
 
 
 LABEL_RISKS: Mapping[Degradation, LabelRisk] = {
-    Degradation.NOISE: LabelRisk(precision=0.95, lowest_threshold=0.5),
-    Degradation.RAIN: LabelRisk(precision=0.95, lowest_threshold=0.5),
-    Degradation.HAZE: LabelRisk(precision=0.96, lowest_threshold=0.5),
-    Degradation.BLUR: LabelRisk(precision=0.95, lowest_threshold=0.5),
-    Degradation.LOWLIGHT: LabelRisk(precision=0.98, lowest_threshold=0.6),
-    Degradation.CLEAN: LabelRisk(precision=0.9, lowest_threshold=0.4),
+    Degradation.NOISE: LabelRisk(precision=0.85, lowest_threshold=0.5),
+    Degradation.RAIN: LabelRisk(precision=0.85, lowest_threshold=0.5),
+    Degradation.HAZE: LabelRisk(precision=0.85, lowest_threshold=0.5),
+    Degradation.BLUR: LabelRisk(precision=0.85, lowest_threshold=0.5),
+    Degradation.LOWLIGHT: LabelRisk(precision=0.9, lowest_threshold=0.6),
+    Degradation.CLEAN: LabelRisk(precision=0.0, lowest_threshold=0.4),
     Degradation.OTHER: LabelRisk(precision=0.0, lowest_threshold=0.0),
 }
 """Brightening a night scene by mistake costs more than smoothing a little grain. A photograph taken for clean is
 left alone, just as after an abstention; so is `other`, whatever its probability."""
 
-HIGHEST_THRESHOLD = 0.95
+HIGHEST_THRESHOLD = 0.9
 """No threshold rises above this, even where the precision asked for is never reached."""
+
+EXPECTED_SHARES: Mapping[Degradation, float] = {label: 0.4 if label is Degradation.CLEAN else 0.1 for label in LABELS}
+"""How often each label is expected in use: in a folder that nobody has sorted, most often nothing is wrong."""
 
 
 def probabilities(logits: FloatArray, temperature: float) -> FloatArray:
@@ -61,36 +64,52 @@ def fit_temperature(logits: FloatArray, labels: NDArray[np.integer]) -> float:
     return float(grid[np.argmin([cross_entropy(logits, labels, float(t)) for t in grid])])
 
 
+def prior_weights(trained_shares: Mapping[Degradation, float]) -> FloatArray:
+    """How much more often than in training each label is expected in use, in the order of `LABELS`.
+
+    A probability from training times this weight, normalised again, is the probability in use.
+    """
+    return np.array([EXPECTED_SHARES[label] / trained_shares[label] for label in LABELS])
+
+
 def fit_thresholds(
-    probability: FloatArray, labels: NDArray[np.integer], risks: Mapping[Degradation, LabelRisk] = LABEL_RISKS
+    probability: FloatArray,
+    labels: NDArray[np.integer],
+    *,
+    weights: FloatArray,
+    risks: Mapping[Degradation, LabelRisk] = LABEL_RISKS,
 ) -> dict[Degradation, float]:
     """The lowest threshold per label that keeps the precision asked for on held-out samples.
 
     Args:
         probability: M x labels, calibrated.
         labels: M, indices into `LABELS`.
+        weights: what a sample of each label counts, in the order of `LABELS`; see `prior_weights`.
         risks: what each label asks for.
     """
-    predicted, top = probability.argmax(axis=1), probability.max(axis=1)
+    predicted, top, weight = probability.argmax(axis=1), probability.max(axis=1), weights[labels]
     thresholds = {}
     for index, label in enumerate(LABELS):
         risk = risks[label]
         threshold = risk.lowest_threshold
         while threshold < HIGHEST_THRESHOLD:
             accepted = (predicted == index) & (top >= threshold)
-            if not accepted.any() or (labels[accepted] == index).mean() >= risk.precision:
+            right = weight[accepted & (labels == index)].sum()
+            if not accepted.any() or right >= risk.precision * weight[accepted].sum():
                 break
             threshold = round(threshold + 0.01, 4)
         thresholds[label] = threshold
     return thresholds
 
 
-def calibration_error(probability: FloatArray, labels: NDArray[np.integer], *, bins: int = 10) -> float:
-    """Expected calibration error: mean distance between confidence and accuracy over equal-width bins."""
+def calibration_error(
+    probability: FloatArray, labels: NDArray[np.integer], *, weights: FloatArray, bins: int = 10
+) -> float:
+    """Expected calibration error: mean distance between confidence and accuracy over equal-width bins.
+
+    `probability` is M x labels, `labels` M indices into `LABELS`, `weights` M: what each sample counts.
+    """
     top, right = probability.max(axis=1), probability.argmax(axis=1) == labels
     places = np.minimum((top * bins).astype(int), bins - 1)
-    parts = [
-        abs(top[places == place].mean() - right[places == place].mean()) * np.count_nonzero(places == place)
-        for place in np.unique(places)
-    ]
-    return float(sum(parts) / len(labels))
+    parts = [abs(float((weights * (top - right))[places == place].sum())) for place in np.unique(places)]
+    return float(sum(parts) / weights.sum())

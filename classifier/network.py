@@ -84,12 +84,14 @@ class DegradationNetwork(nn.Module):
         self.crop_backbone = backbone(architecture.crop_channels)
         self.thumbnail_backbone = backbone(architecture.thumbnail_channels)
         features = 2 * architecture.crop_channels[-1] + architecture.thumbnail_channels[-1]
-        self.head = nn.Sequential(
-            nn.Dropout(0.1),
-            nn.Linear(features, architecture.hidden),
-            nn.ReLU(),
-            nn.Linear(architecture.hidden, len(LABELS)),
-        )
+        output = nn.Linear(architecture.hidden, len(LABELS))
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(features, architecture.hidden), nn.ReLU(), output)
+
+    @property
+    def output_bias(self) -> Tensor:
+        """What is added to each label's logit, in the order of `LABELS`."""
+        bias: Tensor = self.head[-1].bias
+        return bias
 
     def forward(self, crops: Tensor, thumbnails: Tensor) -> Tensor:
         """Logits, B x labels in the order of `LABELS`.

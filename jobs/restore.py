@@ -67,10 +67,11 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` becomes bfloat16 where the hardware multiplies it natively (CUDA, AMX), else float32."""
+    """`auto` becomes bfloat16 where the hardware multiplies it natively (CUDA, AMX, AVX-512 BF16), else float32."""
     if dtype != "auto":
         return dtype
-    native = device == "cuda" or torch.cpu._is_amx_tile_supported()
+    capabilities = torch.cpu.get_capabilities()
+    native = device == "cuda" or capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
     return "bfloat16" if native else "float32"
 
 

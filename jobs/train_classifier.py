@@ -7,6 +7,7 @@ weights file with its card.
 """
 
 import argparse
+import copy
 import logging
 import math
 import os
@@ -21,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, probabilities
+from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
 from classifier.labels import LABELS
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import save_classifier, write_card
-from jobs.classifier_samples import Samples
+from jobs.classifier_samples import SHARES, Samples
 from jobs.training_data import CleanPhotographs
 
 log = logging.getLogger("train_classifier")
@@ -171,21 +172,28 @@ def train(arguments: argparse.Namespace) -> Trained:
 def export(trained: Trained, path: Path) -> dict[str, Any]:
     """Writes the calibrated weights and their card; returns the quality measured on the held-out samples.
 
-    Temperature and thresholds are fitted on the even samples, the quality is that of the odd ones.
+    Temperature and thresholds are fitted on the even samples, the quality is that of the odd ones, each label
+    counted as often as it is expected in use. That expectation is added to the last layer's bias.
     """
     logits, targets = (t.double().numpy() for t in all_logits(trained.network, trained.held_out))
     labels = targets.astype(np.int64)
     temperature = fit_temperature(logits[::2], labels[::2])
-    probability = probabilities(logits, temperature)
-    thresholds = fit_thresholds(probability[::2], labels[::2])
+    weights = prior_weights(SHARES)
+    shift = temperature * np.log(weights)
+    probability = probabilities(logits + shift, temperature)
+    thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
+    network = copy.deepcopy(trained.network)
+    with torch.no_grad():
+        network.output_bias.add_(torch.from_numpy(shift))
     probability, labels = probability[1::2], labels[1::2]
-    predicted, top = probability.argmax(axis=1), probability.max(axis=1)
+    predicted, top, weight = probability.argmax(axis=1), probability.max(axis=1), weights[labels]
     sure = top >= np.array([thresholds[label] for label in LABELS])[predicted]
     quality = {
         "samples": len(labels),
-        "accuracy": round(float((predicted == labels).mean()), 4),
-        "confident": round(float(sure.mean()), 4),
-        "calibration_error": round(calibration_error(probability, labels), 4),
+        "accuracy": round(float(np.average(predicted == labels, weights=weight)), 4),
+        "confident": round(float(np.average(sure, weights=weight)), 4),
+        "right_if_confident": round(float(np.average(predicted == labels, weights=weight * sure)), 4),
+        "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
         "confident_recall": {
             str(label): round(float((sure & (predicted == i))[labels == i].mean()), 4) for i, label in enumerate(LABELS)
         },
@@ -200,7 +208,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
     }
     save_classifier(
         path,
-        trained.network,
+        network,
         view=VIEW,
         temperature=temperature,
         thresholds=thresholds,

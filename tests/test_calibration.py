@@ -2,15 +2,19 @@ import numpy as np
 import pytest
 
 from classifier.calibration import (
+    EXPECTED_SHARES,
     HIGHEST_THRESHOLD,
     LabelRisk,
     calibration_error,
     cross_entropy,
     fit_temperature,
     fit_thresholds,
+    prior_weights,
     probabilities,
 )
 from classifier.labels import LABELS, Degradation
+
+EVEN = np.ones(len(LABELS))
 
 
 def drawn(temperature, count=4000, seed=0):
@@ -38,8 +42,8 @@ def test_the_fitted_temperature_lowers_cross_entropy_and_calibration_error():
     logits, labels = drawn(2.5)
     fitted = fit_temperature(logits, labels)
     assert cross_entropy(logits, labels, fitted) < cross_entropy(logits, labels, 1.0)
-    assert calibration_error(probabilities(logits, fitted), labels) < 0.03
-    assert calibration_error(probabilities(logits, 1.0), labels) > 0.1
+    assert calibration_error(probabilities(logits, fitted), labels, weights=np.ones(len(labels))) < 0.03
+    assert calibration_error(probabilities(logits, 1.0), labels, weights=np.ones(len(labels))) > 0.1
 
 
 def test_no_samples_are_refused():
@@ -51,7 +55,7 @@ def test_thresholds_reach_the_precision_asked_for():
     logits, labels = drawn(2.0, count=20_000)
     p = probabilities(logits, 2.0)
     risks = dict.fromkeys(LABELS, LabelRisk(precision=0.85, lowest_threshold=0.3))
-    thresholds = fit_thresholds(p, labels, risks)
+    thresholds = fit_thresholds(p, labels, weights=EVEN, risks=risks)
     for index, label in enumerate(LABELS):
         accepted = (p.argmax(axis=1) == index) & (p.max(axis=1) >= thresholds[label])
         assert thresholds[label] > 0.3
@@ -61,18 +65,35 @@ def test_thresholds_reach_the_precision_asked_for():
 def test_a_dearer_mistake_asks_for_a_higher_threshold():
     logits, labels = drawn(2.0, count=20_000)
     p = probabilities(logits, 2.0)
-    cheap = fit_thresholds(p, labels, dict.fromkeys(LABELS, LabelRisk(0.8, 0.3)))
-    dear = fit_thresholds(p, labels, dict.fromkeys(LABELS, LabelRisk(0.97, 0.3)))
+    cheap = fit_thresholds(p, labels, weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.8, 0.3)))
+    dear = fit_thresholds(p, labels, weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.97, 0.3)))
     assert all(dear[label] > cheap[label] for label in LABELS)
 
 
 def test_a_precision_out_of_reach_stops_at_the_highest_threshold():
     p = np.tile([0.99, *[0.01 / 6] * 6], (50, 1))
-    thresholds = fit_thresholds(p, np.ones(50, int), dict.fromkeys(LABELS, LabelRisk(0.9, 0.5)))
+    thresholds = fit_thresholds(p, np.ones(50, int), weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.9, 0.5)))
     assert thresholds[Degradation.NOISE] == pytest.approx(HIGHEST_THRESHOLD)
     assert thresholds[Degradation.RAIN] == 0.5
 
 
 def test_calibration_error_is_zero_when_sure_and_right():
-    assert calibration_error(np.eye(7)[[0, 3]], np.array([0, 3])) == 0
-    assert calibration_error(np.eye(7)[[0, 3]], np.array([1, 4])) == 1
+    assert calibration_error(np.eye(7)[[0, 3]], np.array([0, 3]), weights=np.ones(2)) == 0
+    assert calibration_error(np.eye(7)[[0, 3]], np.array([1, 4]), weights=np.ones(2)) == 1
+
+
+def test_thresholds_rise_where_mistaken_samples_weigh_more():
+    """Noise that is clean in one of ten cases passes for nine parts right, and not once clean counts tenfold."""
+    p = np.tile([0.7, *[0.05] * 6], (100, 1))
+    labels = np.where(np.arange(100) % 10 == 0, LABELS.index(Degradation.CLEAN), 0)
+    risks = dict.fromkeys(LABELS, LabelRisk(0.85, 0.5))
+    clean_counts = np.where(np.array(LABELS) == Degradation.CLEAN, 10.0, 1.0)
+    assert fit_thresholds(p, labels, weights=EVEN, risks=risks)[Degradation.NOISE] == 0.5
+    assert fit_thresholds(p, labels, weights=clean_counts, risks=risks)[Degradation.NOISE] > 0.7
+
+
+def test_prior_weights_turn_training_shares_into_expected_ones():
+    trained = {label: (1 + index) / 28 for index, label in enumerate(LABELS)}
+    shares = prior_weights(trained) * np.array(list(trained.values()))
+    np.testing.assert_allclose(shares, list(EXPECTED_SHARES.values()))
+    assert sum(EXPECTED_SHARES.values()) == pytest.approx(1)

@@ -129,7 +129,8 @@ def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
     assert classifier.weights.provenance["steps"] == 5
     assert classifier.network.state_dict().keys() == second["average"].keys()
     for key, value in classifier.network.state_dict().items():
-        torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
+        if key != "head.3.bias":  # holds the shares expected in use as well
+            torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
 
 
