@@ -32,7 +32,7 @@ LABEL_RISKS: Mapping[Degradation, LabelRisk] = {
 """Brightening a night scene by mistake costs more than smoothing a little grain. A photograph taken for clean is
 left alone, just as after an abstention; so is `other`, whatever its probability."""
 
-HIGHEST_THRESHOLD = 0.9
+HIGHEST_THRESHOLD = 0.8
 """No threshold rises above this, even where the precision asked for is never reached."""
 
 EXPECTED_SHARES: Mapping[Degradation, float] = {label: 0.4 if label is Degradation.CLEAN else 0.1 for label in LABELS}

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
+from synthetic_classifier import write_tiny_classifier
+from synthetic_weights import write_tiny_model
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.sink import read_manifest
-from tests.synthetic_classifier import write_tiny_classifier
-from tests.synthetic_weights import write_tiny_model
 
 runner = CliRunner()
 
