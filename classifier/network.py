@@ -90,7 +90,8 @@ class DegradationNetwork(nn.Module):
     @property
     def output_bias(self) -> Tensor:
         """What is added to each label's logit, in the order of `LABELS`."""
-        bias: Tensor = self.head[-1].bias
+        bias = self.head[-1].bias
+        assert isinstance(bias, Tensor)
         return bias
 
     def forward(self, crops: Tensor, thumbnails: Tensor) -> Tensor:
