@@ -23,8 +23,10 @@ app = typer.Typer(
 messages = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 
-Source = Annotated[Path, typer.Argument(help="Folder of photographs, searched recursively. Never changed.")]
-Target = Annotated[Path, typer.Argument(help="Run folder: images, manifest, plan and logs go here.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="Folder of photographs, searched recursively. Never changed.")
+]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder: images, manifest, plan and logs go here.")]
 Model = Annotated[str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file.")]
 ClassifierName = Annotated[str | None, typer.Option("--classifier", help="Classifier weights: a name or a file.")]
 Label = Annotated[
@@ -162,7 +164,7 @@ def plan(
 
 @app.command()
 def preview(
-    image: Annotated[Path, typer.Argument(help="One photograph.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="One photograph.")],
     picture: Annotated[
         Path | None, typer.Option(help="Before/after picture to write; default: IMAGE's name + .preview.png, here.")
     ] = None,

@@ -125,10 +125,19 @@ def models(console: Console) -> None:
             if key in {"name", "kind"} or value in (None, {}, [], ()):
                 continue
             if isinstance(value, dict):
-                value = ", ".join(f"{name} {figure}" for name, figure in value.items())
+                value = ", ".join(_figures(value))
             elif isinstance(value, (list, tuple)):
                 value = ", ".join(str(item) for item in value)
             console.print(f"  {key.replace('_', ' '):<14}{value}", markup=False, soft_wrap=True)
+
+
+def _figures(record: dict[str, Any], prefix: str = "") -> list[str]:
+    """`name figure` of each leaf of nested dictionaries."""
+    figures = []
+    for name, value in record.items():
+        full = f"{prefix}{name}"
+        figures += _figures(value, f"{full}.") if isinstance(value, dict) else [f"{full} {value}"]
+    return figures
 
 
 def _counts(counts: dict[str, int]) -> str:
