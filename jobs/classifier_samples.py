@@ -27,13 +27,13 @@ from pipeline.synthesis import (
 )
 
 SHARES: dict[Degradation, float] = {
-    Degradation.NOISE: 0.12,
-    Degradation.RAIN: 0.14,
+    Degradation.NOISE: 0.1,
+    Degradation.RAIN: 0.13,
     Degradation.HAZE: 0.13,
     Degradation.BLUR: 0.14,
-    Degradation.LOWLIGHT: 0.12,
-    Degradation.CLEAN: 0.22,
-    Degradation.OTHER: 0.13,
+    Degradation.LOWLIGHT: 0.11,
+    Degradation.CLEAN: 0.28,
+    Degradation.OTHER: 0.11,
 }
 """Share of each label in the samples; `clean` is what every kind of damage must be told from."""
 
@@ -93,7 +93,7 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
         case Degradation.HAZE:
             return add_haze(image, rng, tint=float(rng.choice([0.04, 0.12])))
         case Degradation.BLUR:
-            return add_motion_blur(image, rng, longest_px=60)
+            return add_motion_blur(image, rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
         case Degradation.LOWLIGHT:
             if rng.random() < 0.4:
                 return add_deep_shadow(image, rng)

@@ -129,7 +129,7 @@ def train(arguments: argparse.Namespace) -> Trained:
         progress = {"step": step, "seconds": seconds, "samples": synthesised + pool.written}
         save_atomically({**state, **progress}, arguments.out)
 
-    while step < arguments.steps and (progress := seconds / 60 / arguments.max_minutes) < 1:
+    while (progress := max(step / max(arguments.steps, 1), seconds / 60 / arguments.max_minutes)) < 1:
         fresh = max(arguments.fresh, arguments.first_fill - pool.filled)
         pool.synthesise(photographs, rng, count=fresh, view=VIEW)
         for group in optimizer.param_groups:
@@ -192,7 +192,9 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         "samples": len(labels),
         "accuracy": round(float(np.average(predicted == labels, weights=weight)), 4),
         "confident": round(float(np.average(sure, weights=weight)), 4),
-        "right_if_confident": round(float(np.average(predicted == labels, weights=weight * sure)), 4),
+        "right_if_confident": round(
+            float((weight * sure)[predicted == labels].sum() / max((weight * sure).sum(), 1)), 4
+        ),
         "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
         "confident_recall": {
             str(label): round(float((sure & (predicted == i))[labels == i].mean()), 4) for i, label in enumerate(LABELS)
@@ -226,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint (.pt) to write and to resume from")
     parser.add_argument("--export", type=Path, help="weights file (.safetensors) to write at the end")
     parser.add_argument("--max-minutes", type=float, default=45.0)
-    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=1_000_000, help="or that many steps, if they end sooner")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--pool", type=int, default=16_000, help="samples kept in memory")

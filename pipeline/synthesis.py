@@ -162,16 +162,17 @@ def add_haze(image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04)
 # Motion blur
 
 
-def trajectory_kernel(rng: np.random.Generator, *, length_px: float) -> NDArray[np.float32]:
+def trajectory_kernel(rng: np.random.Generator, *, length_px: float, wander: float = 1.0) -> NDArray[np.float32]:
     """Point spread function of a shaking camera, summing to 1: the path of a random walk with inertia.
 
     Args:
         rng: the source of the path.
         length_px: length of the path in pixels. A straight path has a standard deviation of 0.29 times it.
+        wander: how fast the path turns; at 1 most are near straight, at 4 most wind about a place.
     """
     steps = 96
     heading = rng.uniform(0, 2 * np.pi)
-    turn = rng.normal(0, 0.12, steps).cumsum() * rng.uniform(0, 1)
+    turn = rng.normal(0, 0.12 * wander, steps).cumsum() * rng.uniform(0, 1)
     if rng.random() < 0.3:
         turn[int(rng.integers(steps // 4, steps)) :] += rng.uniform(-np.pi, np.pi)
     speed = np.exp(rng.normal(0, 0.5) * np.linspace(-1, 1, steps) + 0.3 * rng.standard_normal(steps))
@@ -189,9 +190,11 @@ def trajectory_kernel(rng: np.random.Generator, *, length_px: float) -> NDArray[
     return cast(NDArray[np.float32], (kernel / kernel.sum()).astype(np.float32))
 
 
-def add_motion_blur(image: FloatImage, rng: np.random.Generator, *, longest_px: float = 40.0) -> FloatImage:
+def add_motion_blur(
+    image: FloatImage, rng: np.random.Generator, *, longest_px: float = 40.0, wander: float = 1.0
+) -> FloatImage:
     """Blur along a random camera trajectory from 6 px long, with sensor noise of sigma 0..2 on the 0..255 scale."""
-    kernel = trajectory_kernel(rng, length_px=float(np.exp(rng.uniform(np.log(6), np.log(longest_px)))))
+    kernel = trajectory_kernel(rng, length_px=float(np.exp(rng.uniform(np.log(6), np.log(longest_px)))), wander=wander)
     return add_noise(convolve(image, kernel), rng, sigma_255=float(rng.uniform(0, 2)))
 
 

@@ -54,19 +54,19 @@ def test_no_samples_are_refused():
 def test_thresholds_reach_the_precision_asked_for():
     logits, labels = drawn(2.0, count=20_000)
     p = probabilities(logits, 2.0)
-    risks = dict.fromkeys(LABELS, LabelRisk(precision=0.85, lowest_threshold=0.3))
+    risks = dict.fromkeys(LABELS, LabelRisk(precision=0.75, lowest_threshold=0.3))
     thresholds = fit_thresholds(p, labels, weights=EVEN, risks=risks)
     for index, label in enumerate(LABELS):
         accepted = (p.argmax(axis=1) == index) & (p.max(axis=1) >= thresholds[label])
         assert thresholds[label] > 0.3
-        assert (labels[accepted] == index).mean() >= 0.85
+        assert (labels[accepted] == index).mean() >= 0.75
 
 
 def test_a_dearer_mistake_asks_for_a_higher_threshold():
     logits, labels = drawn(2.0, count=20_000)
     p = probabilities(logits, 2.0)
-    cheap = fit_thresholds(p, labels, weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.8, 0.3)))
-    dear = fit_thresholds(p, labels, weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.97, 0.3)))
+    cheap = fit_thresholds(p, labels, weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.7, 0.3)))
+    dear = fit_thresholds(p, labels, weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.8, 0.3)))
     assert all(dear[label] > cheap[label] for label in LABELS)
 
 
