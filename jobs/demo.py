@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from skimage import data
@@ -135,9 +136,9 @@ def _result(damage: Degradation, rows: list[dict[str, Any]]) -> Result:
 
 
 def _print(results: list[Result], console: Console) -> None:
-    table = Table(title="Restored without being told the damage", title_justify="left")
+    table = Table(title="Restored without being told the damage (PSNR in dB)", title_justify="left", box=box.SIMPLE)
     table.add_column("damage")
-    for name in ("images", "recognised", "PSNR before", "after", "gain (dB)", "SSIM before", "after"):
+    for name in ("images", "found", "PSNR in", "out", "gain", "SSIM in", "out"):
         table.add_column(name, justify="right")
     for row in results:
         table.add_row(
