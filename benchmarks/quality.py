@@ -144,7 +144,11 @@ def show(value: object, digits: int = 2) -> str:
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     """Writes rows with the hardware and versions they were measured on."""
-    where = {"host_cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit()}
+    where = {
+        "host_cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])
