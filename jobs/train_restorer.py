@@ -1,6 +1,6 @@
 """Trains the compact DFPIR that ships with the project: `python -m jobs.train_restorer --help`.
 
-One process, one network, degradations synthesised as it goes. Needs torch, numpy and pillow only.
+One process, one network, degradations synthesised as it goes. Needs torch, numpy, pillow and safetensors only.
 A run stops after `--max-minutes` or `--steps` and goes on from its last checkpoint when started again.
 """
 
