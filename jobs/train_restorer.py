@@ -203,6 +203,11 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
         log.info("resumed at step %d", step)
+
+    def checkpoint() -> dict[str, Any]:
+        states = {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        return states | {"step": step, "seconds": seconds}
+
     started, last_save, losses = time.monotonic(), time.monotonic(), []
     before = seconds
     while step < arguments.steps:
@@ -240,15 +245,9 @@ def train(arguments: argparse.Namespace) -> None:
             )  # fmt: skip
         if time.monotonic() - last_save > arguments.save_every_s:
             last_save = time.monotonic()
-            save_atomically(
-                {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step, "seconds": seconds}, arguments.out,
-            )  # fmt: skip
+            save_atomically(checkpoint(), arguments.out)
             log.info("validation gain in dB: %s", {k: round(v, 2) for k, v in validate(average, held_out).items()})
-    save_atomically(
-        {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-         "step": step, "seconds": seconds}, arguments.out,
-    )  # fmt: skip
+    save_atomically(checkpoint(), arguments.out)
     log.info("ended at step %d after %.1f min", step, seconds / 60)
     log.info("validation gain in dB: %s", {k: round(v, 2) for k, v in validate(average, held_out, count=24).items()})
 
