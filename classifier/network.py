@@ -1,6 +1,7 @@
-"""The shipped classifier's network: two small timm backbones, for crops and for the thumbnail, and one head."""
+"""The shipped classifier's network: two small timm backbones, for crops and thumbnail, a spectrum, and one head."""
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -16,6 +17,9 @@ UNSHUFFLE = 2
 RESIDUAL_GAIN = 8.0
 """Lifts noise of a few levels of 255 to where tanh still tells it from noise of fifty."""
 
+FAINTEST_POWER = 0.1
+"""Added to a power spectrum of white noise of variance 1 on the 0..255 scale: about that of rounding to levels."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -26,11 +30,13 @@ class Architecture:
     stem_width: int = 32
     crop_channels: tuple[int, ...] = (64, 96, 128, 192)
     thumbnail_channels: tuple[int, ...] = (32, 64, 96, 128)
+    spectrum_channels: tuple[int, ...] = (24, 48, 64, 64)
     hidden: int = 128
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop_channels", tuple(self.crop_channels))
         object.__setattr__(self, "thumbnail_channels", tuple(self.thumbnail_channels))
+        object.__setattr__(self, "spectrum_channels", tuple(self.spectrum_channels))
 
     def as_dict(self) -> dict[str, Any]:
         """The architecture as JSON-ready keyword arguments of `Architecture`."""
@@ -63,10 +69,44 @@ class FinestPixels(nn.Module):
         return torch.cat([colour * (2 / 255) - 1, torch.tanh(residual * (RESIDUAL_GAIN / 255))], dim=1)
 
 
-class DegradationNetwork(nn.Module):
-    """Called as `net(crops, thumbnails)`; the crops of an image are pooled by their mean and their maximum."""
+class PowerSpectrum(nn.Module):
+    """B x N x 3 x P x P on the 0..255 scale -> B x 2 x P x (P/2 + 1): the crops' common log power spectrum.
 
-    def __init__(self, architecture: Architecture) -> None:
+    A blur multiplies the spectrum of every crop by that of its kernel, noise adds a floor, rain an orientation and
+    enlargement an edge, while what the crops show averages out: the arithmetic mean is led by the most textured
+    crop, the geometric one by all alike. Natural images fall with the square of the frequency (Field, "Relations
+    between the statistics of natural images and the response properties of cortical cells", 1987), so that this
+    fall is taken off. In float32 whatever the autocast: a spectrum spans ten orders of magnitude.
+    """
+
+    window: Tensor
+    fall: Tensor
+
+    def __init__(self, side_px: int) -> None:
+        super().__init__()
+        line = torch.hann_window(side_px, periodic=False)
+        window = line[:, None] * line
+        frequency = torch.hypot(torch.arange(side_px)[:, None] - side_px / 2, torch.arange(side_px // 2 + 1))
+        self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
+        self.register_buffer("fall", 2 * frequency.clamp(min=1).log(), persistent=False)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """The spectra, the lowest frequency in the middle of the first column."""
+        with torch.autocast(crops.device.type, enabled=False):
+            luminance = crops.float().mean(dim=2)
+            luminance = luminance - luminance.mean(dim=(-2, -1), keepdim=True)
+            power = torch.fft.rfft2(luminance * self.window).abs().square() + FAINTEST_POWER
+            both = torch.stack([power.mean(dim=1).log(), power.log().mean(dim=1)], dim=1)
+            return both.roll(crops.shape[-2] // 2, dims=-2) + self.fall
+
+
+class DegradationNetwork(nn.Module):
+    """Called as `net(crops, thumbnails)`; the crops of an image are pooled by their mean and their maximum.
+
+    `crop_px`, the side of the crops, fixes the number of frequencies that the head sees.
+    """
+
+    def __init__(self, architecture: Architecture, *, crop_px: int) -> None:
         super().__init__()
         self.architecture = architecture
 
@@ -83,7 +123,15 @@ class DegradationNetwork(nn.Module):
         self.front = FinestPixels()
         self.crop_backbone = backbone(architecture.crop_channels)
         self.thumbnail_backbone = backbone(architecture.thumbnail_channels)
+        self.power_spectrum = PowerSpectrum(crop_px)
+        stages: list[nn.Module] = [nn.BatchNorm2d(2)]
+        for before, after in pairwise((2, *architecture.spectrum_channels)):
+            stages += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        self.spectrum_backbone = nn.Sequential(*stages, nn.Flatten(), nn.Dropout(0.3))
+        halved = 2 ** len(architecture.spectrum_channels)
+        frequencies = -(-crop_px // halved) * -(-(crop_px // 2 + 1) // halved)
         features = 2 * architecture.crop_channels[-1] + architecture.thumbnail_channels[-1]
+        features += architecture.spectrum_channels[-1] * frequencies
         output = nn.Linear(architecture.hidden, len(LABELS))
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(features, architecture.hidden), nn.ReLU(), output)
 
@@ -98,13 +146,14 @@ class DegradationNetwork(nn.Module):
         """Logits, B x labels in the order of `LABELS`.
 
         Args:
-            crops: B x N x 3 x P x P, RGB on the 0..255 scale, P even.
+            crops: B x N x 3 x P x P, RGB on the 0..255 scale, P = `crop_px`, even.
             thumbnails: B x 3 x T x T, RGB on the 0..255 scale, T even.
         """
         batch, count = crops.shape[:2]
         seen: Tensor = self.crop_backbone(self.front(crops.flatten(0, 1))).view(batch, count, -1)
         whole: Tensor = self.thumbnail_backbone(self.front(thumbnails))
-        logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole], dim=1))
+        spectrum: Tensor = self.spectrum_backbone(self.power_spectrum(crops))
+        logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
         return logits
 
 

@@ -193,8 +193,8 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
     except SafetensorError as error:
         raise ClassifierWeightsError(f"{path} is not a readable .safetensors file: {error}") from error
     try:
-        network = DegradationNetwork(Architecture(**description["architecture"]))
         view = ViewSettings(**description["view"])
+        network = DegradationNetwork(Architecture(**description["architecture"]), crop_px=view.crop_px)
         thresholds = {label: float(description["thresholds"][label]) for label in LABELS}
         temperature = float(description["temperature"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:

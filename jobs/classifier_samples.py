@@ -64,32 +64,40 @@ def draw_scene(photographs: CleanPhotographs, rng: np.random.Generator) -> Float
     return part.astype(np.float32) / np.float32(255)
 
 
-FAINTEST_RAIN = 0.008
-"""Rain that changes an image by less than this on average (of 1) counts neither as rain nor as clean."""
+def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
+    """Another photograph of the same shapes: colours exchanged, paler or stronger, white balance, gamma and contrast.
+
+    A few hundred photographs are soon known by heart; what all versions of one have in common is the damage.
+    """
+    out = image
+    if rng.random() < 0.3:
+        out = out[:, :, rng.permutation(3)]
+    if rng.random() < 0.5:
+        grey = out.mean(axis=2, keepdims=True)
+        out = grey + (out - grey) * np.float32(rng.uniform(0.3, 1.4))
+    if rng.random() < 0.4:
+        out = out * rng.uniform(0.85, 1.1, 3).astype(np.float32)
+    if rng.random() < 0.4:
+        out = np.clip(out, 0, 1) ** np.float32(np.exp(rng.uniform(-0.3, 0.3)))
+    if rng.random() < 0.3:
+        out = (out - np.float32(0.5)) * np.float32(rng.uniform(0.8, 1.2)) + np.float32(0.5)
+    return np.clip(out, 0, 1)
 
 
-def visible_rain(image: FloatImage, rng: np.random.Generator) -> FloatImage:
-    """The image in rain that can be seen: drawn again while it is too faint, in the end on a darker image."""
-    while True:
-        rainy = add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])))
-        if float(np.abs(rainy - image).mean()) >= FAINTEST_RAIN:
-            return rainy
-        image = image * np.float32(0.93)
+FAINTEST: dict[Degradation, float] = {Degradation.RAIN: 0.01, Degradation.HAZE: 0.07, Degradation.BLUR: 0.006}
+"""Damage that changes an image by less than this on average (of 1) counts neither as such nor as clean."""
 
 
 def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> FloatImage:
     """The image under a label, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
 
-    Half of the photographs are first varied within what counts as clean, so that softness or grain alone says
-    nothing. Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
+    Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
     """
-    if label is not Degradation.CLEAN and rng.random() < 0.5:
-        image = vary_clean(image, rng)
     match label:
         case Degradation.NOISE:
             return add_noise(image, rng, sigma_255=float(rng.uniform(1.2 * CLEAN_LIMITS.noise_sigma_255, 60)))
         case Degradation.RAIN:
-            return visible_rain(image, rng)
+            return add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])))
         case Degradation.HAZE:
             return add_haze(image, rng, tint=float(rng.choice([0.04, 0.12])))
         case Degradation.BLUR:
@@ -102,6 +110,20 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
             return vary_clean(image, rng)
         case Degradation.OTHER:
             return add_other(image, rng)
+
+
+def draw_damaged(photographs: CleanPhotographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
+    """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
+
+    Half of the scenes are first varied within what counts as clean, so that softness or grain alone says nothing.
+    """
+    while True:
+        scene = vary_tone(draw_scene(photographs, rng), rng)
+        if label is not Degradation.CLEAN and rng.random() < 0.5:
+            scene = vary_clean(scene, rng)
+        damaged = damage(scene, label, rng)
+        if float(np.abs(damaged - scene).mean()) >= FAINTEST.get(label, 0.0):
+            return damaged
 
 
 def as_filed(image: FloatImage, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -140,7 +162,7 @@ class Samples:
         """Adds `count` samples, in the place of the oldest once there is no room."""
         shares = np.array([SHARES[label] for label in LABELS])
         for label in rng.choice(len(LABELS), size=count, p=shares / shares.sum()):
-            pixels = as_filed(damage(draw_scene(photographs, rng), LABELS[label], rng), rng)
+            pixels = as_filed(draw_damaged(photographs, LABELS[label], rng), rng)
             views = take_views(pixels, view)
             place = self.written % len(self.labels)
             self.crops[place], self.thumbnails[place] = views.crops, views.thumbnail

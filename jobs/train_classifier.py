@@ -108,9 +108,8 @@ def train(arguments: argparse.Namespace) -> Trained:
     held_out = Samples.empty(arguments.validation_samples, VIEW)
     held_out_photographs = CleanPhotographs.load(arguments.data, validation=True)
     held_out.synthesise(held_out_photographs, np.random.default_rng(7), count=arguments.validation_samples, view=VIEW)
-    network = DegradationNetwork(Architecture()).to(memory_format=torch.channels_last)
-    average = DegradationNetwork(Architecture()).to(memory_format=torch.channels_last).requires_grad_(False)
-    average.load_state_dict(network.state_dict())
+    network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px).to(memory_format=torch.channels_last)
+    average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.lr, weight_decay=0.02, fused=True)
     step, seconds, synthesised = 0, 0.0, 0
     if arguments.out.exists():

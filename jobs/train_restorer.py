@@ -51,7 +51,21 @@ MORE_RAIN: dict[Degradation, float] = {
     Degradation.BLUR: 0.1,
     Degradation.LOWLIGHT: 0.2,
 }
-"""Shares of the degradations in the training patches, once all are there; rain takes longest to learn.
+MORE_BLUR: dict[Degradation, float] = {
+    Degradation.NOISE: 0.12,
+    Degradation.RAIN: 0.16,
+    Degradation.HAZE: 0.08,
+    Degradation.BLUR: 0.55,
+    Degradation.LOWLIGHT: 0.09,
+}
+ALL: dict[Degradation, float] = {
+    Degradation.NOISE: 0.18,
+    Degradation.RAIN: 0.28,
+    Degradation.HAZE: 0.12,
+    Degradation.BLUR: 0.3,
+    Degradation.LOWLIGHT: 0.12,
+}
+"""Shares of the degradations in the training patches, once all are there; rain and blur take longest to learn.
 
 Noise comes first, alone, then rain: mixed from the start, the easy gains of haze and low light keep a small
 network from ever learning fine detail, while they themselves are learnt within minutes whenever they come.
@@ -75,9 +89,9 @@ PHASES = (
     Phase(0.0, NOISE_ALONE, 64, 8),
     Phase(0.08, FINE_DETAIL, 64, 8),
     Phase(0.18, TASKS, 64, 8),
-    Phase(0.5, MORE_RAIN, 64, 8),
-    Phase(0.72, MORE_RAIN, 96, 6),
-    Phase(0.9, MORE_RAIN, 128, 6),
+    Phase(0.3, MORE_RAIN, 64, 8),
+    Phase(0.49, MORE_BLUR, 128, 6),
+    Phase(0.75, ALL, 128, 6),
 )
 
 

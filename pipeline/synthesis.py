@@ -190,12 +190,26 @@ def trajectory_kernel(rng: np.random.Generator, *, length_px: float, wander: flo
     return cast(NDArray[np.float32], (kernel / kernel.sum()).astype(np.float32))
 
 
+def spread_px(kernel: NDArray[np.floating]) -> float:
+    """Standard deviation of a kernel along its longest axis, in pixels."""
+    y, x = np.mgrid[: kernel.shape[0], : kernel.shape[1]]
+    places = np.stack([y.ravel(), x.ravel()])
+    covariance = np.cov(places, aweights=kernel.ravel(), ddof=0)
+    return float(np.sqrt(np.linalg.eigvalsh(covariance)[-1]))
+
+
 def add_motion_blur(
     image: FloatImage, rng: np.random.Generator, *, longest_px: float = 40.0, wander: float = 1.0
 ) -> FloatImage:
-    """Blur along a random camera trajectory from 6 px long, with sensor noise of sigma 0..2 on the 0..255 scale."""
-    kernel = trajectory_kernel(rng, length_px=float(np.exp(rng.uniform(np.log(6), np.log(longest_px)))), wander=wander)
-    return add_noise(convolve(image, kernel), rng, sigma_255=float(rng.uniform(0, 2)))
+    """Blur along a random camera trajectory from 6 px long, with sensor noise of sigma 0..2 on the 0..255 scale.
+
+    Paths that wind so much that they spread little beyond what counts as clean (`CleanLimits.blur_px`) are drawn again.
+    """
+    while True:
+        length_px = float(np.exp(rng.uniform(np.log(6), np.log(longest_px))))
+        kernel = trajectory_kernel(rng, length_px=length_px, wander=wander)
+        if spread_px(kernel) >= 1.4 * CLEAN_LIMITS.blur_px:
+            return add_noise(convolve(image, kernel), rng, sigma_255=float(rng.uniform(0, 2)))
 
 
 # Low light
@@ -306,7 +320,7 @@ def degrade(image: FloatImage, label: Degradation, rng: np.random.Generator) -> 
         case Degradation.HAZE:
             return add_haze(image, rng), None
         case Degradation.BLUR:
-            return add_motion_blur(image, rng), None
+            return add_motion_blur(image, rng, wander=float(rng.choice([1.0, 4.0]))), None
         case Degradation.LOWLIGHT:
             return add_lowlight(image, rng), None
         case Degradation.OTHER:

@@ -9,7 +9,9 @@ from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import save_classifier
 
-TINY = Architecture(stem_width=8, crop_channels=(8, 8, 8, 8), thumbnail_channels=(8, 8, 8, 8), hidden=8)
+TINY = Architecture(
+    stem_width=8, crop_channels=(8, 8, 8, 8), thumbnail_channels=(8, 8, 8, 8), spectrum_channels=(8, 8), hidden=8
+)
 TINY_VIEW = ViewSettings(crop_px=32, crops=2, thumbnail_px=32)
 
 
@@ -17,7 +19,7 @@ def write_tiny_classifier(path: Path) -> Path:
     """Writes the same random weights every time; every prediction is confident."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = DegradationNetwork(TINY)
+        network = DegradationNetwork(TINY, crop_px=TINY_VIEW.crop_px)
     save_classifier(
         path,
         network,

@@ -12,7 +12,7 @@ from synthetic_classifier import TINY, TINY_VIEW, write_tiny_classifier
 from classifier import load_classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
-from classifier.network import Architecture, DegradationNetwork, to_input
+from classifier.network import Architecture, DegradationNetwork, PowerSpectrum, to_input
 from classifier.weights import file_sha256, load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
@@ -105,7 +105,7 @@ def test_the_network_agrees_with_its_formula(tiny):
 
 def test_saved_weights_come_back(tmp_path):
     torch.manual_seed(3)
-    network = DegradationNetwork(TINY).eval()
+    network = DegradationNetwork(TINY, crop_px=TINY_VIEW.crop_px).eval()
     thresholds = {label: 0.1 * index for index, label in enumerate(LABELS)}
     path = tmp_path / "own.safetensors"
     save_classifier(
@@ -206,9 +206,27 @@ def test_a_card_of_another_file_is_refused(tiny):
 
 
 def test_the_default_architecture_takes_its_views():
-    network = DegradationNetwork(Architecture()).eval()
+    network = DegradationNetwork(Architecture(), crop_px=96).eval()
     with torch.inference_mode():
         assert network(torch.rand(1, 4, 3, 96, 96), torch.rand(1, 3, 96, 96)).shape == (1, len(LABELS))
+
+
+def test_the_power_spectrum_is_flat_for_noise_and_falls_along_a_blur():
+    noise = torch.from_numpy(np.random.default_rng(0).normal(128, 10, (64, 96, 96)).astype(np.float32))
+    blurred = torch.stack([noise.roll(shift, dims=2) for shift in range(9)]).mean(dim=0)  # along the rows
+    spectrum = PowerSpectrum(96)
+
+    def log_power(images):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            power = spectrum(images[None, :, None].expand(1, 64, 3, 96, 96))
+        assert power.shape == (1, 2, 96, 49)
+        assert power.dtype == torch.float32
+        return power[0, 0] - spectrum.fall
+
+    assert log_power(noise)[5:40].mean().item() == pytest.approx(np.log(100), abs=0.05)
+    horizontal, vertical = log_power(blurred)[44:53, 30:45], log_power(blurred)[70:90, :4]
+    assert vertical.mean().item() == pytest.approx(np.log(100), abs=0.5)
+    assert vertical.mean() - horizontal.mean() > 2
 
 
 # The shipped weights

@@ -21,6 +21,7 @@ from pipeline.synthesis import (
     pseudo_depth,
     resize,
     smooth_field,
+    spread_px,
     to_uint8,
     trajectory_kernel,
     vary_clean,
@@ -33,13 +34,6 @@ def photograph(height=90, width=120, seed=0):
     texture = rng.random((height, width, 3), dtype=np.float32)
     shading = np.stack([smooth_field(height, width, rng) for _ in range(3)], axis=2)
     return np.clip(0.15 + 0.6 * shading + 0.2 * (texture - 0.5), 0.05, 0.95).astype(np.float32)
-
-
-def spread_px(kernel):
-    """Standard deviation of a kernel along its longest axis."""
-    y, x = np.mgrid[: kernel.shape[0], : kernel.shape[1]]
-    points = np.stack([y.ravel(), x.ravel()])
-    return float(np.sqrt(np.linalg.eigvalsh(np.cov(points, aweights=kernel.ravel(), ddof=0)).max()))
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -236,3 +230,20 @@ def test_resize_keeps_a_flat_image_and_gives_the_size():
 def test_to_uint8_rounds_and_clips():
     levels = np.array([[[-0.1, 0.0, 0.5 / 255]], [[0.51 / 255, 254.6 / 255, 1.2]]], np.float32)
     np.testing.assert_array_equal(to_uint8(levels).ravel(), [0, 0, 0, 1, 255, 255])
+
+
+def test_motion_blur_spreads_beyond_what_counts_as_clean():
+    point = np.zeros((121, 121, 3), np.float32)
+    point[60, 60] = 1
+    for seed in range(20):
+        spread = add_motion_blur(point, np.random.default_rng(seed), wander=4.0).mean(axis=2)
+        kernel = np.where(spread > 0.01, spread, 0)  # leaves the sensor noise out
+        y, x = np.nonzero(kernel)
+        assert max(np.ptp(y), np.ptp(x)) >= 2, seed
+
+
+def test_the_spread_of_a_kernel():
+    assert spread_px(gaussian_kernel(2.0)) == pytest.approx(2.0, rel=0.02)
+    line = np.zeros((3, 13))
+    line[1] = 1
+    assert spread_px(line) == pytest.approx(np.sqrt((13**2 - 1) / 12))

@@ -9,8 +9,17 @@ from synthetic_classifier import TINY
 from classifier import load_classifier
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings
-from jobs import train_classifier
-from jobs.classifier_samples import FAINTEST_RAIN, SHARES, Samples, as_filed, damage, draw_scene, visible_rain
+from jobs import classifier_samples, train_classifier
+from jobs.classifier_samples import (
+    FAINTEST,
+    SHARES,
+    Samples,
+    as_filed,
+    damage,
+    draw_damaged,
+    draw_scene,
+    vary_tone,
+)
 from jobs.train_classifier import learning_rate, main
 from jobs.training_data import CleanPhotographs, is_validation
 from pipeline.synthesis import smooth_field
@@ -58,11 +67,27 @@ def test_scenes_lie_within_the_sizes_promised(folder):
     assert len({scene.shape for scene in scenes}) > 10
 
 
-def test_rain_is_visible_even_on_white():
-    for image in (np.ones((100, 100, 3), np.float32), np.full((100, 100, 3), 0.3, np.float32)):
-        for seed in range(10):
-            rainy = visible_rain(image, np.random.default_rng(seed))
-            assert np.abs(rainy - image).mean() >= FAINTEST_RAIN / 2
+def test_a_changed_tone_keeps_the_shapes(folder):
+    scene = draw_scene(CleanPhotographs.load(folder, validation=False), np.random.default_rng(0))
+    versions = [vary_tone(scene, np.random.default_rng(seed)) for seed in range(30)]
+    assert sum(not np.array_equal(version, scene) for version in versions) > 20
+    for version in versions:
+        assert 0 <= version.min() <= version.max() <= 1
+        assert np.corrcoef(version.mean(axis=2).ravel(), scene.mean(axis=2).ravel())[0, 1] > 0.8
+
+
+def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
+    photographs = CleanPhotographs.load(folder, validation=False)
+    drawn = []
+
+    def faint_at_first(image, label, rng):
+        drawn.append(image + (0.5 if len(drawn) == 2 else 0.1) * np.float32(FAINTEST[label]) * 3)
+        return drawn[-1]
+
+    monkeypatch.setattr(classifier_samples, "damage", faint_at_first)
+    damaged = draw_damaged(photographs, Degradation.RAIN, np.random.default_rng(0))
+    assert len(drawn) == 3
+    assert damaged is drawn[2]
 
 
 @pytest.mark.parametrize("label", LABELS)
