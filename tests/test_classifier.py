@@ -242,8 +242,7 @@ def test_the_shipped_file_is_small_and_described():
 
 
 SHORT = {
-    Degradation.BLUR: "75 % with the weights shipped; docs/decisions/0003-classifier.md",
-    Degradation.CLEAN: "75 % with the weights shipped; docs/decisions/0003-classifier.md",
+    Degradation.LOWLIGHT: "80 % with the weights shipped; docs/decisions/0003-classifier.md",
 }
 """Labels that do not reach the floor yet; strict, so that weights which do must be taken off this list."""
 
