@@ -116,14 +116,18 @@ def draw_damaged(photographs: CleanPhotographs, label: Degradation, rng: np.rand
     """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
 
     Half of the scenes are first varied within what counts as clean, so that softness or grain alone says nothing.
+
+    Raises:
+        ValueError: the damage stays too faint on a thousand scenes, as on photographs that are blank.
     """
-    while True:
+    for _ in range(1000):
         scene = vary_tone(draw_scene(photographs, rng), rng)
         if label is not Degradation.CLEAN and rng.random() < 0.5:
             scene = vary_clean(scene, rng)
         damaged = damage(scene, label, rng)
         if float(np.abs(damaged - scene).mean()) >= FAINTEST.get(label, 0.0):
             return damaged
+    raise ValueError(f"{label} shows on none of the photographs; are they blank?")
 
 
 def as_filed(image: FloatImage, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -90,6 +90,14 @@ def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
     assert damaged is drawn[2]
 
 
+def test_photographs_that_show_no_damage_are_refused(monkeypatch):
+    blank = CleanPhotographs(("blank.png",), (np.full((170, 180, 3), 128, np.uint8),))
+    monkeypatch.setattr(classifier_samples, "vary_tone", lambda scene, rng: scene)
+    monkeypatch.setattr(classifier_samples, "damage", lambda image, label, rng: image)
+    with pytest.raises(ValueError, match="blur shows on none of the photographs"):
+        draw_damaged(blank, Degradation.BLUR, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("label", LABELS)
 def test_damage_repeats_with_the_seed(label):
     image = np.random.default_rng(0).random((64, 80, 3), dtype=np.float32)
