@@ -1,8 +1,11 @@
-"""The inference form of DFPIR: the same function of the same weights, arranged for speed.
+"""The inference form of DFPIR: the same function of the same weights, arranged for speed and for little memory.
 
 Differences from the plain form in `models.dfpir`, none of which changes the result beyond rounding:
 
 - Features are B x H x W x C throughout, so that a 1x1 convolution is one matrix product over all pixels.
+- Every block runs over bands of rows. The wide features between a 1x1 and a 3x3 convolution exist for one band at
+  a time, in the processor's cache; attention sums its Gram matrix and norms over the bands, so that it spans the
+  whole image all the same. Two maps of a level's features are all that is held.
 - Prompts are indices into the bank. Each prompt's channel order is computed once, and folds DGCPM's two
   convolutions into one C x C matrix per prompt; every image of a batch picks its own.
 - The affine part of a layer norm is folded into the projection that follows it.
@@ -10,6 +13,8 @@ Differences from the plain form in `models.dfpir`, none of which changes the res
 - Attention and the output projection merge into one C x C matrix per image, applied to the values.
 - Reducing a concatenation is the sum of two products, without the concatenation.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +34,9 @@ from models.dfpir import (
 )
 from models.prompts import PromptBank, prompt_permutations
 
+BAND_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
+"""Size of the wide features of one band: what stays in a core's cache, and what fills a GPU."""
+
 
 def _matrix(convolution: nn.Module) -> Tensor:
     """The C_out x C_in matrix of a 1x1 convolution, float64: weights are merged in that precision."""
@@ -36,38 +44,55 @@ def _matrix(convolution: nn.Module) -> Tensor:
     return convolution.weight.detach().double().flatten(1)
 
 
+def _kernel(convolution: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a 3x3 convolution, dense or depth-wise, channels last."""
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
+
+
 def _normalise(x: Tensor) -> Tensor:
     """Layer norm over the last dimension without its affine part; statistics are float32 inside."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """B x C x H x W as contiguous B x H x W x C; no copy where a kernel already kept channels last."""
-    return x.permute(0, 2, 3, 1).contiguous()
+def _convolve(x: Tensor, kernel: Tensor, *, padding: tuple[int, int] = (1, 1)) -> Tensor:
+    """A 3x3 convolution of B x H x W x C, dense or depth-wise by the shape of the kernel."""
+    groups = x.shape[-1] // kernel.shape[1]
+    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=groups).permute(0, 2, 3, 1)
 
 
-def _add_product(x: Tensor, features: Tensor, weight: Tensor) -> Tensor:
-    """Adds features @ weight.T to x in one product; x is B x H x W x C_out, features B x H x W x C_in."""
-    return torch.addmm(x.flatten(0, 2), features.flatten(0, 2), weight.T).view(x.shape)
+def _rows(x: Tensor, wide_channels: int) -> int:
+    """Rows of a band, so that so many channels of it keep within `BAND_BYTES`."""
+    fitting = BAND_BYTES[x.device.type] // (x.shape[2] * wide_channels * x.element_size())
+    return min(x.shape[1], max(fitting, 4))
 
 
-def _gram_logits(query: Tensor, key: Tensor, temperature: Tensor) -> Tensor:
-    """Scaled cosine similarities between channels, B x heads x C x C, float32 whatever the features' dtype.
+class _Similarity:
+    """Cosine similarities between channels, summed up over bands of pixels; float32 whatever the features' dtype.
 
     Rounding the Gram matrix to bfloat16 would change which logits survive in CAAPM.
-
-    Args:
-        query: B x N x (heads C), N pixels.
-        key: as `query`.
-        temperature: heads x 1 x 1, float32.
     """
-    batch, pixels, channels = query.shape
-    heads = temperature.shape[0]
-    query, key = (t.float().view(batch, pixels, heads, channels // heads).permute(0, 2, 3, 1) for t in (query, key))
-    gram = query @ key.transpose(-2, -1)
-    query_norm = query.square().sum(-1).sqrt_().clamp_min_(1e-12)
-    key_norm = key.square().sum(-1).sqrt_().clamp_min_(1e-12)
-    return gram / query_norm[..., :, None] / key_norm[..., None, :] * temperature
+
+    def __init__(self, like: Tensor, heads: int) -> None:
+        """Nothing summed yet, for features shaped like B x H x W x C."""
+        self.heads, self.per_head = heads, like.shape[-1] // heads
+        shape = len(like), heads, self.per_head
+        self.gram = torch.zeros(*shape, self.per_head, device=like.device)
+        self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
+
+    def add(self, query: Tensor, key: Tensor) -> None:
+        """Adds a band's queries and keys, B x h x W x C each."""
+        query, key = (
+            t.float().flatten(1, 2).unflatten(-1, (self.heads, self.per_head)).transpose(1, 2) for t in (query, key)
+        )
+        self.gram += query.transpose(-2, -1) @ key
+        self.query_power += query.square().sum(-2)
+        self.key_power += key.square().sum(-2)
+
+    def logits(self, temperature: Tensor) -> Tensor:
+        """Scaled similarities, B x heads x C_head x C_head; `temperature` is heads x 1 x 1."""
+        query_norm, key_norm = (power.sqrt().clamp_min(1e-12) for power in (self.query_power, self.key_power))
+        return self.gram / query_norm[..., :, None] / key_norm[..., None, :] * temperature
 
 
 def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
@@ -82,37 +107,58 @@ def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
     return (columns @ attention).transpose(1, 2).reshape(batch, -1, heads * per_head)
 
 
-class _Convolution(nn.Module):
-    """A 3x3 convolution without bias, dense or depth-wise, on B x H x W x C."""
+class _Widening(nn.Module):
+    """Layer norm, 1x1 convolution and depth-wise 3x3 convolution, band by band; B x H x W x C in.
 
-    weight: Tensor
+    What comes out is cut into `parts` along the channels (query, key and value; gate and value), each contiguous.
+    """
 
-    def __init__(self, plain: nn.Module, dtype: torch.dtype) -> None:
+    matrices: Tensor
+    """parts x C_in x C_part, the layer norm's affine part folded in."""
+    biases: Tensor
+    """parts x C_part"""
+    kernels: Tensor
+    """(parts C_part) x 1 x 3 x 3"""
+
+    def __init__(
+        self, norm: ChannelLayerNorm, pointwise: nn.Module, depthwise: nn.Module, *, parts: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        assert isinstance(plain, nn.Conv2d)
-        self.groups = plain.groups
-        weight = plain.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
-        self.register_buffer("weight", weight)
+        matrix = _matrix(pointwise)
+        affine, shift = norm.body.weight.detach().double(), norm.body.bias.detach().double()
+        self.register_buffer("matrices", torch.stack((matrix * affine).T.chunk(parts, dim=1)).to(dtype).contiguous())
+        self.register_buffer("biases", torch.stack((matrix @ shift).chunk(parts)).to(dtype))
+        self.register_buffer("kernels", _kernel(depthwise, dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=1, groups=self.groups)
-        return _channels_last(out)
+    def forward(
+        self, x: Tensor, rows: int, prepare: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Bands of `rows` rows, and each part's features there, B x h x W x C_part.
 
-
-class _Folded(nn.Module):
-    """A layer norm's affine part and the 1x1 convolution after it, as one weight and bias."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, norm: ChannelLayerNorm, convolution: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        matrix = _matrix(convolution)
-        self.register_buffer("weight", (matrix * norm.body.weight.detach().double()).to(dtype))
-        self.register_buffer("bias", (matrix @ norm.body.bias.detach().double()).to(dtype))
-
-    def forward(self, normalised: Tensor) -> Tensor:
-        return F.linear(normalised, self.weight, self.bias)
+        `prepare`, if given, is applied to rows of x before the layer norm. Every row is projected once: the last two
+        of a band are kept for the next one.
+        """
+        _, height, width, _ = x.shape
+        parts, _, channels = self.matrices.shape
+        kernels = self.kernels.chunk(parts)
+        buffer = x.new_zeros(parts, rows + 2, width, channels)  # from one row above a band to one row below it
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            known = 1 if top == 0 else 2
+            fresh = x[:, top + known - 1 : bottom + 1]
+            normalised = _normalise(fresh if prepare is None else prepare(fresh)).flatten(0, 2)
+            end = known + fresh.shape[1]
+            for part in range(parts):
+                out = buffer[part, known:end].flatten(0, 1)
+                torch.addmm(self.biases[part], normalised, self.matrices[part], out=out)
+            if bottom == height:
+                buffer[:, end] = 0
+            inside = bottom - top
+            yield (
+                slice(top, bottom),
+                [_convolve(buffer[p : p + 1, : inside + 2], kernels[p], padding=(0, 1)) for p in range(parts)],
+            )
+            buffer[:, :2] = buffer[:, inside : inside + 2].clone()
 
 
 class _FeedForward(nn.Module):
@@ -122,14 +168,17 @@ class _FeedForward(nn.Module):
 
     def __init__(self, norm: ChannelLayerNorm, plain: GatedFeedForward, dtype: torch.dtype) -> None:
         super().__init__()
-        self.project_in = _Folded(norm, plain.project_in, dtype)
-        self.depthwise = _Convolution(plain.dwconv, dtype)
-        self.register_buffer("project_out", _matrix(plain.project_out).to(dtype))
+        self.widen = _Widening(norm, plain.project_in, plain.dwconv, parts=2, dtype=dtype)
+        self.register_buffer("project_out", _matrix(plain.project_out).T.to(dtype).contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.depthwise(self.project_in(_normalise(x))).chunk(2, dim=-1)
-        # On a strided half the CPU's GELU falls back to a scalar loop, three times slower than copy and all.
-        return _add_product(x, F.gelu(gate.contiguous()).mul_(value), self.project_out)
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Writes into `out`, another tensor of the shape of x, and returns it."""
+        for band, (gate, value) in self.widen(x, _rows(x, 2 * len(self.project_out))):
+            hidden = F.gelu(gate).mul_(value)
+            torch.addmm(
+                x[0, band].flatten(0, 1), hidden.flatten(0, 2), self.project_out, out=out[0, band].flatten(0, 1)
+            )
+        return out
 
 
 class _SelfAttention(nn.Module):
@@ -140,16 +189,20 @@ class _SelfAttention(nn.Module):
 
     def __init__(self, norm: ChannelLayerNorm, plain: ChannelSelfAttention, dtype: torch.dtype) -> None:
         super().__init__()
-        self.qkv = _Folded(norm, plain.qkv, dtype)
-        self.depthwise = _Convolution(plain.qkv_dwconv, dtype)
+        self.widen = _Widening(norm, plain.qkv, plain.qkv_dwconv, parts=3, dtype=dtype)
         self.register_buffer("temperature", plain.temperature.detach().float())
         self.register_buffer("project_out", _matrix(plain.project_out).float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.depthwise(self.qkv(_normalise(x))).flatten(1, 2).chunk(3, dim=-1)
-        attention = _gram_logits(query, key, self.temperature).softmax(dim=-1)
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        """Changes x itself and returns it; `values` is room for another tensor of its shape."""
+        similarity = _Similarity(x, len(self.temperature))
+        for band, (query, key, value) in self.widen(x, _rows(x, 3 * x.shape[-1])):
+            similarity.add(query, key)
+            values[:, band] = value
+        attention = similarity.logits(self.temperature).softmax(dim=-1)
         merged = _merge_output(attention, self.project_out).to(x.dtype)
-        return torch.baddbmm(x.flatten(1, 2), value, merged.transpose(1, 2)).view(x.shape)
+        x.flatten(1, 2).baddbmm_(values.flatten(1, 2), merged.transpose(1, 2))
+        return x
 
 
 class _PerturbedAttention(nn.Module):
@@ -162,21 +215,23 @@ class _PerturbedAttention(nn.Module):
         super().__init__()
         plain: PerturbedAttention = block.select_attn
         self.kept_fraction = plain.kept_fraction
-        self.query = _Folded(block.norm1, plain.q, dtype)
-        self.key_value = _Folded(block.norm2, plain.kv, dtype)
-        self.query_depthwise = _Convolution(plain.q_dwconv, dtype)
-        self.key_value_depthwise = _Convolution(plain.kv_dwconv, dtype)
+        self.query = _Widening(block.norm1, plain.q, plain.q_dwconv, parts=1, dtype=dtype)
+        self.key_value = _Widening(block.norm2, plain.kv, plain.kv_dwconv, parts=2, dtype=dtype)
         self.register_buffer("temperature", plain.temperature.detach().float())
         scaled = _matrix(plain.project_out) * plain.attn4.detach().double()
         self.register_buffer("project_out", scaled.float())
 
-    def forward(self, shuffled: Tensor, original: Tensor) -> Tensor:
-        query = self.query_depthwise(self.query(_normalise(shuffled))).flatten(1, 2)
-        key_value = self.key_value_depthwise(self.key_value(_normalise(original)))
-        key, value = key_value.flatten(1, 2).chunk(2, dim=-1)
-        logits = keep_largest(_gram_logits(query, key, self.temperature), self.kept_fraction)
-        merged = _merge_output(logits.softmax(dim=-1), self.project_out).to(original.dtype)
-        return torch.bmm(value, merged.transpose(1, 2)).view(original.shape)
+    def forward(self, x: Tensor, shuffle: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """Attention between x after `shuffle`, and x; `values` is room for another tensor of its shape."""
+        similarity = _Similarity(x, len(self.temperature))
+        rows = _rows(x, 3 * x.shape[-1])
+        bands = zip(self.query(x, rows, shuffle), self.key_value(x, rows), strict=True)
+        for (band, (query,)), (_, (key, value)) in bands:
+            similarity.add(query, key)
+            values[:, band] = value
+        logits = keep_largest(similarity.logits(self.temperature), self.kept_fraction)
+        merged = _merge_output(logits.softmax(dim=-1), self.project_out).to(x.dtype)
+        return torch.bmm(values.flatten(1, 2), merged.transpose(1, 2)).view(x.shape)
 
 
 class _Perturbation(nn.Module):
@@ -201,31 +256,48 @@ class _Perturbation(nn.Module):
         self.feed_forward = _FeedForward(plain.norm3, plain.ffn, dtype)
 
     def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
-        matrices, biases = self.matrices[prompts], self.biases[prompts]
-        shuffled = torch.baddbmm(biases[:, None], x.flatten(1, 2), matrices.transpose(1, 2)).view(x.shape)
-        out: Tensor = self.feed_forward(self.attention(shuffled, x))
+        matrices, biases = self.matrices[prompts].transpose(1, 2), self.biases[prompts][:, None]
+
+        def shuffle(rows: Tensor) -> Tensor:
+            return torch.baddbmm(biases, rows.flatten(1, 2), matrices).view(rows.shape)
+
+        spare = torch.empty_like(x)
+        out: Tensor = self.feed_forward(self.attention(x, shuffle, spare), spare)
         return out
 
 
-def _blocks(plain: nn.Sequential, dtype: torch.dtype) -> nn.Sequential:
-    """Restormer's blocks, each as attention and feed-forward with their residuals."""
-    layers: list[nn.Module] = []
-    for block in plain:
-        assert isinstance(block, TransformerBlock)
-        layers += [_SelfAttention(block.norm1, block.attn, dtype), _FeedForward(block.norm2, block.ffn, dtype)]
-    return nn.Sequential(*layers)
+class _Blocks(nn.Module):
+    """Restormer's blocks, each attention and feed-forward with their residuals; B x H x W x C in and out."""
+
+    def __init__(self, plain: nn.Sequential, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attentions, self.feed_forwards = nn.ModuleList(), nn.ModuleList()
+        for block in plain:
+            assert isinstance(block, TransformerBlock)
+            self.attentions.append(_SelfAttention(block.norm1, block.attn, dtype))
+            self.feed_forwards.append(_FeedForward(block.norm2, block.ffn, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Uses x as working memory."""
+        spare = torch.empty_like(x)
+        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+            x, spare = feed_forward(attention(x, spare), spare), x
+        return x
 
 
 class _Resample(nn.Module):
     """3x3 convolution, then halves or doubles both sides; B x H x W x C in and out."""
 
+    kernel: Tensor
+
     def __init__(self, plain: Downsample | Upsample, dtype: torch.dtype) -> None:
         super().__init__()
-        self.convolution = _Convolution(plain.body[0], dtype)
+        self.register_buffer("kernel", _kernel(plain.body[0], dtype))
         self.rearrange = plain.body[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return _channels_last(self.rearrange(self.convolution(x).permute(0, 3, 1, 2)))
+        moved: Tensor = self.rearrange(_convolve(x, self.kernel).permute(0, 3, 1, 2))
+        return moved.permute(0, 2, 3, 1).contiguous()
 
 
 class _Reduction(nn.Module):
@@ -241,7 +313,9 @@ class _Reduction(nn.Module):
         self.register_buffer("from_skip", from_skip.to(dtype))
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
-        return _add_product(F.linear(features, self.from_features), skip, self.from_skip)
+        out = F.linear(features, self.from_features)
+        out.flatten(0, 2).addmm_(skip.flatten(0, 2), self.from_skip.T)
+        return out
 
 
 class InferenceDFPIR(nn.Module):
@@ -254,6 +328,9 @@ class InferenceDFPIR(nn.Module):
     logits, layer norm's statistics and the final sum with the image stay float32.
     """
 
+    stem: Tensor
+    output: Tensor
+
     def __init__(self, network: DFPIR, bank: PromptBank, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = network.config
@@ -265,34 +342,37 @@ class InferenceDFPIR(nn.Module):
             assert isinstance(plain, PerturbationBlock)
             return _Perturbation(plain, orders[name], dtype)
 
-        self.stem = _Convolution(network.patch_embed.proj, dtype)
-        self.encoder1 = _blocks(network.encoder_level1, dtype)
+        self.register_buffer("stem", _kernel(network.patch_embed.proj, dtype))
+        self.encoder1 = _Blocks(network.encoder_level1, dtype)
         self.perturb1 = perturbation("encoder_shuffle_channel1")
         self.down1 = _Resample(network.down1_2, dtype)
-        self.encoder2 = _blocks(network.encoder_level2, dtype)
+        self.encoder2 = _Blocks(network.encoder_level2, dtype)
         self.perturb2 = perturbation("encoder_shuffle_channel2")
         self.down2 = _Resample(network.down2_3, dtype)
-        self.encoder3 = _blocks(network.encoder_level3, dtype)
+        self.encoder3 = _Blocks(network.encoder_level3, dtype)
         self.perturb3 = perturbation("encoder_shuffle_channel3")
         self.down3 = _Resample(network.down3_4, dtype)
-        self.latent = _blocks(network.latent, dtype)
+        self.latent = _Blocks(network.latent, dtype)
         self.perturb4 = perturbation("latent_shuffle_channel")
         self.up4 = _Resample(network.up4_3, dtype)
         self.reduce3 = _Reduction(network.reduce_chan_level3, dtype)
-        self.decoder3 = _blocks(network.decoder_level3, dtype)
+        self.decoder3 = _Blocks(network.decoder_level3, dtype)
         self.up3 = _Resample(network.up3_2, dtype)
         self.reduce2 = _Reduction(network.reduce_chan_level2, dtype)
-        self.decoder2 = _blocks(network.decoder_level2, dtype)
+        self.decoder2 = _Blocks(network.decoder_level2, dtype)
         self.up2 = _Resample(network.up2_1, dtype)
-        self.decoder1 = _blocks(network.decoder_level1, dtype)
-        self.refinement = _blocks(network.refinement, dtype)
-        self.output = _Convolution(network.output, dtype)
+        self.decoder1 = _Blocks(network.decoder_level1, dtype)
+        self.refinement = _Blocks(network.refinement, dtype)
+        self.register_buffer("output", _kernel(network.output, dtype))
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor, prompts: Tensor) -> Tensor:
         """Restores a batch; shapes and ranges stand at the class."""
+        if len(image) > 1:
+            return torch.cat([self(image[i : i + 1], prompts[i : i + 1]) for i in range(len(image))])
         factor = self.config.unshuffle_factor
-        x = self.encoder1(self.stem(_channels_last(F.pixel_unshuffle(image, factor)).to(self.dtype)))
+        pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.dtype)
+        x = self.encoder1(_convolve(pixels, self.stem))
         # A skip connection's perturbation runs at once, so that only its result is kept until the decoder.
         skip1, x = self.perturb1(x, prompts), self.encoder2(self.down1(x))
         skip2, x = self.perturb2(x, prompts), self.encoder3(self.down2(x))
@@ -301,5 +381,5 @@ class InferenceDFPIR(nn.Module):
         x = self.decoder3(self.reduce3(x, skip3))
         x = self.decoder2(self.reduce2(self.up3(x), skip2))
         x = self.refinement(self.decoder1(torch.cat([self.up2(x), skip1], dim=-1)))
-        residual = self.output(x).permute(0, 3, 1, 2).float()
+        residual = _convolve(x, self.output).permute(0, 3, 1, 2).float()
         return F.pixel_shuffle(residual, factor) + image
