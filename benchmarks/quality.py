@@ -6,9 +6,7 @@ the classifier decides. Prints a table per set, writes it and one row per image 
 """
 
 import argparse
-import csv
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
+from benchmarks.record import RESULTS, write_csv
 from classifier.labels import Degradation
 from pipeline.synthesis import convolve, to_uint8
 
@@ -29,7 +27,6 @@ IMAGE_COLUMNS = (
     "relative_path", "status", "label", "confidence", "prompt", "noise_sigma_255",
     "psnr_input_db", "psnr_db", "ssim_input", "ssim",
 )  # fmt: skip
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -140,26 +137,6 @@ def measure(one: Set, work: Path, model: list[str]) -> tuple[dict[str, object], 
 def show(value: object, digits: int = 2) -> str:
     """A figure for the table, `-` where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Writes rows with the hardware and versions they were measured on."""
-    where = {
-        "host_cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows(row | where for row in rows)
-
-
-def commit() -> str:
-    """The checkout's commit, `unknown` outside one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:

@@ -82,9 +82,7 @@ class _Similarity:
 
     def add(self, query: Tensor, key: Tensor) -> None:
         """Adds a band's queries and keys, B x h x W x C each."""
-        query, key = (
-            t.float().flatten(1, 2).unflatten(-1, (self.heads, self.per_head)).transpose(1, 2) for t in (query, key)
-        )
+        query, key = (t.float().reshape(len(t), -1, self.heads, self.per_head).transpose(1, 2) for t in (query, key))
         self.gram += query.transpose(-2, -1) @ key
         self.query_power += query.square().sum(-2)
         self.key_power += key.square().sum(-2)
@@ -361,8 +359,7 @@ class InferenceDFPIR(nn.Module):
         self.reduce2 = _Reduction(network.reduce_chan_level2, dtype)
         self.decoder2 = _Blocks(network.decoder_level2, dtype)
         self.up2 = _Resample(network.up2_1, dtype)
-        self.decoder1 = _Blocks(network.decoder_level1, dtype)
-        self.refinement = _Blocks(network.refinement, dtype)
+        self.decoder1 = _Blocks(nn.Sequential(*network.decoder_level1, *network.refinement), dtype)
         self.register_buffer("output", _kernel(network.output, dtype))
         self.requires_grad_(False).eval()
 
@@ -373,13 +370,20 @@ class InferenceDFPIR(nn.Module):
         factor = self.config.unshuffle_factor
         pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.dtype)
         x = self.encoder1(_convolve(pixels, self.stem))
-        # A skip connection's perturbation runs at once, so that only its result is kept until the decoder.
-        skip1, x = self.perturb1(x, prompts), self.encoder2(self.down1(x))
-        skip2, x = self.perturb2(x, prompts), self.encoder3(self.down2(x))
-        skip3, x = self.perturb3(x, prompts), self.latent(self.down3(x))
+        # A skip connection's perturbation runs at once, so that only its result is kept until the decoder, which
+        # takes it from the list to let it go: the decoder's widest maps are the peak of memory.
+        skips = [self.perturb1(x, prompts)]
+        x = self.encoder2(self.down1(x))
+        skips.append(self.perturb2(x, prompts))
+        x = self.encoder3(self.down2(x))
+        skips.append(self.perturb3(x, prompts))
+        x = self.latent(self.down3(x))
         x = self.up4(self.perturb4(x, prompts))
-        x = self.decoder3(self.reduce3(x, skip3))
-        x = self.decoder2(self.reduce2(self.up3(x), skip2))
-        x = self.refinement(self.decoder1(torch.cat([self.up2(x), skip1], dim=-1)))
+        x = self.decoder3(self.reduce3(x, skips.pop()))
+        x = self.up3(x)
+        x = self.decoder2(self.reduce2(x, skips.pop()))
+        x = self.up2(x)
+        x = torch.cat([x, skips.pop()], dim=-1)
+        x = self.decoder1(x)
         residual = _convolve(x, self.output).permute(0, 3, 1, 2).float()
         return F.pixel_shuffle(residual, factor) + image

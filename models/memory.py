@@ -11,18 +11,12 @@ from models.dfpir import DFPIRConfig
 def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype) -> float:
     """Peak memory of the inference form per pixel of padded input, estimated from above.
 
-    The peak lies in the blocks of the last level: the widest features (2 dim channels) at the stem's resolution.
+    The peak lies in the blocks of the last level: two maps of 2 dim channels at the stem's resolution, of which a
+    fifth more is asked for what the allocator keeps. The image itself is held as float32 up to five times. The bands
+    add some 100 MB whatever the size of the image. Measured by `benchmarks/engine.py`.
     """
-    channels = 2 * config.dim
-    hidden = int(channels * config.ffn_expansion_factor)
-    item = dtype.itemsize
-    # Feed-forward: projection and its convolution (2 hidden each), and what the convolution's kernel rearranges.
-    feed_forward = 6 * hidden * item
-    # Attention: projection and convolution of query, key and value, then query and key in float32, twice over.
-    attention = (6 * item + 6 * 4) * channels
-    resident = 3 * channels * item
-    image = 16 * 3 * 4
-    return (max(feed_forward, attention) + resident) / config.unshuffle_factor**2 + image
+    maps = 1.2 * 4 * config.dim * dtype.itemsize / config.unshuffle_factor**2
+    return maps + 5 * 3 * 4
 
 
 def available_bytes(device: torch.device) -> int:

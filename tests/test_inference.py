@@ -5,7 +5,7 @@ import pytest
 import torch
 from synthetic_weights import GOLDEN, golden_state, tiny_network
 
-from models import build_model
+from models import build_model, inference
 from models.inference import InferenceDFPIR
 from models.prompts import PromptBank, orthogonal_bank
 
@@ -49,6 +49,25 @@ def test_a_batch_of_mixed_prompts_equals_singles():
         batch = network(image, prompts)
         singles = [network(image[i : i + 1], prompts[i : i + 1])[0] for i in range(4)]
     assert (batch - torch.stack(singles)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("rows_px", [1, 4, 5, 31, 1000])
+def test_bands_of_any_height_give_the_whole_images_result(monkeypatch, rows_px):
+    plain, bank = tiny_network(4), orthogonal_bank()
+    image = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(inference, "_rows", lambda x, wide_channels: min(rows_px, x.shape[1]))
+    with torch.inference_mode():
+        expected = plain(image, bank.embeddings[[3]])
+        found = InferenceDFPIR(plain, bank)(image, torch.tensor([3]))
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_a_band_keeps_within_its_memory_but_has_four_rows_at_least():
+    x = torch.empty(1, 512, 100, 8)
+    assert inference._rows(x, 64) == inference.BAND_BYTES["cpu"] // (100 * 64 * 4)
+    assert inference._rows(x.bfloat16(), 64) == inference.BAND_BYTES["cpu"] // (100 * 64 * 2)
+    assert inference._rows(torch.empty(1).expand(1, 512, 100_000, 8), 64) == 4
+    assert inference._rows(torch.empty(1, 3, 100, 8), 64) == 3
 
 
 def test_bfloat16_stays_close_and_gives_float32():

@@ -1,0 +1,188 @@
+"""Speed and memory of the inference form against the plain network: `python -m benchmarks.engine --help`.
+
+The baseline is the plain module in float32, eager, one image at a time. Variants take turns round by round, and a ratio
+is the median over rounds of two neighbouring times, so that a busy machine slows both. Peak memory is measured in a
+process of its own for each variant, beyond what it holds before the image; on a CPU that needs Linux and a shape of a
+megapixel or so. Differences are against the baseline, on a photograph in [0, 1].
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage import data
+from torch import Tensor
+
+from benchmarks.record import RESULTS, write_csv
+from models.dfpir import DFPIR, DFPIRConfig
+from models.inference import InferenceDFPIR
+from models.prompts import PromptBank, orthogonal_bank
+from models.registry import resolve
+from models.weights import load_checkpoint
+
+Run = Callable[[Tensor], Tensor]
+VARIANTS = ("plain float32", "inference float32", "inference bfloat16")
+PROMPT = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch, height and width of an input."""
+
+    batch: int
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """From `481x321` or `8x256x256`."""
+        sizes = [int(side) for side in text.split("x")]
+        return cls(*([1, *sizes] if len(sizes) == 2 else sizes))
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.height}x{self.width}"
+
+    @property
+    def megapixels(self) -> float:
+        """Of the whole batch."""
+        return self.batch * self.height * self.width / 1e6
+
+
+def network_and_bank(name: str) -> tuple[DFPIR, PromptBank]:
+    """The published configuration with random weights (`full`), or a shipped model or weights file."""
+    if name == "full":
+        torch.manual_seed(0)
+        return DFPIR(DFPIRConfig()).eval(), orthogonal_bank()
+    checkpoint = load_checkpoint(resolve(name).path)
+    return checkpoint.network.eval(), checkpoint.prompts
+
+
+def photograph(shape: Shape, multiple: int, device: str) -> Tensor:
+    """A photograph resized to a shape, each side rounded up to the network's multiple: B x 3 x H x W float32."""
+    image = torch.from_numpy(np.asarray(data.astronaut(), dtype=np.float32) / 255).permute(2, 0, 1)[None]
+    size = [-(-side // multiple) * multiple for side in (shape.height, shape.width)]
+    return F.interpolate(image, size, mode="bilinear", antialias=True).repeat(shape.batch, 1, 1, 1).to(device)
+
+
+def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:
+    """The function of an image batch that a variant stands for."""
+    form, dtype = variant.split()
+    if form == "plain":
+        plain, embedding = network.to(device), bank.embeddings[[PROMPT]].to(device)
+        return lambda image: torch.cat([plain(one[None], embedding) for one in image])
+    inference = InferenceDFPIR(network, bank, dtype=getattr(torch, dtype)).to(device)
+    return lambda image: inference(image, torch.full((len(image),), PROMPT, device=device))
+
+
+def timed(run: Run, image: Tensor, clock: Callable[[], float]) -> float:
+    """Seconds of one call."""
+    begun = clock()
+    run(image)
+    if image.is_cuda:
+        torch.cuda.synchronize()
+    return clock() - begun
+
+
+def peak_bytes(variant: str, arguments: argparse.Namespace, shape: Shape) -> int:
+    """What a call takes at its peak, measured in a new process."""
+    command = [sys.executable, "-m", "benchmarks.engine", "--peak-of", variant, "--model", arguments.model]
+    command += ["--device", arguments.device, "--threads", str(arguments.threads), "--shapes", str(shape)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def resident_bytes(field: str) -> int:
+    """Memory of this process: `VmRSS` now, `VmHWM` at its peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@torch.inference_mode()
+def print_peak(arguments: argparse.Namespace) -> None:
+    """The other side of `peak_bytes`."""
+    network, bank = network_and_bank(arguments.model)
+    run = build(arguments.peak_of, network, bank, arguments.device)
+    multiple = network.config.size_multiple
+    run(photograph(Shape(1, 2 * multiple, 2 * multiple), multiple, arguments.device))
+    image = photograph(Shape.parse(arguments.shapes[0]), multiple, arguments.device)
+    if image.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(image)
+        print(torch.cuda.max_memory_allocated() - before)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+        before = resident_bytes("VmRSS")
+        run(image)
+        print(resident_bytes("VmHWM") - before)
+
+
+@torch.inference_mode()
+def measure(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, object]]:
+    """A row for each variant."""
+    network, bank = network_and_bank(arguments.model)
+    runs = {variant: build(variant, network, bank, arguments.device) for variant in VARIANTS}
+    image = photograph(shape, network.config.size_multiple, arguments.device)
+    outputs = {variant: run(image) for variant, run in runs.items()}
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    seconds: dict[str, list[float]] = {variant: [] for variant in runs}
+    for _ in range(arguments.rounds):
+        for variant, run in runs.items():
+            seconds[variant].append(timed(run, image, clock))
+    baseline = VARIANTS[0]
+    rows: list[dict[str, object]] = []
+    for variant in runs:
+        ratios = [slow / fast for slow, fast in zip(seconds[baseline], seconds[variant], strict=True)]
+        peak = peak_bytes(variant, arguments, shape) if arguments.memory else None
+        rows.append({
+            "model": arguments.model, "variant": variant, "shape": str(shape), "threads": arguments.threads,
+            "clock": "cpu" if arguments.cpu_time else "wall", "rounds": arguments.rounds,
+            "megapixels_per_s": round(shape.megapixels / statistics.median(seconds[variant]), 5),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
+            "largest_difference": float((outputs[variant] - outputs[baseline]).abs().max()),
+            "peak_bytes_per_pixel": None if peak is None else round(peak / shape.megapixels / 1e6, 1),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="full", help="full, a shipped model's name, or a weights file")
+    parser.add_argument("--shapes", nargs="+", default=["256x256", "481x321"], help="[BATCHx]HEIGHTxWIDTH")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall clock's")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "engine.csv")
+    parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        return print_peak(arguments)
+    print(f"{'variant':<20}{'shape':>12}{'MP/s':>9}{'ratio':>7}  {'(range)':<12}{'difference':>11}{'bytes/px':>10}")
+    rows = []
+    for text in arguments.shapes:
+        for row in measure(arguments, Shape.parse(text)):
+            spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+            print(
+                f"{row['variant']:<20}{row['shape']:>12}{row['megapixels_per_s']:>9.4f}{row['ratio']:>7.2f}  "
+                f"{spread:<12}{row['largest_difference']:>11.1e}{row['peak_bytes_per_pixel'] or '-':>10}",
+                flush=True,
+            )
+            rows.append(row)
+    write_csv(arguments.csv, rows)
+    return None
+
+
+if __name__ == "__main__":
+    main()
