@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint bench lock clean
 
 demo: $(STAMP)
 	$(BIN)/dfpir demo demo-run
@@ -24,6 +24,12 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $(STAMP)
+
+# Ratios against the plain network; ends after some ten minutes.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.engine --memory 1024x1024
+	$(BIN)/python -m benchmarks.engine --model dfpir-compact --shapes 256x256 481x321 1024x1024 --memory 1024x1024 \
+		--csv benchmarks/results/engine-compact.csv
 
 # Pins every dependency; index addresses stay out of the file.
 lock: $(STAMP)

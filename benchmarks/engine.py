@@ -2,8 +2,8 @@
 
 The baseline is the plain module in float32, eager, one image at a time. Variants take turns round by round, and a ratio
 is the median over rounds of two neighbouring times, so that a busy machine slows both. Peak memory is measured in a
-process of its own for each variant, beyond what it holds before the image; on a CPU that needs Linux and a shape of a
-megapixel or so. Errors are the largest differences from the plain network in float64, on a photograph in [0, 1].
+process of its own for each variant, beyond what it holds before the image; on a CPU that needs Linux. Errors are the
+largest differences from the plain network in float64, on a photograph in [0, 1].
 """
 
 import argparse
@@ -103,11 +103,14 @@ def timed(run: Run, image: Tensor, clock: Callable[[], float]) -> float:
     return clock() - begun
 
 
-def peak_bytes(variant: str, arguments: argparse.Namespace, shape: Shape) -> int:
+def peak_bytes_per_pixel(variant: str, arguments: argparse.Namespace) -> float | None:
     """What a call takes at its peak, measured in a new process."""
+    if arguments.memory is None:
+        return None
     command = [sys.executable, "-m", "benchmarks.engine", "--peak-of", variant, "--model", arguments.model]
-    command += ["--device", arguments.device, "--threads", str(arguments.threads), "--shapes", str(shape)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command += ["--device", arguments.device, "--threads", str(arguments.threads), "--memory", arguments.memory]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return round(peak / Shape.parse(arguments.memory).megapixels / 1e6, 1)
 
 
 def resident_bytes(field: str) -> int:
@@ -118,12 +121,12 @@ def resident_bytes(field: str) -> int:
 
 @torch.inference_mode()
 def print_peak(arguments: argparse.Namespace) -> None:
-    """The other side of `peak_bytes`."""
+    """The other side of `peak_bytes_per_pixel`."""
     network, bank = network_and_bank(arguments.model)
     run = build(arguments.peak_of, network, bank, arguments.device)
     multiple = network.config.size_multiple
     run(photograph(Shape(1, 2 * multiple, 2 * multiple), multiple, arguments.device))
-    image = photograph(Shape.parse(arguments.shapes[0]), multiple, arguments.device)
+    image = photograph(Shape.parse(arguments.memory), multiple, arguments.device)
     if image.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -137,7 +140,7 @@ def print_peak(arguments: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def measure(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float | None]) -> list[dict[str, object]]:
     """A row for each variant."""
     network, bank = network_and_bank(arguments.model)
     runs = {variant: build(variant, network, bank, arguments.device) for variant in VARIANTS}
@@ -153,7 +156,6 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, objec
     rows: list[dict[str, object]] = []
     for variant in runs:
         ratios = [slow / fast for slow, fast in zip(seconds[baseline], seconds[variant], strict=True)]
-        peak = peak_bytes(variant, arguments, shape) if arguments.memory else None
         rows.append({
             "model": arguments.model, "variant": variant, "shape": str(shape), "threads": arguments.threads,
             "clock": "cpu" if arguments.cpu_time else "wall", "rounds": arguments.rounds,
@@ -161,7 +163,7 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, objec
             "ratio": round(statistics.median(ratios), 3),
             "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
             "largest_error": errors[variant],
-            "peak_bytes_per_pixel": None if peak is None else round(peak / shape.megapixels / 1e6, 1),
+            "peak_bytes_per_pixel": peaks[variant],
         })  # fmt: skip
     return rows
 
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall clock's")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--memory", metavar="SHAPE", help="measure peak memory too, at this shape")
     parser.add_argument("--csv", type=Path, default=RESULTS / "engine.csv")
     parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -183,9 +185,10 @@ def main() -> None:
     if arguments.peak_of:
         return print_peak(arguments)
     print(f"{'variant':<20}{'shape':>12}{'MP/s':>9}{'ratio':>7}  {'(range)':<12}{'error':>11}{'bytes/px':>10}")
+    peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in VARIANTS}
     rows = []
     for text in arguments.shapes:
-        for row in measure(arguments, Shape.parse(text)):
+        for row in measure(arguments, Shape.parse(text), peaks):
             spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
             print(
                 f"{row['variant']:<20}{row['shape']:>12}{row['megapixels_per_s']:>9.4f}{row['ratio']:>7.2f}  "
