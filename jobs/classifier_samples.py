@@ -30,10 +30,10 @@ SHARES: dict[Degradation, float] = {
     Degradation.NOISE: 0.1,
     Degradation.RAIN: 0.13,
     Degradation.HAZE: 0.13,
-    Degradation.BLUR: 0.14,
-    Degradation.LOWLIGHT: 0.11,
+    Degradation.BLUR: 0.12,
+    Degradation.LOWLIGHT: 0.14,
     Degradation.CLEAN: 0.28,
-    Degradation.OTHER: 0.11,
+    Degradation.OTHER: 0.1,
 }
 """Share of each label in the samples; `clean` is what every kind of damage must be told from."""
 
@@ -68,6 +68,7 @@ def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     """Another photograph of the same shapes: colours exchanged, paler or stronger, white balance, gamma and contrast.
 
     A few hundred photographs are soon known by heart; what all versions of one have in common is the damage.
+    Gamma and gains brighten only: how dark a photograph may be and still count as clean is for `vary_clean` to say.
     """
     out = image
     if rng.random() < 0.3:
@@ -76,9 +77,9 @@ def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
         grey = out.mean(axis=2, keepdims=True)
         out = grey + (out - grey) * np.float32(rng.uniform(0.3, 1.4))
     if rng.random() < 0.4:
-        out = out * rng.uniform(0.85, 1.1, 3).astype(np.float32)
+        out = out * rng.uniform(0.95, 1.15, 3).astype(np.float32)
     if rng.random() < 0.4:
-        out = np.clip(out, 0, 1) ** np.float32(np.exp(rng.uniform(-0.3, 0.3)))
+        out = np.clip(out, 0, 1) ** np.float32(np.exp(rng.uniform(-0.4, 0.05)))
     if rng.random() < 0.3:
         out = (out - np.float32(0.5)) * np.float32(rng.uniform(0.8, 1.2)) + np.float32(0.5)
     return np.clip(out, 0, 1)
@@ -103,7 +104,7 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
         case Degradation.BLUR:
             return add_motion_blur(image, rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
         case Degradation.LOWLIGHT:
-            if rng.random() < 0.4:
+            if rng.random() < 0.55:
                 return add_deep_shadow(image, rng)
             return add_lowlight(image, rng, lowest_gain=0.05)
         case Degradation.CLEAN:

@@ -3,10 +3,10 @@
 Images are H x W x 3, uint8 or uint16, RGB; both of a pair have the same shape and dtype.
 """
 
+import math
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.images import Pixels
 
@@ -20,12 +20,8 @@ def psnr_db(image: Pixels, reference: Pixels) -> float:
 
     Raises ValueError if sizes or dtypes differ.
     """
-    # torchmetrics takes seconds to import; a run without references never needs it.
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    _check_pair(image, reference)
-    value = peak_signal_noise_ratio(_unit_tensor(image), _unit_tensor(reference), data_range=1.0)
-    return min(float(value), PSNR_CAP_DB)
+    rmse = change_rmse_255(image, reference)
+    return PSNR_CAP_DB if rmse == 0 else min(20 * math.log10(255 / rmse), PSNR_CAP_DB)
 
 
 def ssim(image: Pixels, reference: Pixels) -> float | None:
@@ -36,18 +32,24 @@ def ssim(image: Pixels, reference: Pixels) -> float | None:
 
     Raises ValueError if sizes or dtypes differ.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    # It takes a second to import; a run without references never needs it.
+    from skimage.metrics import structural_similarity
 
     _check_pair(image, reference)
     if min(image.shape[:2]) < SSIM_WINDOW_PX:
         return None
-    result = structural_similarity_index_measure(
-        _unit_tensor(image), _unit_tensor(reference), sigma=1.5, data_range=1.0, return_full_image=True
+    scale = np.float32(np.iinfo(image.dtype).max)
+    return float(
+        structural_similarity(  # type: ignore[no-untyped-call]  # scikit-image leaves it untyped
+            image.astype(np.float32) / scale,
+            reference.astype(np.float32) / scale,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1.0,
+        )
     )
-    # The mean that torchmetrics returns includes windows over mirrored borders; the field's does not.
-    border = SSIM_WINDOW_PX // 2
-    windows = result[1][:, :, border:-border, border:-border]
-    return float(windows.mean(dtype=torch.float64))
 
 
 def change_rmse_255(before: Pixels, after: Pixels) -> float:
@@ -72,9 +74,3 @@ def _check_pair(image: Pixels, reference: Pixels) -> None:
 def _size(image: NDArray[np.generic]) -> str:
     height, width = image.shape[:2]
     return f"{width} x {height}"
-
-
-def _unit_tensor(image: Pixels) -> Tensor:
-    """1 x 3 x H x W float32 in [0, 1], channels last in memory, in which torch convolves several times faster."""
-    scaled = image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
-    return torch.from_numpy(scaled).permute(2, 0, 1)[None]
