@@ -6,13 +6,10 @@ Each function leaves a fault as the item's `failed` row and never raises for it;
 import hashlib
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.faults import fault_point
 from pipeline.images import decode, encode, encoded_format, to_uint8
 from pipeline.item import Item
-from pipeline.metrics import psnr_db, ssim
+from pipeline.metrics import change_rmse_255, clipped_fraction, psnr_db, ssim
 from pipeline.outputs import ReferenceIndex, restored_name
 from pipeline.records import Stage
 from pipeline.run_config import RunConfig
@@ -85,12 +82,11 @@ def measure_result(item: Item) -> None:
         result, seen = item.result_seen(), item.seen()
         if item.reference is not None:
             item.facts.update(psnr_db=psnr_db(result, item.reference), ssim=ssim(result, item.reference))
-        change = float(np.sqrt(np.mean((result.astype(np.float32) - seen) ** 2)))
-        clipped = _clipped_fraction(result)
+        change, clipped = change_rmse_255(seen, result), clipped_fraction(result)
         item.facts.update(
             change_rmse_255=change,
             clipped_fraction=clipped,
-            suspicious=change > SUSPICIOUS_CHANGE_255 or clipped - _clipped_fraction(seen) > SUSPICIOUS_CLIPPED,
+            suspicious=change > SUSPICIOUS_CHANGE_255 or clipped - clipped_fraction(seen) > SUSPICIOUS_CLIPPED,
         )
 
 
@@ -147,8 +143,3 @@ def _note_output(item: Item, directory: RunDirectory, written: Written) -> None:
     item.facts.update(
         output_uri=directory.uri(written.path), output_sha256=written.sha256, output_bytes=written.size_bytes
     )
-
-
-def _clipped_fraction(picture: NDArray[np.uint8]) -> float:
-    """Share of samples at 0 or 255."""
-    return float(np.mean((picture == 0) | (picture == 255)))
