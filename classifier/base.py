@@ -37,3 +37,7 @@ class Classifier(Protocol):
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
         """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up."""
         ...
+
+    def probabilities(self, image: NDArray[np.uint8]) -> Mapping[Degradation, float]:
+        """Those that `predict` would give for one image, without the rest of the prediction."""
+        ...

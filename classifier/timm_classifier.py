@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from classifier.base import Prediction
 from classifier.calibration import probabilities
-from classifier.labels import LABELS
+from classifier.labels import LABELS, Degradation
 from classifier.network import to_input
 from classifier.sigma import estimate_sigma
 from classifier.view import take_views
@@ -35,17 +35,25 @@ class TimmClassifier:
         return logits
 
     def _predict_one(self, image: NDArray[np.uint8]) -> Prediction:
-        probability = probabilities(self._logits(image), self.weights.temperature)
-        second, first = np.argsort(probability, kind="stable")[-2:]
-        label = LABELS[first]
+        probability = self.probabilities(image)
+        second, label = sorted(probability, key=probability.__getitem__)[-2:]
         return Prediction(
             label=label,
-            confidence=float(probability[first]),
-            margin=float(probability[first] - probability[second]),
-            confident=bool(probability[first] >= self.weights.thresholds[label]),
-            probabilities={name: float(p) for name, p in zip(LABELS, probability, strict=True)},
+            confidence=probability[label],
+            margin=probability[label] - probability[second],
+            confident=probability[label] >= self.weights.thresholds[label],
+            probabilities=probability,
             noise_sigma_255=estimate_sigma(image),
         )
+
+    def probabilities(self, image: NDArray[np.uint8]) -> dict[Degradation, float]:
+        """Calibrated probabilities of one H x W x 3 uint8 RGB image.
+
+        Raises:
+            ValueError: the array has another shape or type.
+        """
+        values = probabilities(self._logits(image), self.weights.temperature)
+        return {label: float(value) for label, value in zip(LABELS, values, strict=True)}
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
         """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.

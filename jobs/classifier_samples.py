@@ -85,7 +85,7 @@ def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     return np.clip(out, 0, 1)
 
 
-FAINTEST: dict[Degradation, float] = {Degradation.RAIN: 0.01, Degradation.HAZE: 0.07, Degradation.BLUR: 0.006}
+FAINTEST: dict[Degradation, float] = {Degradation.RAIN: 0.01, Degradation.HAZE: 0.08, Degradation.BLUR: 0.006}
 """Damage that changes an image by less than this on average (of 1) counts neither as such nor as clean."""
 
 
@@ -161,19 +161,27 @@ class Samples:
             np.empty(size, np.int64),
         )
 
+    @classmethod
     def synthesise(
-        self, photographs: CleanPhotographs, rng: np.random.Generator, *, count: int, view: ViewSettings
-    ) -> None:
-        """Adds `count` samples, in the place of the oldest once there is no room."""
+        cls, photographs: CleanPhotographs, rng: np.random.Generator, *, count: int, view: ViewSettings
+    ) -> "Samples":
+        """`count` new samples."""
+        samples = cls.empty(count, view)
         shares = np.array([SHARES[label] for label in LABELS])
-        for label in rng.choice(len(LABELS), size=count, p=shares / shares.sum()):
-            pixels = as_filed(draw_damaged(photographs, LABELS[label], rng), rng)
-            views = take_views(pixels, view)
-            place = self.written % len(self.labels)
-            self.crops[place], self.thumbnails[place] = views.crops, views.thumbnail
-            self.labels[place] = label
-            self.written += 1
-            self.filled = min(self.written, len(self.labels))
+        for place, label in enumerate(rng.choice(len(LABELS), size=count, p=shares / shares.sum())):
+            views = take_views(as_filed(draw_damaged(photographs, LABELS[label], rng), rng), view)
+            samples.crops[place], samples.thumbnails[place] = views.crops, views.thumbnail
+            samples.labels[place] = label
+        samples.filled = samples.written = count
+        return samples
+
+    def add(self, others: "Samples") -> None:
+        """Takes in other samples, in the place of the oldest once there is no room."""
+        places = (self.written + np.arange(others.filled)) % len(self.labels)
+        self.crops[places], self.thumbnails[places] = others.crops, others.thumbnails
+        self.labels[places] = others.labels
+        self.written += others.filled
+        self.filled = min(self.written, len(self.labels))
 
     def batch(self, chosen: NDArray[np.integer]) -> tuple[Tensor, Tensor, Tensor]:
         """Crops, thumbnails (network inputs) and labels of the chosen samples."""

@@ -9,10 +9,9 @@ weights file with its card.
 import argparse
 import copy
 import logging
-import math
-import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from classifier.view import ViewSettings
 from classifier.weights import save_classifier, write_card
 from jobs.classifier_samples import SHARES, Samples
 from jobs.training_data import CleanPhotographs
+from jobs.training_state import learning_rate, save_atomically
 
 log = logging.getLogger("train_classifier")
 
@@ -65,20 +65,6 @@ def validate(network: DegradationNetwork, samples: Samples) -> str:
     return f"cross-entropy {float(F.cross_entropy(logits, labels)):.4f}, recall {recall}"
 
 
-def learning_rate(progress: float, *, peak: float) -> float:
-    """Linear warm-up over the first 3 %, then a cosine to a hundredth of the peak."""
-    if progress < 0.03:
-        return peak * (progress + 1e-3) / 0.03
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint so that a failure leaves the previous one whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
 @torch.no_grad()
 def follow(average: DegradationNetwork, network: DegradationNetwork, *, decay: float) -> None:
     """Moves the averaged weights, and the statistics of the batch norms, towards the current ones."""
@@ -105,9 +91,12 @@ def train(arguments: argparse.Namespace) -> Trained:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     photographs = CleanPhotographs.load(arguments.data, validation=False)
-    held_out = Samples.empty(arguments.validation_samples, VIEW)
-    held_out_photographs = CleanPhotographs.load(arguments.data, validation=True)
-    held_out.synthesise(held_out_photographs, np.random.default_rng(7), count=arguments.validation_samples, view=VIEW)
+    held_out = Samples.synthesise(
+        CleanPhotographs.load(arguments.data, validation=True),
+        np.random.default_rng(7),
+        count=arguments.validation_samples,
+        view=VIEW,
+    )
     network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px).to(memory_format=torch.channels_last)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.lr, weight_decay=0.02, fused=True)
@@ -120,7 +109,7 @@ def train(arguments: argparse.Namespace) -> Trained:
         step, seconds, synthesised = state["step"], state["seconds"], state["samples"]
         log.info("resumed at step %d", step)
     pool = Samples.empty(arguments.pool, VIEW)
-    rng = np.random.default_rng([arguments.seed, step])
+    rng, synthesis_rng = (np.random.default_rng([arguments.seed, step, purpose]) for purpose in range(2))
     begun, last_save, losses = time.monotonic() - seconds, time.monotonic(), []
 
     def save() -> None:
@@ -128,33 +117,39 @@ def train(arguments: argparse.Namespace) -> Trained:
         progress = {"step": step, "seconds": seconds, "samples": synthesised + pool.written}
         save_atomically({**state, **progress}, arguments.out)
 
-    while (progress := max(step / max(arguments.steps, 1), seconds / 60 / arguments.max_minutes)) < 1:
-        fresh = max(arguments.fresh, arguments.first_fill - pool.filled)
-        pool.synthesise(photographs, rng, count=fresh, view=VIEW)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, peak=arguments.lr)
-        crops, thumbnails, labels = pool.batch(rng.integers(pool.filled, size=arguments.batch))
-        crops, thumbnails = flipped(crops, thumbnails, rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = network(crops, thumbnails)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        if not torch.isfinite(norm):
-            raise RuntimeError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
-        optimizer.step()
-        step += 1
-        follow(average, network, decay=min(0.995, step / (step + 20)))
-        losses.append(float(loss.detach()))
-        seconds = time.monotonic() - begun
-        if step % arguments.log_every == 0:
-            loss_now = np.mean(losses[-arguments.log_every :])
-            log.info("step %d, %.1f min, pool of %d, loss %.4f", step, seconds / 60, pool.filled, loss_now)
-        if time.monotonic() - last_save > arguments.save_every_s:
-            last_save = time.monotonic()
-            save()
-            log.info("validation: %s", validate(average, held_out))
+    def fresh() -> Samples:
+        count = max(arguments.fresh, arguments.first_fill - pool.filled)
+        return Samples.synthesise(photographs, synthesis_rng, count=count, view=VIEW)
+
+    with ThreadPoolExecutor(1, "synthesis") as ahead:
+        coming: Future[Samples] | None = None
+        while (progress := max(step / max(arguments.steps, 1), seconds / 60 / arguments.max_minutes)) < 1:
+            pool.add((coming or ahead.submit(fresh)).result())
+            coming = ahead.submit(fresh)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress, peak=arguments.lr)
+            crops, thumbnails, labels = pool.batch(rng.integers(pool.filled, size=arguments.batch))
+            crops, thumbnails = flipped(crops, thumbnails, rng)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = network(crops, thumbnails)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            if not torch.isfinite(norm):
+                raise RuntimeError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
+            optimizer.step()
+            step += 1
+            follow(average, network, decay=min(0.995, step / (step + 20)))
+            losses.append(float(loss.detach()))
+            seconds = time.monotonic() - begun
+            if step % arguments.log_every == 0:
+                loss_now = np.mean(losses[-arguments.log_every :])
+                log.info("step %d, %.1f min, pool of %d, loss %.4f", step, seconds / 60, pool.filled, loss_now)
+            if time.monotonic() - last_save > arguments.save_every_s:
+                last_save = time.monotonic()
+                save()
+                log.info("validation: %s", validate(average, held_out))
     if losses:
         save()
     log.info("ended at step %d after %.1f min; validation: %s", step, seconds / 60, validate(average, held_out))

@@ -6,8 +6,6 @@ A run stops after `--max-minutes` or `--steps` and goes on from its last checkpo
 
 import argparse
 import logging
-import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from classifier.labels import Degradation
 from jobs.training_data import CleanPhotographs
+from jobs.training_state import learning_rate, save_atomically
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.prompts import orthogonal_bank
 from pipeline.prompting import noise_prompt
@@ -176,20 +175,6 @@ def validate(network: DFPIR, photographs: CleanPhotographs, *, side_px: int = 19
             gain.append(float(10 * (errors[0] - errors[1])))
         gains[str(label)] = float(np.mean(gain))
     return gains
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint so that a failure leaves the previous one whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def learning_rate(progress: float, *, peak: float) -> float:
-    """Linear warm-up over the first 2 %, then a cosine to a hundredth of the peak."""
-    if progress < 0.02:
-        return peak * (progress + 1e-3) / 0.02
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def train(arguments: argparse.Namespace) -> None:

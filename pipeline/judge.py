@@ -44,9 +44,9 @@ class Judge:
                     item.facts.update(
                         confidence=prediction.confidence,
                         margin=prediction.margin,
-                        probabilities={str(label): float(p) for label, p in prediction.probabilities.items()},
+                        probabilities={str(label): p for label, p in prediction.probabilities.items()},
                         noise_sigma_255=prediction.noise_sigma_255,
-                        clean_probability_before=float(prediction.probabilities[Degradation.CLEAN]),
+                        clean_probability_before=prediction.probabilities[Degradation.CLEAN],
                     )
                     decision = decide(prediction, prompts=self._prompts, min_confidence=self._config.min_confidence)
                     _note(item, decision)
@@ -69,10 +69,10 @@ class Judge:
 
         def work(batch: Sequence[Item]) -> None:
             started = time.perf_counter()
-            predictions = classifier.predict([item.result_seen() for item in batch])
+            found = [classifier.probabilities(item.result_seen())[Degradation.CLEAN] for item in batch]
             each_ms = (time.perf_counter() - started) * 1000 / len(batch)
-            for item, prediction in zip(batch, predictions, strict=True):
-                item.facts["clean_probability_after"] = float(prediction.probabilities[Degradation.CLEAN])
+            for item, probability in zip(batch, found, strict=True):
+                item.facts["clean_probability_after"] = probability
                 item.add_ms(Stage.MEASURE, each_ms)
 
         in_halves(

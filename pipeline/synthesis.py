@@ -231,15 +231,17 @@ def add_lowlight(image: FloatImage, rng: np.random.Generator, *, lowest_gain: fl
 def add_deep_shadow(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     """Under-exposure of a scene with much contrast: sky and lamps keep their level, the rest falls into the dark.
 
-    What is locally among the brightest 3..50 % stays lit, with a soft edge; the rest gets gamma 1.1..2.2 and gain
-    0.04..0.35. The result is below 0.55 of the brightness, with sensor noise of sigma 0..2 on the 0..255 scale.
+    What is locally among the brightest 3..50 % stays lit, at 0.4..1 of its level and with a soft edge; the rest gets
+    gamma 1.1..2.2 and gain 0.04..0.35. The result is below 0.55 of the brightness, with sensor noise of sigma 0..2 on
+    the 0..255 scale.
     """
     local = convolve(image.mean(axis=2, keepdims=True), gaussian_kernel(float(rng.uniform(2, 8))))
     low, high = np.quantile(local, [rng.uniform(0.5, 0.85), rng.uniform(0.9, 0.99)])
     lit = np.clip((local - low) / max(high - low, 1e-3), 0, 1)
     lit = lit * lit * (3 - 2 * lit)
     dark = image ** np.float32(rng.uniform(1.1, 2.2)) * np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.35))))
-    out = lit * image ** np.float32(rng.uniform(0.9, 1.5)) + (1 - lit) * dark
+    kept = np.float32(rng.uniform(0.4, 1))
+    out = lit * kept * image ** np.float32(rng.uniform(0.9, 1.5)) + (1 - lit) * dark
     out = out * min(1.0, 0.55 * float(image.mean()) / max(float(out.mean()), 1e-6))
     return add_noise(_clip(out), rng, sigma_255=float(rng.uniform(0, 2)))
 
@@ -289,8 +291,9 @@ def add_other(image: FloatImage, rng: np.random.Generator) -> FloatImage:
 def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     """Harmless differences between undamaged photographs, all on the clean side of `CleanLimits`.
 
-    Softness of camera originals (Gaussian below 0.7 px, or enlargement by at most a third), exposure and
-    contrast as a photographer may choose them, grain below sigma 3.
+    Softness of camera originals (Gaussian below 0.7 px, or enlargement by at most a third) or sharpening as cameras and
+    scanners do it, exposure and contrast as a photographer may choose them, the pale blacks of film and prints, grain
+    below sigma 3.
     """
     height, width = image.shape[:2]
     out = image
@@ -300,10 +303,16 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     elif kind < 0.4:
         factor = rng.uniform(CLEAN_LIMITS.scale, 1)
         out = resize(resize(out, round(height * factor), round(width * factor)), height, width)
+    elif kind < 0.6:
+        soft = convolve(out, gaussian_kernel(float(rng.uniform(0.5, 1.2))))
+        out = _clip(out + np.float32(rng.uniform(0.2, 1.2)) * (out - soft))
     if rng.random() < 0.3:
-        out = out ** np.float32(rng.uniform(0.75, 1.25))
+        out = out ** np.float32(rng.uniform(0.75, 1.15))
     if rng.random() < 0.3:
-        out = out * np.float32(rng.uniform(0.8, 1.0)) + np.float32(rng.uniform(0, 0.03))
+        out = out * np.float32(rng.uniform(0.88, 1.0))
+    if rng.random() < 0.25:
+        black = rng.uniform(0, 0.14) * rng.uniform(0.4, 1, 3)
+        out = black.astype(np.float32) + (1 - black.astype(np.float32)) * out
     if rng.random() < 0.4:
         out = add_noise(out, rng, sigma_255=float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)))
     return _clip(out)

@@ -20,8 +20,9 @@ from jobs.classifier_samples import (
     draw_scene,
     vary_tone,
 )
-from jobs.train_classifier import learning_rate, main
+from jobs.train_classifier import main
 from jobs.training_data import CleanPhotographs, is_validation
+from jobs.training_state import learning_rate
 from pipeline.synthesis import smooth_field
 
 # With views of 32 or 64 px the last strided convolution ends at 1 x 1, for which oneDNN's bfloat16 weight gradient
@@ -118,12 +119,14 @@ def test_the_pool_keeps_its_size_and_replaces_the_oldest(folder):
     photographs = CleanPhotographs.load(folder, validation=False)
     rng = np.random.default_rng(0)
     pool = Samples.empty(6, SMALL_VIEW)
-    pool.synthesise(photographs, rng, count=5, view=SMALL_VIEW)
+    pool.add(Samples.synthesise(photographs, rng, count=5, view=SMALL_VIEW))
     assert pool.filled == 5
     second = pool.crops[1].copy()
-    pool.synthesise(photographs, rng, count=2, view=SMALL_VIEW)
+    newest = Samples.synthesise(photographs, rng, count=2, view=SMALL_VIEW)
+    pool.add(newest)
     assert (pool.filled, pool.written) == (6, 7)
     np.testing.assert_array_equal(pool.crops[1], second)
+    np.testing.assert_array_equal(pool.crops[[5, 0]], newest.crops)
     crops, thumbnails, labels = pool.batch(np.array([0, 5]))
     assert crops.shape == (2, 2, 3, 80, 80)
     assert thumbnails.shape == (2, 3, 80, 80)

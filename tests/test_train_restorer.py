@@ -9,7 +9,7 @@ from skimage import data
 
 from classifier.labels import Degradation
 from jobs import train_restorer
-from jobs.train_restorer import COMPACT, TASKS, draw_sample, initialise, learning_rate, relative_l1, train
+from jobs.train_restorer import COMPACT, TASKS, draw_sample, initialise, relative_l1, train
 from jobs.training_data import CleanPhotographs
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
@@ -73,12 +73,6 @@ def test_the_loss_weighs_images_by_their_relative_error() -> None:
     relative_l1(restored, clean).backward()
     weak, strong = (float(restored.grad[i].sum()) for i in range(2))  # type: ignore[index]
     assert 8 < strong / weak < 11
-
-
-def test_the_learning_rate_rises_then_falls() -> None:
-    rates = [learning_rate(p, peak=1.0) for p in (0.0, 0.02, 0.5, 1.0)]
-    assert rates[0] < 0.1 < rates[2] < rates[1] <= 1.0
-    assert rates[3] == pytest.approx(0.01)
 
 
 @pytest.mark.usefixtures("tiny")

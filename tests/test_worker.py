@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ class Reader:
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
         return [self._one(int(image[0, 0, 0])) for image in images]
+
+    def probabilities(self, image: np.ndarray) -> Mapping[Degradation, float]:
+        return self._one(int(image[0, 0, 0])).probabilities
 
     def _one(self, value: int) -> Prediction:
         if value == 210:
