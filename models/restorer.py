@@ -121,6 +121,16 @@ class Restorer:
         side = max(side // self.size_multiple, 2) * self.size_multiple
         return side if max(height, width) > side else None
 
+    def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
+        """Side of the tiles to try next when an image of this size ran out of memory: half of what was tried.
+
+        `than` is the side of the tiles that were too large; None: the image was whole. None when `tile` is off, or
+        when tiles would get too small.
+        """
+        tried = than or max(padded_size(height, width, self.size_multiple))
+        side = tried // 2 // self.size_multiple * self.size_multiple
+        return side if self._tile != "off" and side >= max(SMALLEST_TILE_PX, 2 * self.size_multiple) else None
+
     def batch_limit(self, height: int, width: int) -> int:
         """How many images of this size (of their tiles, where they are tiled) fit in one batch; at least 1."""
         side = self.tile_px_for(height, width)
@@ -131,12 +141,15 @@ class Restorer:
         return max(1, min(fitting, _LARGEST_BATCH))
 
     @torch.inference_mode()
-    def restore(self, images: Sequence[Image], prompt_keys: Sequence[str]) -> list[Image]:
+    def restore(
+        self, images: Sequence[Image], prompt_keys: Sequence[str], *, tile_px: int | None = None
+    ) -> list[Image]:
         """Restored images of the same sizes and dtypes, in the same order.
 
         Args:
             images: each H x W x 3, RGB, uint8, uint16 or float32 in [0, 1]; sizes and dtypes may differ.
             prompt_keys: one of `prompts.keys` for each image.
+            tile_px: cuts every image into tiles of this side, one at a time; for what ran out of memory otherwise.
 
         Returns:
             Integers rounded and clipped to their range, float32 clipped to [0, 1].
@@ -156,8 +169,9 @@ class Restorer:
             groups[padded_size(image.shape[0], image.shape[1], self.size_multiple)].append(i)
         restored: dict[int, Image] = {}
         for (height, width), members in groups.items():
-            limit = self.batch_limit(height, width)
-            side = self.tile_px_for(height, width)
+            limit, side = self.batch_limit(height, width), self.tile_px_for(height, width)
+            if tile_px is not None:
+                limit, side = 1, tile_px
             step = limit if side is None else 1
             for first in range(0, len(members), step):
                 chunk = members[first : first + step]

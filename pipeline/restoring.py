@@ -25,7 +25,9 @@ class ImageRestorer(Protocol):
         """Sides are padded to multiples of this many pixels."""
         ...
 
-    def restore(self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str]) -> list[NDArray[Any]]:
+    def restore(
+        self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str], *, tile_px: int | None = None
+    ) -> list[NDArray[Any]]:
         """H x W x 3 images and one prompt key each; the same sizes and dtypes come back."""
         ...
 
@@ -37,9 +39,16 @@ class ImageRestorer(Protocol):
         """Side of the tiles that an image of that size is cut into; None where it goes whole."""
         ...
 
+    def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
+        """Side of the tiles to try after others (None: the whole image) ran out of memory; None: give up."""
+        ...
+
 
 class BatchRestorer:
-    """Restores items in batches of one padded shape; one at fault fails alone, and full memory halves a batch."""
+    """Restores items in batches of one padded shape; one at fault fails alone.
+
+    Full memory halves a batch, then cuts an image that is alone into ever smaller tiles, and only then fails it.
+    """
 
     def __init__(self, restorer: ImageRestorer, *, device: str) -> None:
         self._restorer, self._device = restorer, device
@@ -57,28 +66,38 @@ class BatchRestorer:
     def __call__(self, batch: Sequence[Item]) -> None:
         """Fills in `restored`, or the fault, of each."""
         if batch:
-            in_halves(
-                batch,
-                self._restore,
-                on_halved=self._note_halved,
-                on_fault=lambda item, error: item.fail(Stage.RESTORE, error),
-            )
+            in_halves(batch, self._restore, on_halved=self._note_full_memory, on_fault=self._restore_in_tiles)
 
-    def _restore(self, batch: Sequence[Item]) -> None:
+    def _restore_in_tiles(self, item: Item, error: Exception) -> None:
+        """The last resort for an image that failed alone; anything but full memory is its fault at once."""
+        height, width = item.decoded().pixels.shape[:2]
+        tile_px = self._restorer.tile_px_for(height, width)
+        while is_out_of_memory(error):
+            tile_px = self._restorer.smaller_tile_px(height, width, than=tile_px)
+            if tile_px is None:
+                break
+            self._note_full_memory([item], error)
+            try:
+                return self._restore([item], tile_px=tile_px)
+            except Exception as another:
+                error = another.with_traceback(None)  # which would keep the tensors alive
+        return item.fail(Stage.RESTORE, error)
+
+    def _restore(self, batch: Sequence[Item], *, tile_px: int | None = None) -> None:
         started = time.perf_counter()
         for item in batch:
             fault_point("restore", item.ref.relative_path)
         images = [item.decoded().pixels for item in batch]
-        results = self._restorer.restore(images, [str(item.facts["prompt"]) for item in batch])
+        results = self._restorer.restore(images, [str(item.facts["prompt"]) for item in batch], tile_px=tile_px)
         each_ms = (time.perf_counter() - started) * 1000 / len(batch)
         for item, result in zip(batch, results, strict=True):
-            tile_px = self._restorer.tile_px_for(item.decoded().height, item.decoded().width)
+            side = tile_px or self._restorer.tile_px_for(item.decoded().height, item.decoded().width)
             item.restored = result
             item.add_ms(Stage.RESTORE, each_ms)
             item.facts.setdefault("oom_retries", 0)
-            item.facts.update(batch_size=len(batch), tiled=tile_px is not None, tile_px=tile_px)
+            item.facts.update(batch_size=len(batch), tiled=side is not None, tile_px=side)
 
-    def _note_halved(self, batch: Sequence[Item], error: Exception) -> None:
+    def _note_full_memory(self, batch: Sequence[Item], error: Exception) -> None:
         if is_out_of_memory(error):
             for item in batch:
                 item.facts["oom_retries"] = item.facts.get("oom_retries", 0) + 1

@@ -120,6 +120,23 @@ def test_off_never_tiles_and_a_number_forces_tiles_of_its_multiple():
     assert forced.tile_px_for(49, 10) == 48
 
 
+def test_tiles_asked_for_are_those_of_a_restorer_that_always_cuts():
+    (image,) = photographs((100, 120))
+    (whole,) = Restorer(tiny_network(), orthogonal_bank()).restore([image], ["rain"])
+    (asked,) = Restorer(tiny_network(), orthogonal_bank()).restore([image], ["rain"], tile_px=64)
+    (always,) = Restorer(tiny_network(), orthogonal_bank(), tile=64).restore([image], ["rain"])
+    assert levels_apart(asked, always) <= 1
+    assert levels_apart(asked, whole) > 1
+
+
+def test_smaller_tiles_halve_until_they_are_too_small():
+    auto, off = (Restorer(tiny_network(), orthogonal_bank(), tile=tile) for tile in ("auto", "off"))
+    assert auto.smaller_tile_px(500, 300, than=None) == 256
+    assert auto.smaller_tile_px(500, 300, than=256) == 128
+    assert auto.smaller_tile_px(500, 300, than=100) is None
+    assert off.smaller_tile_px(500, 300, than=None) is None
+
+
 def test_tiles_restore_what_a_tile_of_its_own_would_give_away_from_overlaps():
     restorer = Restorer(tiny_network(), orthogonal_bank(), tile=64)
     (image,) = photographs((64, 112))

@@ -28,13 +28,15 @@ class Brightener:
     prompts = orthogonal_bank()
     size_multiple = 8
 
-    def __init__(self, *, limit: int = 4, memory: int = 100) -> None:
-        self.limit, self.memory = limit, memory
+    def __init__(self, *, limit: int = 4, memory: int = 100, memory_px: int = 10**6) -> None:
+        self.limit, self.memory, self.memory_px = limit, memory, memory_px
         self.batches: list[list[tuple[int, ...]]] = []
         self.prompts_seen: list[str] = []
 
-    def restore(self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str]) -> list[NDArray[Any]]:
-        if len(images) > self.memory:
+    def restore(
+        self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str], *, tile_px: int | None = None
+    ) -> list[NDArray[Any]]:
+        if len(images) > self.memory or (tile_px or max(images[0].shape[:2])) > self.memory_px:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
         self.batches.append([image.shape for image in images])
         self.prompts_seen.extend(prompt_keys)
@@ -48,6 +50,10 @@ class Brightener:
 
     def tile_px_for(self, height: int, width: int) -> int | None:
         return None
+
+    def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
+        side = (than or max(height, width)) // 2
+        return side if side >= 8 else None
 
 
 class Reader:
@@ -164,6 +170,21 @@ def test_full_memory_halves_the_batch(tmp_path: Path) -> None:
     assert {row["status"] for row in rows.values()} == {"restored"}
     assert {row["oom_retries"] for row in rows.values()} == {2}
     assert {row["batch_size"] for row in rows.values()} == {1}
+
+
+def test_an_image_alone_goes_in_ever_smaller_tiles(tmp_path: Path) -> None:
+    marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=64, width=40)
+    marked(tmp_path / "src" / "small.png", red(Degradation.RAIN))
+    rows = work(plan(tmp_path), Brightener(memory_px=20))
+    large, small = rows["large.png"], rows["small.png"]
+    assert (large["status"], large["tiled"], large["tile_px"], large["oom_retries"]) == ("restored", True, 16, 2)
+    assert (small["status"], small["tiled"], small["tile_px"], small["oom_retries"]) == ("restored", False, None, 0)
+
+
+def test_an_image_whose_smallest_tiles_are_too_large_fails(tmp_path: Path) -> None:
+    marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=64, width=40)
+    row = work(plan(tmp_path), Brightener(memory_px=7))["large.png"]
+    assert (row["status"], row["error_class"], row["oom_retries"]) == ("failed", "out_of_memory", 3)
 
 
 def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
