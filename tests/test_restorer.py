@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +208,38 @@ def test_memory_is_known_and_grows_with_the_network():
     assert available_bytes(torch.device("cpu")) > 0
     config = tiny_network().config
     assert bytes_per_pixel(config, torch.bfloat16) < bytes_per_pixel(config, torch.float32)
+
+
+PEAK = """
+import sys, torch
+from synthetic_weights import tiny_network
+from models.inference import InferenceDFPIR
+from models.memory import bytes_per_pixel
+from models.prompts import orthogonal_bank
+
+def resident(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+torch.set_num_threads(1)
+plain, dtype = tiny_network(unshuffle_factor=1), getattr(torch, sys.argv[1])
+network = InferenceDFPIR(plain, orthogonal_bank(), dtype=dtype)
+with torch.inference_mode():
+    network(torch.rand(1, 3, 64, 64), torch.tensor([1]))
+    image = torch.rand(1, 3, 1600, 1600)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    network(image, torch.tensor([1]))
+print((resident("VmHWM") - before) / image[0, 0].numel(), bytes_per_pixel(plain.config, dtype))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_image_takes_more_memory_than_estimated(dtype):
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    done = subprocess.run([sys.executable, "-c", PEAK, dtype], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    measured, estimated = map(float, done.stdout.split())
+    bands = 120e6 / 1600**2
+    assert 0.4 * estimated < measured < estimated + bands
