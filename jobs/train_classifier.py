@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +74,6 @@ def follow(average: DegradationNetwork, network: DegradationNetwork, *, decay: f
             value.lerp_(current[name], 1 - decay)
 
 
-@torch.no_grad()
-def mix_in(network: DegradationNetwork, others: Sequence[Path]) -> list[int]:
-    """Makes the weights the mean of themselves and of other checkpoints' averages, whose steps are returned.
-
-    Runs that went on from one another err in different ways; the mean of their weights errs less than each
-    (Wortsman et al., "Model soups", ICML 2022).
-    """
-    checkpoints = [torch.load(path, weights_only=True) for path in others]
-    for name, value in network.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(torch.stack([value, *(checkpoint["average"][name] for checkpoint in checkpoints)]).mean(dim=0))
-    return [checkpoint["step"] for checkpoint in checkpoints]
-
-
 @dataclass(frozen=True)
 class Trained:
     """The averaged network of a training, what it is calibrated on, and what it took."""
@@ -98,8 +84,6 @@ class Trained:
     step: int
     samples: int
     minutes: float
-    averaged_steps: Sequence[int] = ()
-    """Of the checkpoints that the network was averaged with."""
 
 
 def train(arguments: argparse.Namespace) -> Trained:
@@ -211,13 +195,12 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         },
     }
     provenance = {
-        "training": "jobs/train_classifier.py, from scratch, one CPU thread, bfloat16 autocast",
+        "training": "jobs/train_classifier.py, no pre-training, CPU, bfloat16 autocast",
         "photographs": trained.photographs,
         "degradations": "synthesised, jobs/classifier_samples.py",
         "minutes": round(trained.minutes, 1),
         "steps": trained.step,
         "samples": trained.samples,
-        "averaged_with_steps": list(trained.averaged_steps),
     }
     save_classifier(
         path,
@@ -238,9 +221,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of clean photographs")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint (.pt) to write and to resume from")
     parser.add_argument("--export", type=Path, help="weights file (.safetensors) to write at the end")
-    parser.add_argument(
-        "--average", type=Path, nargs="+", default=[], help="checkpoints to average with for the export"
-    )
     parser.add_argument("--max-minutes", type=float, default=45.0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="or that many steps, if they end sooner")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -256,7 +236,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = parser.parse_args(argv)
     trained = train(arguments)
-    trained = replace(trained, averaged_steps=mix_in(trained.network, arguments.average))
     if arguments.export is not None:
         log.info("wrote %s; validation: %s", arguments.export, export(trained, arguments.export))
 

@@ -1,5 +1,4 @@
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -169,21 +168,6 @@ def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
         if key != "head.3.bias":  # holds the shares expected in use as well
             torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
-
-
-@pytest.mark.usefixtures("tiny")
-def test_an_export_can_be_the_mean_of_several_checkpoints(folder, tmp_path):
-    early, late, weights = (tmp_path / name for name in ("early.pt", "late.pt", "own.safetensors"))
-    main(options(folder, early, "--steps", 2))
-    shutil.copy(early, late)
-    main(options(folder, late, "--steps", 4, "--export", weights, "--average", early))
-    exported = load_classifier(weights).weights
-    assert exported.provenance["averaged_with_steps"] == [2]
-    first, second = (torch.load(path, weights_only=True)["average"] for path in (early, late))
-    name = max(first, key=lambda key: float((first[key].float() - second[key].float()).abs().max()))
-    mean = (first[name] + second[name]) / 2
-    assert not torch.allclose(mean, second[name], rtol=2e-3, atol=1e-3)
-    torch.testing.assert_close(exported.network.state_dict()[name], mean, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("tiny")
