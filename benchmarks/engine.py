@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.record import RESULTS, write_csv
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.inference import InferenceDFPIR
+from models.padding import padded_size
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
@@ -69,7 +70,7 @@ def network_and_bank(name: str) -> tuple[DFPIR, PromptBank]:
 def photograph(shape: Shape, multiple: int, device: str) -> Tensor:
     """A photograph resized to a shape, each side rounded up to the network's multiple: B x 3 x H x W float32."""
     image = torch.from_numpy(np.asarray(data.astronaut(), dtype=np.float32) / 255).permute(2, 0, 1)[None]
-    size = [-(-side // multiple) * multiple for side in (shape.height, shape.width)]
+    size = padded_size(shape.height, shape.width, multiple)
     return F.interpolate(image, size, mode="bilinear", antialias=True).repeat(shape.batch, 1, 1, 1).to(device)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.classifier_recall import noisy
 from benchmarks.record import RESULTS, write_csv
 from classifier import load_classifier
 from classifier.base import Classifier
@@ -33,9 +34,8 @@ def make_noisy(folders: list[Path], most: int, out: Path) -> None:
     """Writes up to `most` photographs of each folder as PNG, with the field's noise of sigma 25."""
     for folder in folders:
         for number, path in enumerate(sorted(folder.glob("*.png"))[:most]):
-            clean = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
-            noise = np.random.default_rng(number).normal(0, 25, clean.shape)
-            Image.fromarray(np.rint(np.clip(clean + noise, 0, 255)).astype(np.uint8)).save(out / path.name)
+            clean = np.asarray(Image.open(path).convert("RGB"))
+            Image.fromarray(noisy(clean, 25, seed=number)).save(out / path.name)
 
 
 def options(arguments: argparse.Namespace) -> RestoreOptions:

@@ -3,9 +3,9 @@
 Differences from the plain form in `models.dfpir`, none of which changes the result beyond rounding:
 
 - Features are B x H x W x C throughout, so that a 1x1 convolution is one matrix product over all pixels.
-- Every block runs over bands of rows. The wide features between a 1x1 and a 3x3 convolution exist for one band at
-  a time, in the processor's cache; attention sums its Gram matrix and norms over the bands, so that it spans the
-  whole image all the same. Two maps of a level's features are all that is held.
+- Images of a batch go one by one, and every block runs over bands of rows. The wide features between a 1x1 and a 3x3
+  convolution exist for one band at a time, in the processor's cache; attention sums its Gram matrix and norms over
+  the bands, so that it spans the whole image all the same. Two maps of a level's features are all that is held.
 - Prompts are indices into the bank. Each prompt's channel order is computed once, and folds DGCPM's two
   convolutions into one C x C matrix per prompt; every image of a batch picks its own.
 - The affine part of a layer norm is folded into the projection that follows it.
@@ -74,14 +74,14 @@ class _Similarity:
     """
 
     def __init__(self, like: Tensor, heads: int) -> None:
-        """Nothing summed yet, for features shaped like B x H x W x C."""
+        """Nothing summed yet, for features shaped like 1 x H x W x C."""
         self.heads, self.per_head = heads, like.shape[-1] // heads
         shape = len(like), heads, self.per_head
         self.gram = torch.zeros(*shape, self.per_head, device=like.device)
         self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
 
     def add(self, query: Tensor, key: Tensor) -> None:
-        """Adds a band's queries and keys, B x h x W x C each."""
+        """Adds a band's queries and keys, 1 x h x W x C each."""
         query, key = (t.float().reshape(len(t), -1, self.heads, self.per_head).transpose(1, 2) for t in (query, key))
         self.gram += query.transpose(-2, -1) @ key
         self.query_power += query.square().sum(-2)
@@ -106,7 +106,7 @@ def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
 
 
 class _Widening(nn.Module):
-    """Layer norm, 1x1 convolution and depth-wise 3x3 convolution, band by band; B x H x W x C in.
+    """Layer norm, 1x1 convolution and depth-wise 3x3 convolution, band by band; 1 x H x W x C in.
 
     What comes out is cut into `parts` along the channels (query, key and value; gate and value), each contiguous.
     """
@@ -131,7 +131,7 @@ class _Widening(nn.Module):
     def forward(
         self, x: Tensor, rows: int, prepare: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Bands of `rows` rows, and each part's features there, B x h x W x C_part.
+        """Bands of `rows` rows, and each part's features there, 1 x h x W x C_part.
 
         `prepare`, if given, is applied to rows of x before the layer norm. Every row is projected once: the last two
         of a band are kept for the next one.
@@ -160,7 +160,7 @@ class _Widening(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    """x + GDFN(norm(x)); B x H x W x C in and out."""
+    """x + GDFN(norm(x)); 1 x H x W x C in and out."""
 
     project_out: Tensor
 
@@ -180,7 +180,7 @@ class _FeedForward(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """x + MDTA(norm(x)); B x H x W x C in and out."""
+    """x + MDTA(norm(x)); 1 x H x W x C in and out."""
 
     temperature: Tensor
     project_out: Tensor
@@ -204,7 +204,7 @@ class _SelfAttention(nn.Module):
 
 
 class _PerturbedAttention(nn.Module):
-    """CAAPM's attention on normalised features; B x H x W x C in and out."""
+    """CAAPM's attention on normalised features; 1 x H x W x C in and out."""
 
     temperature: Tensor
     project_out: Tensor
@@ -233,7 +233,7 @@ class _PerturbedAttention(nn.Module):
 
 
 class _Perturbation(nn.Module):
-    """DGPB with the channel orders of a bank of K prompts folded in; B x H x W x C in and out."""
+    """DGPB with the channel orders of a bank of K prompts folded in; 1 x H x W x C in and out."""
 
     matrices: Tensor
     """K x C x C: `W_out P W_in` for each prompt's permutation P."""
@@ -265,7 +265,7 @@ class _Perturbation(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Restormer's blocks, each attention and feed-forward with their residuals; B x H x W x C in and out."""
+    """Restormer's blocks, each attention and feed-forward with their residuals; 1 x H x W x C in and out."""
 
     def __init__(self, plain: nn.Sequential, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from models import Restorer, load_restorer, orthogonal_bank
 from models.errors import WeightsError
 from models.memory import available_bytes, bytes_per_pixel
 from models.padding import padded_size
+from models.weights import save_checkpoint
 
 KEYS = ("noise15", "rain", "haze", "lowlight", "blur")
 
@@ -210,36 +210,15 @@ def test_memory_is_known_and_grows_with_the_network():
     assert bytes_per_pixel(config, torch.bfloat16) < bytes_per_pixel(config, torch.float32)
 
 
-PEAK = """
-import sys, torch
-from synthetic_weights import tiny_network
-from models.inference import InferenceDFPIR
-from models.memory import bytes_per_pixel
-from models.prompts import orthogonal_bank
-
-def resident(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-
-torch.set_num_threads(1)
-plain, dtype = tiny_network(unshuffle_factor=1), getattr(torch, sys.argv[1])
-network = InferenceDFPIR(plain, orthogonal_bank(), dtype=dtype)
-with torch.inference_mode():
-    network(torch.rand(1, 3, 64, 64), torch.tensor([1]))
-    image = torch.rand(1, 3, 1600, 1600)
-    open("/proc/self/clear_refs", "w").write("5")
-    before = resident("VmRSS")
-    network(image, torch.tensor([1]))
-print((resident("VmHWM") - before) / image[0, 0].numel(), bytes_per_pixel(plain.config, dtype))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_image_takes_more_memory_than_estimated(dtype):
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
-    done = subprocess.run([sys.executable, "-c", PEAK, dtype], capture_output=True, text=True, env=environment)
+def test_no_image_takes_more_memory_than_estimated(dtype, tmp_path):
+    plain, side_px = tiny_network(unshuffle_factor=1), 1600
+    save_checkpoint(tmp_path / "tiny.safetensors", plain, orthogonal_bank(), licence="Apache-2.0", provenance={})
+    command = [sys.executable, "-m", "benchmarks.engine", "--peak-of", f"inference {dtype}", "--threads", "1"]
+    command += ["--model", str(tmp_path / "tiny.safetensors"), "--memory", f"{side_px}x{side_px}", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    measured, estimated = map(float, done.stdout.split())
-    bands = 120e6 / 1600**2
-    assert 0.4 * estimated < measured < estimated + bands
+    estimated = bytes_per_pixel(plain.config, getattr(torch, dtype))
+    bands = 120e6 / side_px**2
+    assert 0.4 * estimated < int(done.stdout) / side_px**2 < estimated + bands
