@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $(STAMP)
 
-# Ratios against the plain network; ends after some twenty minutes.
+# Ratios against the plain network.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine --memory 1024x1024
 	$(BIN)/python -m benchmarks.engine --model dfpir-compact --shapes 256x256 481x321 1024x1024 --memory 1024x1024 \
