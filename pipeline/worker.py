@@ -15,6 +15,7 @@ import torch
 from classifier import load_classifier
 from classifier.base import Classifier
 from models import load_restorer, parse_tile
+from models.memory import keep_freed_memory
 from pipeline.faults import fault_point
 from pipeline.item import Item
 from pipeline.journal import Journal
@@ -229,6 +230,7 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     Raises the loaders' errors, and ValueError when a file's weights are not those the run was started with.
     """
     fault_point("start", worker_id)
+    keep_freed_memory()
     torch.set_num_threads(context.threads)
     config = context.config
     restorer = load_restorer(

@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,21 @@ def test_no_image_takes_more_memory_than_estimated(dtype, tmp_path):
     estimated = bytes_per_pixel(plain.config, getattr(torch, dtype))
     bands = 120e6 / side_px**2
     assert 0.4 * estimated < int(done.stdout) / side_px**2 < estimated + bands
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is set up")
+def test_freed_memory_is_kept_for_the_next_image():
+    script = """
+import resource
+import numpy as np
+from models.memory import keep_freed_memory
+keep_freed_memory()
+faults = []
+for _ in range(3):
+    blocks = [np.ones(20 << 20, dtype=np.uint8) for _ in range(4)]
+    del blocks
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+    faults = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    assert faults < 4 * (20 << 20) // 4096 // 10
