@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from skimage import data
 from torch import Tensor
 
+from benchmarks.process_memory import resident_bytes
 from benchmarks.record import RESULTS, write_csv
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.inference import InferenceDFPIR
@@ -119,12 +120,6 @@ def peak_bytes_per_pixel(variant: str, arguments: argparse.Namespace) -> float |
     command += ["--device", arguments.device, "--threads", str(arguments.threads), "--memory", arguments.memory]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return round(peak / Shape.parse(arguments.memory).megapixels / 1e6, 1)
-
-
-def resident_bytes(field: str) -> int:
-    """Memory of this process: `VmRSS` now, `VmHWM` at its peak."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 @torch.inference_mode()

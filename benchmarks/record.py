@@ -6,13 +6,13 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 
 
 def hardware() -> str:
     """The GPU if there is one, else the processor."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -30,6 +30,8 @@ def commit() -> str:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes rows of the same columns."""
+    import torch  # here, so that a process that measures its own memory need not hold it
+
     where = {"hardware": hardware(), "torch": torch.__version__, "commit": commit()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -24,7 +24,12 @@ messages = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="Folder of photographs, searched recursively. Never changed.")
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="Folder of photographs, searched recursively, or a list of them: .txt with a path per line, .csv or "
+        ".parquet with a column `path`. Never changed.",
+    ),
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder: images, manifest, plan and logs go here.")]
 Model = Annotated[str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file.")]

@@ -26,9 +26,9 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
     }
     if job.changes.new and job.images_left < job.planned:
-        lines["changes"] = f"{job.changes.new} new, {job.changes.changed} changed, {len(job.changes.vanished)} vanished"
-    for folder in job.listing.unreadable_directories:
-        lines.setdefault("unreadable", f"{len(job.listing.unreadable_directories)} folders, the first {folder}")
+        lines["changes"] = f"{job.changes.new} new, {job.changes.changed} changed, {job.changes.vanished} vanished"
+    for folder in job.unreadable_directories:
+        lines.setdefault("unreadable", f"{len(job.unreadable_directories)} folders, the first {folder}")
     for name, text in lines.items():
         console.print(f"{name:<11}{text}", markup=False, soft_wrap=True)
 

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from jobs.errors import UsageError
 from jobs.runner import Runner
 from models import load_restorer
 from models.errors import WeightsError
-from pipeline.plan import Estimate, PlanChanges, PlanError, estimate, load_plan, update_plan
+from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
-from pipeline.records import Outcome, Shard
-from pipeline.report import Summary, summarise
+from pipeline.records import Outcome
+from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, read_manifest
-from pipeline.source import Listing, SourceError, list_source
+from pipeline.source import SourceError, list_source
 
 OnOutcomes = Callable[[list[Outcome]], None]
 
@@ -41,22 +41,23 @@ class Job:
     directory: RunDirectory
     context: RunContext
     changes: PlanChanges
-    shards: tuple[Shard, ...]
+    shards: Shards
     """All of the plan."""
-    left: tuple[Shard, ...]
+    left: Shards
     """The images without a row."""
     ignored: int
-    listing: Listing
+    unreadable_directories: tuple[str, ...]
+    """Folders of the source that could not be listed."""
 
     @property
     def planned(self) -> int:
         """Images in the plan."""
-        return sum(len(shard.images) for shard in self.shards)
+        return self.shards.image_count
 
     @property
     def images_left(self) -> int:
         """Images without a row."""
-        return sum(len(shard.images) for shard in self.left)
+        return self.left.image_count
 
 
 def resolve_device(device: str) -> str:
@@ -119,21 +120,19 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     if job is None:
         directory.write_json(directory.job_path, _job_record(context, options))
     try:
-        listed = _limited(listing, options.limit, out)
-        changes = update_plan(out, listed)
-        shards = tuple(load_plan(out))
-        finished = done(out)
+        changes = update_plan(out, listing, limit=options.limit)
+        shards = load_plan(out)
+        left = shards.without(done(out))
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
-    left = (Shard(s.shard_id, tuple(i for i in s.images if (i.image_id, i.revision) not in finished)) for s in shards)
     return Job(
         directory=directory,
         context=context,
         changes=changes,
         shards=shards,
-        left=tuple(shard for shard in left if shard.images),
+        left=left,
         ignored=listing.ignored,
-        listing=listed,
+        unreadable_directories=listing.unreadable_directories,
     )
 
 
@@ -154,8 +153,9 @@ def measure_speed(options: RestoreOptions) -> float:
 
 
 def estimate_job(job: Job, *, megapixels_per_s: float | None) -> Estimate:
-    """Time and disk for the images listed, from a sample of their headers."""
-    return estimate(job.listing, megapixels_per_s=megapixels_per_s, output_format=job.context.config.output_format)
+    """Time and disk for the images that are left, from a sample of their headers."""
+    uris = job.left.table["uri"]
+    return estimate(uris, megapixels_per_s=megapixels_per_s, output_format=job.context.config.output_format)
 
 
 @contextmanager
@@ -184,23 +184,23 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
         job.directory.remove_partials()
     except ShardBusyError as error:
         raise UsageError(str(error)) from error
-    fresh: set[str] = set()
+    fresh = Tally()
 
     def collect(outcomes: list[Outcome]) -> None:
-        fresh.update(outcome.image_id for outcome in outcomes)
+        fresh.add(outcomes)
         on_outcomes(outcomes)
 
     started = time.monotonic()
     if job.left:
         runner.run(job.left, job.context, on_outcomes=collect)
     summary = summarise(
-        read_manifest(job.directory.root),
+        read_manifest(job.directory.root, columns=SUMMARY_COLUMNS),
         run_dir=job.directory.root,
         run_id=job.context.run_id,
         planned=job.planned,
-        fresh_ids=fresh,
+        fresh=fresh,
         elapsed_s=time.monotonic() - started,
-        vanished=len(job.changes.vanished),
+        vanished=job.changes.vanished,
     )
     job.directory.write_json(job.directory.summary_path, summary.as_dict())
     return summary
@@ -262,15 +262,6 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
-
-
-def _limited(listing: Listing, limit: int | None, out: Path) -> Listing:
-    """The first `limit` images and whatever is planned already."""
-    planned = {image.image_id for shard in load_plan(out) for image in shard.images}
-    images = [
-        image for i, image in enumerate(listing.images) if limit is None or i < limit or image.image_id in planned
-    ]
-    return replace(listing, images=tuple(images))
 
 
 def _read_job(directory: RunDirectory) -> dict[str, Any] | None:

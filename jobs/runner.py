@@ -70,31 +70,42 @@ class Dispatcher:
     def __init__(self, shards: Sequence[Shard], context: RunContext, on_outcomes: OnOutcomes) -> None:
         self._directory = RunDirectory(context.run_dir)
         self._on_outcomes = on_outcomes
-        self._waiting = deque(Assignment(shard, attempt=1) for shard in shards)
+        self._shards = shards
+        self._given_out = 0
+        self._first, self._last = deque[Assignment](), deque[Assignment]()
+        """Assignments that came back, to go out before and after those that were never out."""
         self._assigned: dict[str, Assignment] = {}
-        self._reported: set[str] = set()
+        self._reported: dict[str, set[str]] = {}
+        """Ids of the images that are done, by shard; of shards that are not done."""
+        self._done: set[str] = set()
         self._start_deaths = 0
         self._fruitless: Counter[str] = Counter()
         self._directory.create()
-        for shard in shards:
+        for path in self._directory.journal_dir.glob("*.json"):
             # Left by a run whose driver was ended: its workers died with it, whatever they had in hand.
-            Journal(self._directory.journal_dir, shard.shard_id).forgive()
+            Journal(self._directory.journal_dir, path.stem).forgive()
 
     @property
     def is_finished(self) -> bool:
         """Whether every shard is done."""
-        return not self._waiting and not self._assigned
+        return not self.unassigned and not self._assigned
 
     @property
     def unassigned(self) -> int:
         """Shards that wait for a worker."""
-        return len(self._waiting)
+        return len(self._first) + len(self._shards) - self._given_out + len(self._last)
 
     def take(self) -> Assignment | None:
         """The next shard for a worker that is ready, or None."""
-        if not self._waiting:
+        if self._first:
+            assignment = self._first.popleft()
+        elif self._given_out < len(self._shards):
+            assignment = Assignment(self._shards[self._given_out], attempt=1)
+            self._given_out += 1
+        elif self._last:
+            assignment = self._last.popleft()
+        else:
             return None
-        assignment = self._waiting.popleft()
         self._assigned[assignment.shard.shard_id] = assignment
         return assignment
 
@@ -104,24 +115,29 @@ class Dispatcher:
 
     def report(self, shard_id: str, outcomes: list[Outcome]) -> None:
         """Passes on images as they get done; those done again after a death are passed on once."""
-        fresh = [outcome for outcome in outcomes if outcome.image_id not in self._reported]
+        if shard_id in self._done:
+            return  # on their way while the shard's end was told, which has reported them
+        reported = self._reported.setdefault(shard_id, set())
+        fresh = [outcome for outcome in outcomes if outcome.image_id not in reported]
         if fresh:
-            self._fruitless[shard_id] = 0
-            self._reported.update(outcome.image_id for outcome in fresh)
+            self._fruitless.pop(shard_id, None)
+            reported.update(outcome.image_id for outcome in fresh)
             self._on_outcomes(fresh)
 
     def done(self, shard_id: str) -> None:
         """The shard's worker has committed a row for each image."""
         shard = self._assigned.pop(shard_id).shard
-        if any(ref.image_id not in self._reported for ref in shard.images):
+        if any(ref.image_id not in self._reported.get(shard_id, ()) for ref in shard.images):
             # Committed by a worker that died before it could tell.
             self.report(shard_id, self._directory.rows(shard_id))
+        self._reported.pop(shard_id, None)
+        self._done.add(shard_id)
 
     def give_back(self, shard_id: str) -> None:
         """The shard's worker ended before its end through no fault of an image: same attempt, elsewhere."""
         assignment = self._assigned.pop(shard_id)
         Journal(self._directory.journal_dir, shard_id).forgive()
-        self._waiting.appendleft(assignment)
+        self._first.appendleft(assignment)
 
     def failed(self, shard_id: str, fault: str, log: str) -> None:
         """The worker lives, but could not go on with the shard (a full disk, for instance)."""
@@ -150,7 +166,7 @@ class Dispatcher:
                 f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}. "
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
-        self._waiting.append(replace(assignment, attempt=assignment.attempt + 1))
+        self._last.append(replace(assignment, attempt=assignment.attempt + 1))
 
 
 def log_to(path: Path) -> None:

@@ -7,15 +7,17 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.images import Header, ImageFault, encoded_format, read_header
-from pipeline.records import ImageRef, Shard
+from pipeline.records import IMAGE_REF_SCHEMA, Shard, to_refs
 from pipeline.sink import PARTIAL_SUFFIX
 from pipeline.source import Listing, local_path
 
@@ -25,124 +27,183 @@ FEWEST_SHARDS = 8
 """A small job is cut into about as many shards, so that several workers have something to do."""
 FEWEST_IMAGES = 4
 """A shard is not cut smaller than this for the sake of their number."""
+_ROW_GROUP_ROWS = 100_000
 
-PLAN_SCHEMA = pa.schema(
-    [
-        ("shard_id", pa.string()),
-        ("image_id", pa.string()),
-        ("relative_path", pa.string()),
-        ("uri", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("modified", pa.timestamp("us", tz="UTC")),
-        ("revision", pa.int64()),
-    ]
-)
+PLAN_SCHEMA = pa.schema([("shard_id", pa.string()), *IMAGE_REF_SCHEMA])
 
 
 class PlanError(Exception):
     """A file of the plan is not what this version writes; the message names it."""
 
 
+class Shards(Sequence[Shard]):
+    """Shards that lie in a table until they are asked for: as objects, images take several times as much.
+
+    `table` has the columns of `PLAN_SCHEMA`; the rows of a shard follow one another.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        codes = table["shard_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        self._edges = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), table.num_rows] if len(codes) else [0]
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Shards": ...
+
+    def __getitem__(self, index: int | slice) -> "Shard | Shards":
+        if isinstance(index, slice):
+            numbers = range(len(self))[index]
+            return Shards(pa.concat_tables([self._rows(i) for i in numbers]) if numbers else self.table[:0])
+        rows = self._rows(range(len(self))[index])
+        return Shard(rows["shard_id"][0].as_py(), tuple(to_refs(rows.drop_columns("shard_id"))))
+
+    @property
+    def image_count(self) -> int:
+        """In all shards together."""
+        return int(self.table.num_rows)
+
+    def without(self, done: pa.Table) -> "Shards":
+        """What is left when the images in `done` (columns `image_id` and `revision`) are taken away."""
+        return Shards(_where(self.table, pc.invert(pc.is_in(_keys(self.table), _keys(done))))) if done else self
+
+    def _rows(self, number: int) -> pa.Table:
+        return self.table[self._edges[number] : self._edges[number + 1]]
+
+
 @dataclass(frozen=True)
 class PlanChanges:
     """What a listing added to the plan.
 
-    `new` and `changed` count images, and `shards` hold both. `vanished` ones are no longer in the source;
-    those without a row end as failed rows.
+    `new` and `changed` count images, and `shards` hold both. `vanished` counts those that are no longer in the
+    source; the ones without a row end as failed rows.
     """
 
     new: int
     changed: int
-    vanished: tuple[ImageRef, ...]
-    shards: tuple[Shard, ...]
+    vanished: int
+    shards: Shards
 
 
-def cut_shards(images: Sequence[ImageRef], *, first_index: int = 0) -> list[Shard]:
-    """Cuts images, in their order, into shards of at most 64 MiB (or one larger image) and 64 images."""
-    most_images = min(MAX_SHARD_IMAGES, max(FEWEST_IMAGES, -(-len(images) // FEWEST_SHARDS)))
-    groups: list[list[ImageRef]] = []
-    size_bytes = 0
-    for image in images:
-        if not groups or len(groups[-1]) == most_images or size_bytes + image.size_bytes > MAX_SHARD_BYTES:
-            groups.append([])
-            size_bytes = 0
-        groups[-1].append(image)
-        size_bytes += image.size_bytes
-    return [Shard(f"{first_index + i:05d}", tuple(group)) for i, group in enumerate(groups)]
+def cut_shards(images: pa.Table, *, first_index: int = 0) -> Shards:
+    """Cuts images, in their order, into shards of at most 64 MiB (or one larger image) and 64 images.
+
+    `images` has the columns of `IMAGE_REF_SCHEMA`.
+    """
+    count = images.num_rows
+    most_images = min(MAX_SHARD_IMAGES, max(FEWEST_IMAGES, -(-count // FEWEST_SHARDS)))
+    ends = np.cumsum(images["size_bytes"].to_numpy())
+    edges = [0]
+    while edges[-1] < count:
+        start = edges[-1]
+        before = ends[start - 1] if start else 0
+        fitting = int(np.searchsorted(ends, before + MAX_SHARD_BYTES, side="right"))
+        edges.append(min(max(fitting, start + 1), start + most_images, count))
+    ids = pa.array([f"{first_index + i:05d}" for i in range(len(edges) - 1)], pa.string())
+    column = ids.take(pa.array(np.repeat(np.arange(len(ids)), np.diff(edges))))
+    return Shards(images.select(IMAGE_REF_SCHEMA.names).add_column(0, PLAN_SCHEMA.field("shard_id"), column))
 
 
-def update_plan(run_dir: Path | str, listing: Listing) -> PlanChanges:
+def update_plan(run_dir: Path | str, listing: Listing, *, limit: int | None = None) -> PlanChanges:
     """Brings a plan up to date with its source; the first call makes it.
 
     Shards that exist stay as they are. New files go into new shards; so do files whose size or time
     has changed, with their revision raised by one. A file that can no longer be examined counts as vanished.
+    `limit` leaves out of the listing what lies behind that many images and is not planned yet.
     """
-    planned = _read_plan(run_dir)
-    latest = {image.image_id: image for shard in planned for image in shard.images}
-    new, changed = [], []
-    for image in listing.images:
-        known = latest.get(image.image_id)
-        if known is None:
-            new.append(image)
-        elif image.modified is not None and (image.size_bytes, image.modified) != (known.size_bytes, known.modified):
-            changed.append(replace(image, revision=known.revision + 1))
-    present = {image.image_id for image in listing.images if image.modified is not None}
-    vanished = [i for i in latest.values() if i.image_id not in present and i.modified is not None]
-    first_index = 1 + max((int(shard.shard_id) for shard in planned), default=-1)
-    shards = cut_shards([*new, *changed], first_index=first_index)
+    generations = _read_plan(run_dir)
+    planned = _latest(generations)
+    listed = listing.table
+    where = pc.index_in(listed["image_id"], planned["image_id"])
+    if limit is not None:
+        kept = pc.or_(pa.array(np.arange(listed.num_rows) < limit), pc.is_valid(where))
+        listed, where = listed.filter(kept), where.filter(kept)
+    new = _with_revision(_where(listed, pc.is_null(where)), 0)
+    known, before = pc.indices_nonzero(pc.is_valid(where)), where.drop_null()
+
+    def differing(name: str) -> pa.ChunkedArray:
+        return pc.not_equal(listed[name].take(known), planned[name].take(before))
+
+    differs = pc.or_(differing("size_bytes"), pc.fill_null(differing("modified"), True))
+    differs = pc.and_(differs, pc.is_valid(listed["modified"].take(known)))
+    revisions = pc.add(planned["revision"].take(before.filter(differs)), 1)
+    changed = _with_revision(listed.take(known.filter(differs)), revisions)
+    present = _where(listed, pc.is_valid(listed["modified"]))["image_id"]
+    gone = pc.and_(pc.is_valid(planned["modified"]), pc.invert(pc.is_in(planned["image_id"], present)))
+    first_index = 1 + int(generations["shard_id"][-1].as_py()) if generations.num_rows else 0
+    shards = cut_shards(pa.concat_tables([new, changed]), first_index=first_index)
     if shards:
-        _write_generation(Path(run_dir) / "plan", shards)
-    return PlanChanges(len(new), len(changed), tuple(vanished), tuple(shards))
+        _write_generation(Path(run_dir) / "plan", shards.table)
+    return PlanChanges(new.num_rows, changed.num_rows, pc.sum(gone).as_py() or 0, shards)
 
 
-def load_plan(run_dir: Path | str) -> list[Shard]:
+def load_plan(run_dir: Path | str) -> Shards:
     """All shards of a run with the latest revision of each image; empty before the first `update_plan`.
 
     Raises PlanError for a damaged plan.
     """
-    shards = _read_plan(run_dir)
-    latest = {image.image_id: image.revision for shard in shards for image in shard.images}
-    current = [Shard(s.shard_id, tuple(i for i in s.images if i.revision == latest[i.image_id])) for s in shards]
-    return [shard for shard in current if shard.images]
+    return Shards(_latest(_read_plan(run_dir)))
+
+
+def _latest(planned: pa.Table) -> pa.Table:
+    """The rows that no later one supersedes."""
+    if not planned.num_rows:
+        return planned
+    codes = planned["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    last = np.empty(codes.max() + 1, dtype=np.int64)
+    last[codes] = np.arange(len(codes))
+    return _where(planned, pa.array(last[codes] == np.arange(len(codes))))
+
+
+def _where(table: pa.Table, mask: pa.Array) -> pa.Table:
+    """The rows that a mask picks; the table itself, and no copy, if that is all."""
+    return table if pc.all(mask).as_py() else table.filter(mask)
+
+
+def _with_revision(table: pa.Table, revision: int | pa.ChunkedArray) -> pa.Table:
+    if isinstance(revision, int):
+        revision = pa.array(np.full(table.num_rows, revision, dtype=np.int64))
+    return table.append_column("revision", revision)
+
+
+def _keys(table: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(table["image_id"], pc.cast(table["revision"], pa.string()), ":")
 
 
 def _generations(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
 
 
-def _read_plan(run_dir: Path | str) -> list[Shard]:
-    """Every shard ever planned, in order, superseded revisions included."""
-    images: dict[str, list[ImageRef]] = {}
+def _read_plan(run_dir: Path | str) -> pa.Table:
+    """Every row ever planned, in order, superseded revisions included."""
+    tables = [PLAN_SCHEMA.empty_table()]
     for path in _generations(Path(run_dir) / "plan"):
         try:
             with pq.ParquetFile(path) as file:
-                table = file.read()
-            if not table.schema.remove_metadata().equals(PLAN_SCHEMA):
-                raise PlanError(f"{path} has columns {table.schema.names}, expected {PLAN_SCHEMA.names}")
+                table = file.read().replace_schema_metadata(None)
         except (pa.ArrowInvalid, OSError) as error:
             raise PlanError(f"{path} cannot be read as a plan ({error}); start again with a new OUT") from error
-        for row in table.to_pylist():
-            shard_id = row.pop("shard_id")
-            images.setdefault(shard_id, []).append(ImageRef(**row))
-    return [Shard(shard_id, tuple(refs)) for shard_id, refs in images.items()]
+        if not table.schema.equals(PLAN_SCHEMA):
+            raise PlanError(f"{path} has columns {table.schema.names}, expected {PLAN_SCHEMA.names}")
+        tables.append(table)
+    return pa.concat_tables(tables)
 
 
-def _write_generation(folder: Path, shards: Sequence[Shard]) -> None:
+def _write_generation(folder: Path, table: pa.Table) -> None:
     """Adds the next file of the plan: whole and durable, or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     existing = _generations(folder)
     number = int(existing[-1].stem) + 1 if existing else 0
-    columns = [name for name in PLAN_SCHEMA.names if name != "shard_id"]
-    rows = [
-        {"shard_id": shard.shard_id} | {name: getattr(image, name) for name in columns}
-        for shard in shards
-        for image in shard.images
-    ]
     path = folder / f"{number:05d}.parquet"
     temporary = folder / f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
     try:
         with temporary.open("wb") as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
         # A link, unlike a rename, refuses to replace a generation that another driver has written meanwhile.
@@ -187,7 +248,7 @@ class Estimate:
 
 
 def estimate(
-    listing: Listing,
+    uris: pa.ChunkedArray,
     *,
     megapixels_per_s: float | None,
     output_format: str = "same",
@@ -197,7 +258,7 @@ def estimate(
     """Size of the work, disk for its outputs and time, from the headers of a seeded random sample.
 
     Args:
-        listing: the images to be done.
+        uris: of the images to be done.
         megapixels_per_s: speed of all workers together, or None if it is not known.
         output_format: `same`, `png`, `jpeg` or `webp`.
         sample_images: read this many headers at most.
@@ -205,14 +266,14 @@ def estimate(
     """
     headers: list[Header] = []
     rng = np.random.default_rng(seed)
-    sampled = min(sample_images, len(listing.images))
-    for index in sorted(rng.choice(len(listing.images), size=sampled, replace=False)):
+    sampled = min(sample_images, len(uris))
+    for index in sorted(rng.choice(len(uris), size=sampled, replace=False)):
         try:
-            with local_path(listing.images[index].uri).open("rb") as file:
+            with local_path(uris[index].as_py()).open("rb") as file:
                 headers.append(read_header(file))
         except (ImageFault, OSError):
             continue
-    scale = len(listing.images) / sampled if sampled else 0.0
+    scale = len(uris) / sampled if sampled else 0.0
     megapixels = [header.width * header.height / 1e6 for header in headers]
     written = sum(
         size * 1e6 * BYTES_PER_PIXEL[encoded_format(header.format, output_format)]
@@ -220,7 +281,7 @@ def estimate(
     )
     total = sum(megapixels) * scale
     return Estimate(
-        images=len(listing.images),
+        images=len(uris),
         sampled=sampled,
         unreadable=sampled - len(headers),
         formats=dict(Counter(header.format for header in headers).most_common()),

@@ -6,7 +6,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from classifier.labels import LABELS
 
@@ -57,6 +59,24 @@ class ImageRef:
     modified: datetime | None
     revision: int = 0
     """Raised by one each time a re-run finds the file changed."""
+
+
+IMAGE_REF_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("relative_path", pa.string()),
+        ("uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("modified", pa.timestamp("us", tz="UTC")),
+        ("revision", pa.int64()),
+    ]
+)
+"""`ImageRef`'s fields as columns."""
+
+
+def to_refs(table: pa.Table) -> list[ImageRef]:
+    """Rows of a table whose columns are fields of `ImageRef`."""
+    return [ImageRef(**row) for row in table.to_pylist()]
 
 
 @dataclass(frozen=True)
@@ -197,3 +217,9 @@ def to_table(outcomes: list[Outcome]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [getattr(o, name) for o in outcomes] for name in names}
     columns["warnings"] = [list(w) for w in columns["warnings"]]
     return pa.table(columns, schema=MANIFEST_SCHEMA)
+
+
+def first_rows(values: pa.ChunkedArray) -> NDArray[np.intp]:
+    """Row numbers of the first occurrence of every value, ascending."""
+    codes = values.combine_chunks().dictionary_encode().indices.to_numpy()
+    return np.sort(np.unique(codes, return_index=True)[1])

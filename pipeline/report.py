@@ -1,13 +1,14 @@
 """The end of a run in figures, all of them read from the manifest."""
 
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.records import Status
+from pipeline.records import Outcome, Status
 
 STAGES = ("fetch", "decode", "classify", "restore", "measure", "encode", "write")
 
@@ -52,39 +53,60 @@ class Summary:
         return asdict(self)
 
 
+SUMMARY_COLUMNS = (
+    "relative_path", "status", "label", "stage", "error_class", "error_message",
+    "psnr_input_db", "psnr_db", "ssim_input", "ssim",
+)  # fmt: skip
+"""Of the manifest: what `summarise` looks at."""
+
+
+class Tally:
+    """What this invocation has done, added up as images get done."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.megapixels = 0.0
+        self.stage_s = dict.fromkeys(STAGES, 0.0)
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Counts finished images."""
+        for outcome in outcomes:
+            self.images += 1
+            self.megapixels += (outcome.width or 0) * (outcome.height or 0) / 1e6
+            for stage in STAGES:
+                self.stage_s[stage] += (getattr(outcome, f"{stage}_ms") or 0.0) / 1000
+
+
 def summarise(
     manifest: pa.Table,
     *,
     run_dir: Path,
     run_id: str,
     planned: int,
-    fresh_ids: set[str],
+    fresh: Tally,
     elapsed_s: float,
     vanished: int,
 ) -> Summary:
-    """Counts and means over the whole manifest, rates over the rows in `fresh_ids` and `elapsed_s` seconds."""
-    rows = manifest.to_pylist()
-    fresh = [row for row in rows if row["image_id"] in fresh_ids]
-    counts = {str(status): 0 for status in Status} | Counter(row["status"] for row in rows)
-    megapixels = sum((row["width"] or 0) * (row["height"] or 0) for row in fresh) / 1e6
-    undone = [row for row in rows if row["status"] in (Status.FAILED, Status.QUARANTINED)]
+    """Counts and means over the whole manifest (`SUMMARY_COLUMNS`), rates over `fresh` and `elapsed_s` seconds."""
+    undone = manifest.filter(pc.is_in(manifest["status"], pa.array([Status.FAILED, Status.QUARANTINED])))
+    labels = sorted(_counts(manifest["label"].drop_null()).items(), key=lambda item: -item[1])
     return Summary(
-        counts=counts,
-        labels=dict(Counter(row["label"] for row in rows if row["label"]).most_common()),
-        images_per_s=len(fresh) / elapsed_s if elapsed_s > 0 else 0.0,
-        megapixels_per_s=megapixels / elapsed_s if elapsed_s > 0 else 0.0,
-        psnr_input_db=_mean(rows, "psnr_input_db", "psnr_input_db"),
-        psnr_db=_mean(rows, "psnr_db", "psnr_input_db"),
-        ssim_input=_mean(rows, "ssim_input", "ssim_input"),
-        ssim=_mean(rows, "ssim", "ssim_input"),
+        counts={str(status): 0 for status in Status} | _counts(manifest["status"]),
+        labels=dict(labels),
+        images_per_s=fresh.images / elapsed_s if elapsed_s > 0 else 0.0,
+        megapixels_per_s=fresh.megapixels / elapsed_s if elapsed_s > 0 else 0.0,
+        psnr_input_db=pc.mean(manifest["psnr_input_db"]).as_py(),
+        psnr_db=_mean(manifest, "psnr_db", "psnr_input_db"),
+        ssim_input=pc.mean(manifest["ssim_input"]).as_py(),
+        ssim=_mean(manifest, "ssim", "ssim_input"),
         manifest=str(run_dir / "manifest"),
         images=str(run_dir / "images"),
         run_id=run_id,
         planned=planned,
-        done_before=len(rows) - len(fresh),
+        done_before=manifest.num_rows - fresh.images,
         elapsed_s=elapsed_s,
-        stage_s={stage: sum(row[f"{stage}_ms"] or 0 for row in fresh) / 1000 for stage in STAGES},
-        failed_fraction=len(undone) / len(rows) if rows else 0.0,
+        stage_s=fresh.stage_s,
+        failed_fraction=undone.num_rows / manifest.num_rows if manifest.num_rows else 0.0,
         failures=[
             Failure(
                 row["relative_path"],
@@ -93,14 +115,17 @@ def summarise(
                 row["error_class"] or "",
                 row["error_message"] or "",
             )
-            for row in undone[:20]
+            for row in undone[:20].to_pylist()
         ],
         vanished=vanished,
     )
 
 
-def _mean(rows: list[dict[str, Any]], name: str, fallback: str) -> float | None:
+def _counts(values: pa.ChunkedArray) -> dict[str, int]:
+    return {count["values"]: count["counts"] for count in values.value_counts().to_pylist()}
+
+
+def _mean(manifest: pa.Table, name: str, fallback: str) -> float | None:
     """Mean of a column over rows with a reference; an image without a result scores as its input."""
-    values = [row[name] if row[name] is not None else row[fallback] for row in rows]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    mean: float | None = pc.mean(pc.coalesce(manifest[name], manifest[fallback])).as_py()
+    return mean

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.faults import fault_point
-from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, Status, to_table
+from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, Status, first_rows, to_table
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_WAIT_S = 60.0
@@ -136,19 +136,19 @@ class RunDirectory:
 
     def committed(self, shard_id: str) -> set[tuple[str, int]]:
         """(image id, revision) of the rows that a shard's parts hold."""
-        return _keys(iter(self._parts_of(shard_id)))
+        table = _read_parts(self._parts_of(shard_id), ["image_id", "revision"])
+        return set(zip(table["image_id"].to_pylist(), table["revision"].to_pylist(), strict=True))
 
     def rows(self, shard_id: str) -> list[Outcome]:
         """What a shard's parts hold."""
-        tables = [_read_part(part) for part in self._parts_of(shard_id)]
         return [
             Outcome(**{**row, "status": Status(row["status"]), "warnings": tuple(row["warnings"])})
-            for table in tables
-            for row in table.to_pylist()
+            for row in _read_parts(self._parts_of(shard_id), MANIFEST_SCHEMA.names).to_pylist()
         ]
 
     def _parts_of(self, shard_id: str) -> list[Path]:
-        return [part for part in self.parts() if part.name.rpartition("-")[0] == shard_id]
+        found = self.manifest_dir.glob(f"{shard_id}-*.parquet")
+        return sorted(part for part in found if part.name.rpartition("-")[0] == shard_id)
 
     def parts(self) -> list[Path]:
         """Manifest parts, sorted by name; unfinished ones have another ending and are not among them."""
@@ -201,38 +201,29 @@ class RunDirectory:
             _sync_folder(folder)
 
 
-def read_manifest(run_dir: Path | str) -> pa.Table:
+def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHEMA.names) -> pa.Table:
     """All rows of a run, one per image: that of the highest revision, in the order of the relative paths.
 
     Raises ManifestError naming a part that is damaged or of another schema.
     """
-    tables = [_read_part(part) for part in RunDirectory(run_dir).parts()]
-    table: pa.Table = pa.concat_tables(tables) if tables else MANIFEST_SCHEMA.empty_table()
     order = [("relative_path", "ascending"), ("image_id", "ascending"), ("revision", "descending")]
-    table = table.sort_by([*order, ("finished_at", "ascending")])
-    seen: set[str] = set()
-    kept = []
-    for row, image_id in enumerate(table["image_id"].to_pylist()):
-        if image_id not in seen:
-            seen.add(image_id)
-            kept.append(row)
-    return table.take(pa.array(kept, pa.int64()))
+    order.append(("finished_at", "ascending"))
+    needed = [name for name in MANIFEST_SCHEMA.names if name in {*columns, *(name for name, _ in order)}]
+    table = _read_parts(RunDirectory(run_dir).parts(), needed).sort_by(order)
+    return table.take(pa.array(first_rows(table["image_id"]))).select(list(columns))
 
 
-def done(run_dir: Path | str) -> set[tuple[str, int]]:
-    """(image id, revision) of everything that has a row, whatever its status."""
-    return _keys(iter(RunDirectory(run_dir).parts()))
+def done(run_dir: Path | str) -> pa.Table:
+    """Columns `image_id` and `revision` of everything that has a row, whatever its status."""
+    return _read_parts(RunDirectory(run_dir).parts(), ["image_id", "revision"])
 
 
-def _keys(parts: Iterator[Path]) -> set[tuple[str, int]]:
-    keys: set[tuple[str, int]] = set()
-    for part in parts:
-        table = _read_part(part, columns=["image_id", "revision"])
-        keys.update(zip(table["image_id"].to_pylist(), table["revision"].to_pylist(), strict=True))
-    return keys
+def _read_parts(parts: Sequence[Path], columns: list[str]) -> pa.Table:
+    empty = MANIFEST_SCHEMA.empty_table().select(columns)
+    return pa.concat_tables([empty, *(_read_part(part, columns) for part in parts)])
 
 
-def _read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _read_part(path: Path, columns: list[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path) as part:
             schema = part.schema_arrow.remove_metadata()

@@ -2,19 +2,24 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
 from pipeline.images import ImageFault
-from pipeline.records import ImageRef, Stage, image_id
+from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, Stage, first_rows, image_id, to_refs
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"})
 """In lower case; a file with one of them, in any case, is a candidate."""
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class SourceError(ValueError):
@@ -25,63 +30,197 @@ class SourceError(ValueError):
         self.hint = hint
 
 
+LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
+"""A file of names: one path per line, or a column `path`."""
+
+LISTING_SCHEMA = pa.schema([field for field in IMAGE_REF_SCHEMA if field.name != "revision"])
+
+_Row = tuple[str, str, str, int, int | None]
+"""`LISTING_SCHEMA`'s columns; the time as microseconds since 1970."""
+
+_ROWS_AT_ONCE = 50_000
+
+
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds: candidates sorted by relative path, and how many other files there are.
+    """What a source holds: candidates, and how many other files there are.
 
-    `unreadable_directories` are relative paths of folders that could not be listed.
+    `table` has a row per candidate and the columns of `LISTING_SCHEMA`: a million of them would be several times as
+    large as Python objects. `unreadable_directories` are relative paths of folders that could not be listed.
     """
 
-    images: tuple[ImageRef, ...]
+    table: pa.Table
     ignored: int
     unreadable_directories: tuple[str, ...] = ()
 
     @property
-    def size_bytes(self) -> int:
-        """Of all candidates together."""
-        return sum(image.size_bytes for image in self.images)
+    def images(self) -> list[ImageRef]:
+        """All candidates as objects."""
+        return to_refs(self.table)
 
 
 def list_source(src: Path) -> Listing:
-    """Every image file under a directory, however deep, without opening one.
-
-    Candidates are regular files, and links to them, with a known extension; hidden files and folders count
-    like any other. Links to folders are not followed, which also rules out loops. A broken link, and a file
-    that cannot be examined, stays a candidate of 0 bytes without a time: it ends as a `failed` row. All
-    other entries that are not folders count as ignored. A name that is not UTF-8 gets a relative path
-    in which each byte at fault is written `%XX`; its id is of the true name.
+    """Every image file under a directory, however deep, or every file that a list names; opens no image.
 
     Raises:
-        SourceError: `src` is missing, is not a directory, cannot be listed, or holds no candidate.
+        SourceError: `src` is missing, is neither, cannot be read, or holds no candidate.
     """
     if not src.exists():
         raise SourceError(f"source {src} does not exist", hint="check the path")
-    if not src.is_dir():
-        raise SourceError(f"source {src} is not a directory", hint="give the folder that holds the images")
-    root = src.resolve()
-    images: dict[str, ImageRef] = {}
+    if src.is_dir():
+        return _list_folder(src)
+    if src.is_file() and src.suffix.lower() in LIST_SUFFIXES:
+        return _read_list(src)
+    raise SourceError(
+        f"source {src} is not a directory, nor a list of files",
+        hint="give the folder that holds the images, or their paths as .txt (one per line), .csv or .parquet "
+        "(a column `path`)",
+    )
+
+
+def _list_folder(src: Path) -> Listing:
+    """Candidates are regular files, and links to them, with a known extension, in the order of their paths.
+
+    Hidden files and folders count like any other. Links to folders are not followed, which also rules out loops. A
+    broken link, and a file that cannot be examined, stays a candidate of 0 bytes without a time: it ends as a `failed`
+    row. All other entries that are not folders count as ignored. A name that is not UTF-8 gets a relative path in
+    which each byte at fault is written `%XX`; its id is of the true name.
+    """
+    root = os.fspath(src.resolve())
+    prefix = os.path.join(root, "")
     ignored = 0
     unreadable: list[str] = []
-    for entry in _walk(os.fspath(root), unreadable):
-        ref = _candidate(entry, root)
-        if ref is None:
-            ignored += 1
-            continue
-        if ref.relative_path in images:
-            stem, dot, extension = ref.relative_path.rpartition(".")
-            taken = f"{stem}~{ref.image_id[:8]}{dot}{extension}"
-            ref = ImageRef(ref.image_id, taken, ref.uri, ref.size_bytes, ref.modified)
-        images[ref.relative_path] = ref
+    rewritten: list[_Row] = []
+
+    def candidates() -> Iterator[_Row]:
+        nonlocal ignored
+        for entry in _walk(root, unreadable):
+            if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
+                ignored += 1
+                continue
+            try:
+                status = entry.stat()
+            except OSError:
+                status = None
+            if status is not None and not stat.S_ISREG(status.st_mode):
+                ignored += 1
+                continue
+            true_name = entry.path[len(prefix) :]
+            row = _row(true_name, entry.path, status)
+            if row[1] == true_name:
+                yield row
+            else:
+                rewritten.append(row)
+
+    table = _to_table(candidates())
+    if rewritten:
+        table = _with_rewritten(table, rewritten)
     skipped = tuple(sorted(_printable(os.path.relpath(path, root)) for path in unreadable))
     if "." in skipped:
         raise SourceError(f"source {src} cannot be listed", hint="check its permissions")
-    if not images:
+    if not table.num_rows:
         raise SourceError(
             f"no images in {src} ({ignored} other files)",
             hint=f"expected files with one of the extensions {', '.join(sorted(IMAGE_EXTENSIONS))}",
         )
-    ordered = sorted(images.values(), key=lambda ref: ref.relative_path)
-    return Listing(tuple(ordered), ignored, skipped)
+    return Listing(table, ignored, skipped)
+
+
+def _with_rewritten(table: pa.Table, rewritten: list[_Row]) -> pa.Table:
+    """Adds names that are not UTF-8; one that reads like another file's name gets part of its id."""
+    names = Counter(row[1] for row in rewritten)
+    taken = set(table.filter(pc.is_in(table["relative_path"], pa.array(list(names))))["relative_path"].to_pylist())
+
+    def distinct(row: _Row) -> _Row:
+        if names[row[1]] == 1 and row[1] not in taken:
+            return row
+        stem, dot, extension = row[1].rpartition(".")
+        return (row[0], f"{stem}~{row[0][:8]}{dot}{extension}", *row[2:])
+
+    return pa.concat_tables([table, _to_table(map(distinct, rewritten))]).sort_by("relative_path")
+
+
+def _read_list(src: Path) -> Listing:
+    """Files named by a list, in its order, whatever their extension; relative paths are relative to its folder.
+
+    A file that is not there, or cannot be examined, stays a candidate of 0 bytes without a time. Outputs mirror the
+    path below the list's folder, and for a file outside it the absolute path. A file named again counts as ignored.
+    """
+    root = os.fspath(src.resolve().parent)
+    prefix = os.path.join(root, "")
+    names = 0
+
+    def candidates() -> Iterator[_Row]:
+        nonlocal names
+        for name in _names_in(src):
+            names += 1
+            path = os.path.normpath(os.path.join(root, name))
+            try:
+                status = os.stat(path)
+            except (OSError, ValueError):
+                status = None
+            yield _row(path.removeprefix(prefix).lstrip("/"), path, status)
+
+    try:
+        table = _to_table(candidates())
+    except (pa.ArrowException, OSError, UnicodeError, KeyError) as error:
+        raise SourceError(
+            f"list {src} cannot be read ({error})",
+            hint="expected one path per line (.txt), or a column `path` (.csv, .parquet)",
+        ) from error
+    if not table.num_rows:
+        raise SourceError(f"list {src} names no file", hint="expected one path per line, or a column `path`")
+    first = first_rows(table["image_id"])
+    if len(first) < table.num_rows:
+        again = np.delete(np.arange(table.num_rows), first)
+        earlier = table.take(pc.index_in(table["image_id"].take(pa.array(again)), table["image_id"]))
+        for one, other in zip(table["uri"].take(pa.array(again)).to_pylist(), earlier["uri"].to_pylist(), strict=True):
+            if one != other:
+                raise SourceError(
+                    f"list {src} names two files whose results would have one name: {other} and {one}",
+                    hint="put the list into a folder above both",
+                )
+        table = table.take(pa.array(first))
+    return Listing(table, names - table.num_rows)
+
+
+def _names_in(src: Path) -> Iterator[str]:
+    """The paths in a list, a few at a time."""
+    if src.suffix.lower() == ".txt":
+        with src.open(encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                if name := line.rstrip("\r\n"):
+                    yield name
+        return
+    if src.suffix.lower() == ".csv":
+        convert = csv.ConvertOptions(include_columns=["path"], column_types={"path": pa.string()})
+        with csv.open_csv(src, convert_options=convert) as reader:
+            for batch in reader:
+                yield from filter(None, batch["path"].to_pylist())
+        return
+    with pq.ParquetFile(src) as file:
+        if "path" not in file.schema_arrow.names:
+            raise KeyError(f"its columns are {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["path"]):
+            yield from filter(None, batch["path"].cast(pa.string()).to_pylist())
+
+
+def _row(true_name: str, path: str, status: os.stat_result | None) -> _Row:
+    """A candidate; `true_name` is its path below the source."""
+    uri = "file://" + quote_from_bytes(os.fsencode(path))
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return image_id(true_name), _printable(true_name), uri, 0, None
+    return image_id(true_name), _printable(true_name), uri, status.st_size, status.st_mtime_ns // 1000
+
+
+def _to_table(rows: Iterator[_Row]) -> pa.Table:
+    batches = []
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        columns = [
+            pa.array(column, field.type) for column, field in zip(zip(*some, strict=True), LISTING_SCHEMA, strict=True)
+        ]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA))
+    return pa.Table.from_batches(batches, LISTING_SCHEMA)
 
 
 def local_path(uri: str) -> Path:
@@ -98,8 +237,11 @@ def fetch(ref: ImageRef) -> bytes:
     Raises:
         ImageFault: at the fetch stage; `missing`, `permission_denied` or `unreadable`.
     """
+    path = local_path(ref.uri)
     try:
-        return local_path(ref.uri).read_bytes()
+        if not path.is_file() and path.exists():
+            raise ImageFault(Stage.FETCH, "unreadable", "not a regular file")
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageFault(Stage.FETCH, "missing", "the file is not there any more, or is a broken link") from error
     except PermissionError as error:
@@ -109,37 +251,20 @@ def fetch(ref: ImageRef) -> bytes:
 
 
 def _walk(directory: str, unreadable: list[str]) -> Iterator["os.DirEntry[str]"]:
-    """All entries below a directory that are not folders themselves, in the order of their names."""
+    """All entries below a directory that are not folders themselves, in the order of their paths."""
     try:
         with os.scandir(directory) as entries:
-            ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+            found = [(entry, entry.is_dir(follow_symlinks=False)) for entry in entries]
     except OSError:
         unreadable.append(directory)
         return
-    for entry in ordered:
-        if entry.is_dir(follow_symlinks=False):
+    # A folder's slash takes part: `a-b.png` comes before `a/2.png`.
+    found.sort(key=lambda each: os.fsencode(each[0].name) + (b"/" if each[1] else b""))
+    for entry, is_folder in found:
+        if is_folder:
             yield from _walk(entry.path, unreadable)
         else:
             yield entry
-
-
-def _candidate(entry: "os.DirEntry[str]", root: Path) -> ImageRef | None:
-    """The reference to an image file, or None for anything else."""
-    if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
-        return None
-    size_bytes, modified = 0, None
-    try:
-        status = entry.stat()
-    except OSError:
-        pass
-    else:
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        size_bytes = status.st_size
-        modified = _EPOCH + timedelta(microseconds=status.st_mtime_ns // 1000)
-    relative = Path(entry.path).relative_to(root).as_posix()
-    uri = "file://" + quote_from_bytes(os.fsencode(entry.path))
-    return ImageRef(image_id(relative), _printable(relative), uri, size_bytes, modified)
 
 
 def _printable(path: str) -> str:

@@ -4,7 +4,7 @@ Each function leaves a fault as the item's `failed` row and never raises for it;
 """
 
 import hashlib
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from pipeline.faults import fault_point
 from pipeline.images import decode, encode, encoded_format, to_uint8
@@ -90,7 +90,7 @@ def measure_result(item: Item) -> None:
         )
 
 
-def write(item: Item, directory: RunDirectory, config: RunConfig, source_root: Path) -> None:
+def write(item: Item, directory: RunDirectory, config: RunConfig) -> None:
     """Encodes a restored image, or takes the input's bytes, and gives the output its name."""
     if item.has_failed:
         return
@@ -105,7 +105,7 @@ def write(item: Item, directory: RunDirectory, config: RunConfig, source_root: P
             source_format=item.decoded().source_format,
             output_format=encoded_format(item.decoded().source_format, config.output_format),
             option=config.output_format,
-            taken=lambda path: (source_root / path).exists(),
+            taken=lambda path: local_path(item.ref.uri).with_name(PurePosixPath(path).name).exists(),
         )
     if item.has_failed:
         return

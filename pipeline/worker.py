@@ -71,7 +71,6 @@ class Worker:
         self._judge = Judge(context.config, classifier=classifier, prompts=restorer.prompts.keys)
         self._restoring = BatchRestorer(restorer, device=context.device)
         self._directory = RunDirectory(context.run_dir)
-        self._source_root = Path(context.source_root)
         reference = context.config.reference
         self._references = ReferenceIndex(Path(reference)) if reference is not None else None
         self._stop = threading.Event()
@@ -207,7 +206,7 @@ class Worker:
 
     def _finish(self, item: Item) -> Item:
         measure_result(item)
-        write(item, self._directory, self._config, self._source_root)
+        write(item, self._directory, self._config)
         item.drop_pixels()
         return item
 

@@ -14,7 +14,8 @@ def drive(runner: Runner, context: RunContext, shards: tuple[Shard, ...]) -> lis
     """Removes what was left half-written, then works off what has no row; returns the ids reported."""
     directory = RunDirectory(context.run_dir)
     directory.remove_partials()
-    finished = done(context.run_dir)
+    rows = done(context.run_dir)
+    finished = set(zip(rows["image_id"].to_pylist(), rows["revision"].to_pylist(), strict=True))
     left = [Shard(s.shard_id, tuple(i for i in s.images if (i.image_id, i.revision) not in finished)) for s in shards]
     reported: list[str] = []
     runner.run(

@@ -73,6 +73,22 @@ def test_a_folder_is_restored_and_its_summary_is_one_json_object(
     assert tree(photographs) == before
 
 
+def test_a_list_of_photographs_is_restored_as_a_folder_is(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    listed = photographs / "some.txt"
+    listed.write_text("holiday/coffee.jpg\nnot-there.png\n")
+    out = tmp_path / "out"
+    code, stdout, stderr = restore(listed, out, weights, "--label", "rain", "--max-failed-fraction", "0.5", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["counts"] == {
+        "restored": 1, "copied": 0, "abstained": 0, "failed": 1, "quarantined": 0,
+    }  # fmt: skip
+    assert (out / "images/holiday/coffee.jpg").exists()
+    again, stdout, stderr = restore(listed, out, weights, "--label", "rain", "--json")
+    assert (again, json.loads(stdout)["done_before"]) == (1, 2)
+
+
 def test_the_same_command_again_does_nothing_twice_and_new_files_are_added(
     photographs: Path, tmp_path: Path, weights: list[str]
 ) -> None:

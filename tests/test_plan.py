@@ -1,19 +1,20 @@
 """The plan: every image in exactly one shard, frozen, and brought up to date by new generations only."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import plan
 from pipeline.plan import PLAN_SCHEMA, PlanError, cut_shards, estimate, load_plan, update_plan
-from pipeline.records import ImageRef, image_id
-from pipeline.source import Listing, list_source
+from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, image_id
+from pipeline.source import LISTING_SCHEMA, Listing, list_source
 
 NOON = datetime(2026, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -22,18 +23,23 @@ def ref(name, size_bytes=1000, modified=NOON):
     return ImageRef(image_id(name), name, f"file:///src/{name}", size_bytes, modified)
 
 
+def table(refs):
+    return pa.Table.from_pylist([asdict(ref) for ref in refs], schema=IMAGE_REF_SCHEMA)
+
+
 def listing(*refs):
-    return Listing(tuple(sorted(refs, key=lambda r: r.relative_path)), 0)
+    return Listing(table(sorted(refs, key=lambda r: r.relative_path)).select(LISTING_SCHEMA.names), 0)
 
 
 def images(shards):
     return [image for shard in shards for image in shard.images]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 100 * 2**20), max_size=300))
 def test_shards_hold_every_image_once_and_keep_their_limits(sizes):
     refs = [ref(f"{i:04d}.png", size) for i, size in enumerate(sizes)]
-    shards = cut_shards(refs)
+    shards = cut_shards(table(refs))
     assert images(shards) == refs
     assert [shard.shard_id for shard in shards] == [f"{i:05d}" for i in range(len(shards))]
     for shard in shards:
@@ -43,30 +49,30 @@ def test_shards_hold_every_image_once_and_keep_their_limits(sizes):
 
 @pytest.mark.parametrize(("count", "shards"), [(1, 1), (4, 1), (9, 3), (32, 8), (100, 8), (512, 8), (640, 10)])
 def test_small_jobs_give_several_workers_something_to_do(count, shards):
-    assert len(cut_shards([ref(f"{i:04d}.png") for i in range(count)])) == shards
+    assert len(cut_shards(table([ref(f"{i:04d}.png") for i in range(count)]))) == shards
 
 
 def test_plan_is_read_back_as_it_was_written(tmp_path):
     refs = [ref("a.png"), ref("b \u00e9.png", size_bytes=0, modified=None), ref("c/d.png")]
     changes = update_plan(tmp_path, listing(*refs))
-    assert (changes.new, changes.changed, changes.vanished) == (3, 0, ())
-    assert load_plan(tmp_path) == list(changes.shards)
-    assert images(load_plan(tmp_path)) == list(listing(*refs).images)
+    assert (changes.new, changes.changed, changes.vanished) == (3, 0, 0)
+    assert list(load_plan(tmp_path)) == list(changes.shards)
+    assert images(load_plan(tmp_path)) == listing(*refs).images
     (path,) = (tmp_path / "plan").iterdir()
     assert path.name == "00000.parquet"
     assert pq.read_schema(path).equals(PLAN_SCHEMA)
 
 
 def test_no_plan_is_an_empty_plan(tmp_path):
-    assert load_plan(tmp_path) == []
+    assert list(load_plan(tmp_path)) == []
 
 
 def test_second_call_without_changes_writes_nothing(tmp_path):
     update_plan(tmp_path, listing(ref("a.png"), ref("b.png", modified=None)))
-    before = load_plan(tmp_path)
+    before = list(load_plan(tmp_path))
     changes = update_plan(tmp_path, listing(ref("a.png"), ref("b.png", modified=None)))
-    assert (changes.new, changes.changed, changes.vanished, changes.shards) == (0, 0, (), ())
-    assert load_plan(tmp_path) == before
+    assert (changes.new, changes.changed, changes.vanished, len(changes.shards)) == (0, 0, 0, 0)
+    assert list(load_plan(tmp_path)) == before
     assert len(list((tmp_path / "plan").iterdir())) == 1
 
 
@@ -76,7 +82,7 @@ def test_new_files_get_new_shards_and_old_shards_stay(tmp_path):
     second = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     assert (second.new, second.changed) == (1, 0)
     assert [shard.shard_id for shard in second.shards] == ["00001"]
-    assert load_plan(tmp_path) == [*first.shards, *second.shards]
+    assert list(load_plan(tmp_path)) == [*first.shards, *second.shards]
     assert (tmp_path / "plan/00000.parquet").read_bytes() == frozen
 
 
@@ -104,11 +110,10 @@ def test_vanished_files_are_reported_and_stay_planned(tmp_path):
     update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     gone = replace(ref("c.png"), size_bytes=0, modified=None)
     changes = update_plan(tmp_path, listing(ref("b.png"), gone))
-    assert [image.relative_path for image in changes.vanished] == ["a.png", "c.png"]
-    assert changes.shards == ()
+    assert (changes.vanished, len(changes.shards)) == (2, 0)
     assert len(images(load_plan(tmp_path))) == 3
     back = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
-    assert (back.new, back.changed, back.vanished) == (0, 0, ())
+    assert (back.new, back.changed, back.vanished) == (0, 0, 0)
 
 
 def test_a_broken_link_that_is_mended_is_done_again(tmp_path):
@@ -149,7 +154,7 @@ def test_plan_of_a_real_folder_follows_its_changes(tmp_path):
     for name in ("a.png", "b.png"):
         (source / name).write_bytes(b"1")
     update_plan(tmp_path / "out", list_source(source))
-    assert update_plan(tmp_path / "out", list_source(source)).shards == ()
+    assert not update_plan(tmp_path / "out", list_source(source)).shards
     (source / "a.png").write_bytes(b"22")
     os.utime(source / "b.png", ns=(0, 1_600_000_000_000_000_000))
     (source / "c.png").write_bytes(b"3")
@@ -162,14 +167,14 @@ def test_estimate_adds_up_what_headers_say(tmp_path):
         Image.new("RGB", (500, 400)).save(tmp_path / f"{i}.png")
     Image.new("RGB", (500, 400)).save(tmp_path / "photo.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    found = estimate(list_source(tmp_path), megapixels_per_s=0.5)
+    found = estimate(list_source(tmp_path).table["uri"], megapixels_per_s=0.5)
     assert (found.images, found.sampled, found.unreadable) == (6, 6, 1)
     assert found.formats == {"PNG": 4, "JPEG": 1}
     assert found.unreadable_fraction == pytest.approx(1 / 6)
     assert found.megapixels_mean == pytest.approx(0.2)
     assert found.megapixels == pytest.approx(1.0)
     assert found.seconds == pytest.approx(2.0)
-    smaller = estimate(list_source(tmp_path), megapixels_per_s=None, output_format="webp")
+    smaller = estimate(list_source(tmp_path).table["uri"], megapixels_per_s=None, output_format="webp")
     assert smaller.seconds is None
     assert 0 < smaller.output_bytes < found.output_bytes
 
@@ -177,8 +182,36 @@ def test_estimate_adds_up_what_headers_say(tmp_path):
 def test_estimate_extrapolates_from_a_seeded_sample(tmp_path):
     for i in range(20):
         Image.new("L", (100, 10 * (i + 1))).save(tmp_path / f"{i}.png")
-    source = list_source(tmp_path)
+    source = list_source(tmp_path).table["uri"]
     one, two = (estimate(source, megapixels_per_s=1.0, sample_images=5, seed=3) for _ in range(2))
     assert one == two
     assert (one.images, one.sampled) == (20, 5)
     assert one.megapixels == pytest.approx(one.megapixels_mean * 20)
+
+
+def test_shards_are_a_sequence_that_can_be_cut_and_left_over(tmp_path):
+    shards = cut_shards(table([ref(f"{i:02d}.png") for i in range(20)]))
+    assert (len(shards), shards.image_count) == (5, 20)
+    assert [shard.shard_id for shard in shards[1:3]] == ["00001", "00002"]
+    assert shards[-1] == list(shards)[4]
+    with pytest.raises(IndexError):
+        shards[5]
+    assert len(shards[:0]) == 0
+    kept = [image for shard in shards for image in shard.images][5:9]
+    done = shards.table.filter(pa.compute.invert(pa.compute.is_in(
+        shards.table["image_id"], pa.array([image.image_id for image in kept])
+    ))).select(["image_id", "revision"])  # fmt: skip
+    left = shards.without(done)
+    assert images(left) == kept
+    assert [shard.shard_id for shard in left] == ["00001", "00002"]
+    another_revision = done.set_column(1, "revision", pa.array([1] * len(done)))
+    assert shards.without(another_revision).image_count == 20
+
+
+def test_a_limit_leaves_out_what_lies_behind_it_but_nothing_planned(tmp_path):
+    names = [f"{i}.png" for i in range(4)]
+    update_plan(tmp_path, listing(ref("3.png")))
+    changes = update_plan(tmp_path, listing(*map(ref, names)), limit=2)
+    assert [i.relative_path for i in images(changes.shards)] == ["0.png", "1.png"]
+    assert (changes.new, changes.vanished) == (2, 0)
+    assert update_plan(tmp_path, listing(*map(ref, names)), limit=3).new == 1

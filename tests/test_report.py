@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.records import Outcome, Stage, Status, to_table
-from pipeline.report import Summary, summarise
+from pipeline.report import Summary, Tally, summarise
 
 
 def outcome(name: str, status: Status, **more: object) -> Outcome:
@@ -14,8 +14,10 @@ def outcome(name: str, status: Status, **more: object) -> Outcome:
 
 
 def summary(outcomes: list[Outcome], fresh: set[str], elapsed_s: float = 2.0) -> Summary:
+    tally = Tally()
+    tally.add([outcome for outcome in outcomes if outcome.image_id in fresh])
     return summarise(
-        to_table(outcomes), run_dir=Path("out"), run_id="r", planned=len(outcomes), fresh_ids=fresh,
+        to_table(outcomes), run_dir=Path("out"), run_id="r", planned=len(outcomes), fresh=tally,
         elapsed_s=elapsed_s, vanished=0,
     )  # fmt: skip
 

@@ -116,7 +116,7 @@ def test_a_shard_knows_its_own_rows_only(directory: RunDirectory) -> None:
     directory.commit_part("s1-2", [row("b", shard="s1-2", revision=3)])
     assert directory.committed("s1") == {(image_id("a"), 0)}
     assert directory.committed("s1-2") == {(image_id("b"), 3)}
-    assert done(directory.root) == {(image_id("a"), 0), (image_id("b"), 3)}
+    assert sorted(done(directory.root)["revision"].to_pylist()) == [0, 3]
 
 
 def test_the_manifest_has_the_highest_revision_of_each_image(directory: RunDirectory) -> None:

@@ -3,6 +3,8 @@
 import os
 from datetime import UTC, datetime
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.images import ImageFault
@@ -93,7 +95,7 @@ def test_file_that_cannot_be_read_is_a_fault_with_its_cause(tmp_path):
     (ref,) = list_source(tmp_path).images
     (tmp_path / "a.png").unlink()
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(ImageFault, match="Is a directory") as caught:
+    with pytest.raises(ImageFault, match="not a regular file") as caught:
         fetch(ref)
     assert caught.value.error_class == "unreadable"
 
@@ -148,6 +150,60 @@ def test_folder_without_permission_is_named(tmp_path):
         (tmp_path / "closed").chmod(0o755)
     assert paths(listing) == ["a.png"]
     assert listing.unreadable_directories == ("closed",)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])
+def test_a_list_names_files_wherever_they_are(tmp_path, suffix):
+    fill(tmp_path, "lists/a.png", "lists/deep/b.odd", "elsewhere/c, d.png")
+    names = [
+        "deep/b.odd", "a.png", "gone.png", str(tmp_path / "lists/a.png"), "../elsewhere/c, d.png",
+        "deep",
+    ]  # fmt: skip
+    path = tmp_path / "lists" / f"some{suffix}"
+    if suffix == ".txt":
+        path.write_text("\r\n".join(names) + "\n\n")
+    elif suffix == ".csv":
+        path.write_text("id,path\n" + "".join(f'{i},"{name}"\n' for i, name in enumerate(names)))
+    else:
+        pq.write_table(pa.table({"id": range(len(names)), "path": names}), path)
+    listing = list_source(path)
+    outside = str(tmp_path / "elsewhere/c, d.png").lstrip("/")
+    assert paths(listing) == ["deep/b.odd", "a.png", "gone.png", outside, "deep"]
+    assert listing.ignored == 1
+    assert [i.size_bytes for i in listing.images] == [16, 11, 0, 18, 0]
+    assert [i.modified is None for i in listing.images] == [False, False, True, False, True]
+    assert [fetch(listing.images[i]) for i in (0, 3)] == [b"lists/deep/b.odd", b"elsewhere/c, d.png"]
+    for index, fault in ((2, "missing"), (4, "unreadable")):
+        with pytest.raises(ImageFault) as caught:
+            fetch(listing.images[index])
+        assert caught.value.error_class == fault
+
+
+def test_a_listed_pipe_is_a_fault_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "list.txt").write_text("pipe.png\n")
+    (ref,) = list_source(tmp_path / "list.txt").images
+    with pytest.raises(ImageFault, match="not a regular file"):
+        fetch(ref)
+
+
+def test_lists_that_cannot_be_used_say_why(tmp_path):
+    fill(tmp_path, "a.png")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(SourceError, match="names no file"):
+        list_source(tmp_path / "empty.txt")
+    (tmp_path / "other.csv").write_text("file\na.png\n")
+    with pytest.raises(SourceError, match="path"):
+        list_source(tmp_path / "other.csv")
+    pq.write_table(pa.table({"file": ["a.png"]}), tmp_path / "other.parquet")
+    with pytest.raises(SourceError, match="its columns are file"):
+        list_source(tmp_path / "other.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"no table")
+    with pytest.raises(SourceError, match=r"broken\.parquet cannot be read"):
+        list_source(tmp_path / "broken.parquet")
+    (tmp_path / "two.txt").write_text("/x/a.png\nx/a.png\n")
+    with pytest.raises(SourceError, match="one name"):
+        list_source(tmp_path / "two.txt")
 
 
 def test_only_file_uris_are_local():
