@@ -52,6 +52,9 @@ Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile
 MinConfidence = Annotated[
     float | None, typer.Option(help="Abstain below this probability, 0 to 1; default: the classifier's thresholds.")
 ]
+SecondLook = Annotated[
+    bool | None, typer.Option("--second-look/--no-second-look", help="Classify results too: `clean_probability_after`.")
+]
 MaxFailedFraction = Annotated[
     float | None, typer.Option(help="More failures than this share make the exit code 1; the run never stops for it.")
 ]
@@ -97,6 +100,7 @@ def restore(
     max_workers: MaxWorkers = None,
     tile: Tile = None,
     min_confidence: MinConfidence = None,
+    second_look: SecondLook = None,
     max_failed_fraction: MaxFailedFraction = None,
     limit: Limit = None,
     config: ConfigFile = None,
@@ -146,6 +150,7 @@ def plan(
     dtype: Dtype = None,
     tile: Tile = None,
     min_confidence: MinConfidence = None,
+    second_look: SecondLook = None,
     limit: Limit = None,
     config: ConfigFile = None,
     as_json: AsJson = False,

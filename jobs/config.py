@@ -30,6 +30,7 @@ class RestoreOptions(BaseModel):
     max_workers: int | None = Field(None, ge=1)
     tile: str = "auto"
     min_confidence: float | None = Field(None, ge=0, le=1)
+    second_look: bool = True
     max_failed_fraction: float = Field(0.05, ge=0, le=1)
     limit: int | None = Field(None, ge=1)
     max_pixels: int = Field(400_000_000, ge=1)

@@ -244,6 +244,7 @@ def _resolve(options: RestoreOptions) -> RunConfig:
         dtype=resolve_dtype(options.dtype, device),
         tile=options.tile,
         min_confidence=options.min_confidence,
+        second_look=options.second_look,
         max_pixels=options.max_pixels,
     )
 

@@ -3,9 +3,10 @@
 Differences from the plain form in `models.dfpir`, none of which changes the result beyond rounding:
 
 - Features are B x H x W x C throughout, so that a 1x1 convolution is one matrix product over all pixels.
-- Images of a batch go one by one, and every block runs over bands of rows. The wide features between a 1x1 and a 3x3
-  convolution exist for one band at a time, in the processor's cache; attention sums its Gram matrix and norms over
-  the bands, so that it spans the whole image all the same. Two maps of a level's features are all that is held.
+- Every block runs over bands of rows. The wide features between a 1x1 and a 3x3 convolution exist for one band at a
+  time, in the processor's cache; attention sums its Gram matrix and norms over the bands, so that it spans the whole
+  image all the same. Two maps of a level's features are all that is held.
+- Images of a batch go together if they fit in one band, else one by one.
 - Prompts are indices into the bank. Each prompt's channel order is computed once, and folds DGCPM's two
   convolutions into one C x C matrix per prompt; every image of a batch picks its own.
 - The affine part of a layer norm is folded into the projection that follows it.
@@ -62,9 +63,9 @@ def _convolve(x: Tensor, kernel: Tensor, *, padding: tuple[int, int] = (1, 1)) -
 
 
 def _rows(x: Tensor, wide_channels: int) -> int:
-    """Rows of a band, so that so many channels of it keep within `BAND_BYTES`."""
+    """Rows of a band, so that so many channels of it keep within `BAND_BYTES`; all rows of a batch."""
     fitting = BAND_BYTES[x.device.type] // (x.shape[2] * wide_channels * x.element_size())
-    return min(x.shape[1], max(fitting, 4))
+    return x.shape[1] if len(x) > 1 else min(x.shape[1], max(fitting, 4))
 
 
 class _Similarity:
@@ -74,14 +75,14 @@ class _Similarity:
     """
 
     def __init__(self, like: Tensor, heads: int) -> None:
-        """Nothing summed yet, for features shaped like 1 x H x W x C."""
+        """Nothing summed yet, for features shaped like B x H x W x C."""
         self.heads, self.per_head = heads, like.shape[-1] // heads
         shape = len(like), heads, self.per_head
         self.gram = torch.zeros(*shape, self.per_head, device=like.device)
         self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
 
     def add(self, query: Tensor, key: Tensor) -> None:
-        """Adds a band's queries and keys, 1 x h x W x C each."""
+        """Adds a band's queries and keys, B x h x W x C each."""
         query, key = (t.float().reshape(len(t), -1, self.heads, self.per_head).transpose(1, 2) for t in (query, key))
         self.gram += query.transpose(-2, -1) @ key
         self.query_power += query.square().sum(-2)
@@ -106,7 +107,7 @@ def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
 
 
 class _Widening(nn.Module):
-    """Layer norm, 1x1 convolution and depth-wise 3x3 convolution, band by band; 1 x H x W x C in.
+    """Layer norm, 1x1 convolution and depth-wise 3x3 convolution, band by band; B x H x W x C in.
 
     What comes out is cut into `parts` along the channels (query, key and value; gate and value), each contiguous.
     """
@@ -131,14 +132,20 @@ class _Widening(nn.Module):
     def forward(
         self, x: Tensor, rows: int, prepare: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Bands of `rows` rows, and each part's features there, 1 x h x W x C_part.
+        """Bands of `rows` rows, and each part's features there, B x h x W x C_part; more than one image in one band.
 
         `prepare`, if given, is applied to rows of x before the layer norm. Every row is projected once: the last two
         of a band are kept for the next one.
         """
-        _, height, width, _ = x.shape
+        batch, height, width, _ = x.shape
         parts, _, channels = self.matrices.shape
         kernels = self.kernels.chunk(parts)
+        if rows >= height:
+            normalised = _normalise(x if prepare is None else prepare(x)).flatten(0, 2)
+            wide = (torch.addmm(self.biases[p], normalised, self.matrices[p]) for p in range(parts))
+            shape = batch, height, width, channels
+            yield slice(0, height), [_convolve(w.view(shape), k) for w, k in zip(wide, kernels, strict=True)]
+            return
         buffer = x.new_zeros(parts, rows + 2, width, channels)  # from one row above a band to one row below it
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
@@ -160,7 +167,7 @@ class _Widening(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    """x + GDFN(norm(x)); 1 x H x W x C in and out."""
+    """x + GDFN(norm(x)); B x H x W x C in and out."""
 
     project_out: Tensor
 
@@ -173,14 +180,13 @@ class _FeedForward(nn.Module):
         """Writes into `out`, another tensor of the shape of x, and returns it."""
         for band, (gate, value) in self.widen(x, _rows(x, 2 * len(self.project_out))):
             hidden = F.gelu(gate).mul_(value)
-            torch.addmm(
-                x[0, band].flatten(0, 1), hidden.flatten(0, 2), self.project_out, out=out[0, band].flatten(0, 1)
-            )
+            before, after = x[:, band].flatten(0, 2), out[:, band].flatten(0, 2)
+            torch.addmm(before, hidden.flatten(0, 2), self.project_out, out=after)
         return out
 
 
 class _SelfAttention(nn.Module):
-    """x + MDTA(norm(x)); 1 x H x W x C in and out."""
+    """x + MDTA(norm(x)); B x H x W x C in and out."""
 
     temperature: Tensor
     project_out: Tensor
@@ -204,7 +210,7 @@ class _SelfAttention(nn.Module):
 
 
 class _PerturbedAttention(nn.Module):
-    """CAAPM's attention on normalised features; 1 x H x W x C in and out."""
+    """CAAPM's attention on normalised features; B x H x W x C in and out."""
 
     temperature: Tensor
     project_out: Tensor
@@ -233,7 +239,7 @@ class _PerturbedAttention(nn.Module):
 
 
 class _Perturbation(nn.Module):
-    """DGPB with the channel orders of a bank of K prompts folded in; 1 x H x W x C in and out."""
+    """DGPB with the channel orders of a bank of K prompts folded in; B x H x W x C in and out."""
 
     matrices: Tensor
     """K x C x C: `W_out P W_in` for each prompt's permutation P."""
@@ -265,7 +271,7 @@ class _Perturbation(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Restormer's blocks, each attention and feed-forward with their residuals; 1 x H x W x C in and out."""
+    """Restormer's blocks, each attention and feed-forward with their residuals; B x H x W x C in and out."""
 
     def __init__(self, plain: nn.Sequential, dtype: torch.dtype) -> None:
         super().__init__()
@@ -365,7 +371,7 @@ class InferenceDFPIR(nn.Module):
 
     def forward(self, image: Tensor, prompts: Tensor) -> Tensor:
         """Restores a batch; shapes and ranges stand at the class."""
-        if len(image) > 1:
+        if len(image) > 1 and not self._fits_in_a_band(image):
             return torch.cat([self(image[i : i + 1], prompts[i : i + 1]) for i in range(len(image))])
         factor = self.config.unshuffle_factor
         pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.dtype)
@@ -387,3 +393,9 @@ class InferenceDFPIR(nn.Module):
         x = self.decoder1(x)
         residual = _convolve(x, self.output).permute(0, 3, 1, 2).float()
         return F.pixel_shuffle(residual, factor) + image
+
+    def _fits_in_a_band(self, image: Tensor) -> bool:
+        """Whether the widest features of all images together do: those of the first decoder level's feed-forward."""
+        pixels = len(image) * image.shape[2] * image.shape[3] / self.config.unshuffle_factor**2
+        wide_channels = 2 * int(2 * self.config.dim * self.config.ffn_expansion_factor)
+        return pixels * wide_channels * self.dtype.itemsize <= BAND_BYTES[image.device.type]

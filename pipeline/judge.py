@@ -62,8 +62,8 @@ class Judge:
         )
 
     def look_again(self, items: Sequence[Item]) -> None:
-        """Notes how clean the results look to the classifier: little work beside restoring them."""
-        if self._classifier is None or not items:
+        """Notes how clean the results look to the classifier, if the run asks for it."""
+        if self._classifier is None or not self._config.second_look or not items:
             return
         classifier = self._classifier
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Raised when the same options come to give different pixels or decisions."""
 
 
@@ -37,6 +37,8 @@ class RunConfig:
     """`auto`, `off`, or a side in pixels."""
     min_confidence: float | None
     """Replaces the classifier's own thresholds where given."""
+    second_look: bool
+    """Whether results are classified too."""
     max_pixels: int
     """A larger image is refused as a decompression bomb."""
     algorithm_version: int = ALGORITHM_VERSION

@@ -41,13 +41,16 @@ def test_equals_the_plain_form_for_every_prompt_in_one_mixed_batch(factor):
     assert (found - expected).abs().max() <= 1e-4
 
 
-def test_a_batch_of_mixed_prompts_equals_singles():
+@pytest.mark.parametrize("together", [True, False])
+def test_a_batch_of_mixed_prompts_equals_singles(monkeypatch, together):
     network = InferenceDFPIR(tiny_network(3), orthogonal_bank())
+    monkeypatch.setitem(inference.BAND_BYTES, "cpu", 2 << 20 if together else 4096)
     image = torch.rand(4, 3, 32, 16, generator=torch.Generator().manual_seed(2))
     prompts = torch.tensor([6, 0, 3, 0])
     with torch.inference_mode():
         batch = network(image, prompts)
         singles = [network(image[i : i + 1], prompts[i : i + 1])[0] for i in range(4)]
+    assert network._fits_in_a_band(image) == together
     assert (batch - torch.stack(singles)).abs().max() <= 1e-5
 
 

@@ -128,6 +128,14 @@ def test_each_label_leads_to_its_status_with_all_that_is_known(tmp_path: Path) -
         assert rows[name]["prompt"] is None
 
 
+def test_results_are_classified_only_if_the_run_asks_for_it(tmp_path: Path) -> None:
+    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
+    (row,) = work(plan(tmp_path, second_look=False)).values()
+    assert row["status"] == Status.RESTORED
+    assert row["clean_probability_before"] is not None
+    assert row["clean_probability_after"] is None
+
+
 def test_a_bad_file_fails_alone_with_its_stage(tmp_path: Path) -> None:
     source = tmp_path / "src"
     marked(source / "good.png", red(Degradation.RAIN))

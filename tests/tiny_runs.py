@@ -67,6 +67,7 @@ def config_of(weights: TinyWeights | None = None, **changes: object) -> RunConfi
         "dtype": "float32",
         "tile": "off",
         "min_confidence": None,
+        "second_look": True,
         "max_pixels": 10_000_000,
     }
     return RunConfig(**(fields | changes))  # type: ignore[arg-type]
