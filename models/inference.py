@@ -141,17 +141,18 @@ class _Widening(nn.Module):
         parts, _, channels = self.matrices.shape
         kernels = self.kernels.chunk(parts)
         if rows >= height:
-            normalised = _normalise(x if prepare is None else prepare(x)).flatten(0, 2)
+            normalised = _normalise(prepare(x) if prepare else x.to(self.matrices.dtype)).flatten(0, 2)
             wide = (torch.addmm(self.biases[p], normalised, self.matrices[p]) for p in range(parts))
             shape = batch, height, width, channels
             yield slice(0, height), [_convolve(w.view(shape), k) for w, k in zip(wide, kernels, strict=True)]
             return
-        buffer = x.new_zeros(parts, rows + 2, width, channels)  # from one row above a band to one row below it
+        # From one row above a band to one row below it.
+        buffer = x.new_zeros(parts, rows + 2, width, channels, dtype=self.matrices.dtype)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             known = 1 if top == 0 else 2
             fresh = x[:, top + known - 1 : bottom + 1]
-            normalised = _normalise(fresh if prepare is None else prepare(fresh)).flatten(0, 2)
+            normalised = _normalise(prepare(fresh) if prepare else fresh.to(self.matrices.dtype)).flatten(0, 2)
             end = known + fresh.shape[1]
             for part in range(parts):
                 out = buffer[part, known:end].flatten(0, 1)
@@ -210,17 +211,21 @@ class _SelfAttention(nn.Module):
 
 
 class _PerturbedAttention(nn.Module):
-    """CAAPM's attention on normalised features; B x H x W x C in and out."""
+    """CAAPM's attention on normalised features; B x H x W x C in and out.
+
+    Queries, keys and values are float32 whatever the features' dtype: with weights rounded to bfloat16 twice as many
+    rows of logits lose another entry, which has cost 0.04 dB on hazy photographs (docs/decisions/0005).
+    """
 
     temperature: Tensor
     project_out: Tensor
 
-    def __init__(self, block: PerturbationBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: PerturbationBlock) -> None:
         super().__init__()
         plain: PerturbedAttention = block.select_attn
         self.kept_fraction = plain.kept_fraction
-        self.query = _Widening(block.norm1, plain.q, plain.q_dwconv, parts=1, dtype=dtype)
-        self.key_value = _Widening(block.norm2, plain.kv, plain.kv_dwconv, parts=2, dtype=dtype)
+        self.query = _Widening(block.norm1, plain.q, plain.q_dwconv, parts=1, dtype=torch.float32)
+        self.key_value = _Widening(block.norm2, plain.kv, plain.kv_dwconv, parts=2, dtype=torch.float32)
         self.register_buffer("temperature", plain.temperature.detach().float())
         scaled = _matrix(plain.project_out) * plain.attn4.detach().double()
         self.register_buffer("project_out", scaled.float())
@@ -242,7 +247,7 @@ class _Perturbation(nn.Module):
     """DGPB with the channel orders of a bank of K prompts folded in; B x H x W x C in and out."""
 
     matrices: Tensor
-    """K x C x C: `W_out P W_in` for each prompt's permutation P."""
+    """K x C x C: `W_out P W_in` for each prompt's permutation P; float32, like the attention that they lead to."""
     biases: Tensor
     """K x C: `W_out P b_in + b_out`."""
 
@@ -254,16 +259,16 @@ class _Perturbation(nn.Module):
         widen_bias, narrow_bias = plain.conv1x1.bias.detach().double(), plain.conv_out.bias.detach().double()
         matrices = torch.stack([narrow @ widen[order] for order in orders])
         biases = torch.stack([narrow @ widen_bias[order] + narrow_bias for order in orders])
-        self.register_buffer("matrices", matrices.to(dtype))
-        self.register_buffer("biases", biases.to(dtype))
-        self.attention = _PerturbedAttention(plain, dtype)
+        self.register_buffer("matrices", matrices.float())
+        self.register_buffer("biases", biases.float())
+        self.attention = _PerturbedAttention(plain)
         self.feed_forward = _FeedForward(plain.norm3, plain.ffn, dtype)
 
     def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
         matrices, biases = self.matrices[prompts].transpose(1, 2), self.biases[prompts][:, None]
 
         def shuffle(rows: Tensor) -> Tensor:
-            return torch.baddbmm(biases, rows.flatten(1, 2), matrices).view(rows.shape)
+            return torch.baddbmm(biases, rows.flatten(1, 2).float(), matrices).view(rows.shape)
 
         spare = torch.empty_like(x)
         out: Tensor = self.feed_forward(self.attention(x, shuffle, spare), spare)
@@ -328,8 +333,8 @@ class InferenceDFPIR(nn.Module):
     Called as `net(image, prompts)`: image B 3 H W, float32, RGB in [0, 1], sides multiples of
     `config.size_multiple`; prompts B int64, positions in the bank. Returns B 3 H W float32, not clamped.
 
-    With `dtype` bfloat16 the features are bfloat16, while Gram matrices, softmax, the choice of surviving
-    logits, layer norm's statistics and the final sum with the image stay float32.
+    With `dtype` bfloat16 the features are bfloat16, while Gram matrices, softmax, all that leads to the choice of
+    surviving logits in CAAPM, layer norm's statistics and the final sum with the image stay float32.
     """
 
     stem: Tensor
