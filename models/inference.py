@@ -15,12 +15,17 @@ Differences from the plain form in `models.dfpir`, none of which changes the res
 - Reducing a concatenation is the sum of two products, without the concatenation.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import passes
 from models.dfpir import (
     DFPIR,
     ChannelLayerNorm,
@@ -51,15 +56,19 @@ def _kernel(convolution: nn.Module, dtype: torch.dtype) -> Tensor:
     return convolution.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
 
 
-def _normalise(x: Tensor) -> Tensor:
-    """Layer norm over the last dimension without its affine part; statistics are float32 inside."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+@functools.cache
+def _passes(device: torch.device) -> ModuleType:
+    """The module whose passes run on a device: Triton's kernels on a GPU, once they have agreed with torch's there."""
+    if device.type != "cuda":
+        return passes
+    try:
+        from models import kernels
 
-
-def _convolve(x: Tensor, kernel: Tensor, *, padding: tuple[int, int] = (1, 1)) -> Tensor:
-    """A 3x3 convolution of B x H x W x C, dense or depth-wise by the shape of the kernel."""
-    groups = x.shape[-1] // kernel.shape[1]
-    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=groups).permute(0, 2, 3, 1)
+        kernels.check(device)
+    except Exception as error:  # a compiler's faults have no common class
+        warnings.warn(f"models: Triton's kernels are not used on {device}, which is slower: {error}", stacklevel=2)
+        return passes
+    return kernels
 
 
 def _rows(x: Tensor, wide_channels: int) -> int:
@@ -81,12 +90,14 @@ class _Similarity:
         self.gram = torch.zeros(*shape, self.per_head, device=like.device)
         self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
 
-    def add(self, query: Tensor, key: Tensor) -> None:
-        """Adds a band's queries and keys, B x h x W x C each."""
-        query, key = (t.float().reshape(len(t), -1, self.heads, self.per_head).transpose(1, 2) for t in (query, key))
-        self.gram += query.transpose(-2, -1) @ key
-        self.query_power += query.square().sum(-2)
-        self.key_power += key.square().sum(-2)
+    def add(self, query: "_Wide", key: "_Wide") -> None:
+        """Adds a band's queries and keys."""
+        gram, query_power, key_power = _passes(query.features.device).depthwise_similarity(
+            query.features, key.features, (query.kernel, key.kernel), heads=self.heads, border=query.border
+        )
+        self.gram += gram
+        self.query_power += query_power
+        self.key_power += key_power
 
     def logits(self, temperature: Tensor) -> Tensor:
         """Scaled similarities, B x heads x C_head x C_head; `temperature` is heads x 1 x 1."""
@@ -106,8 +117,21 @@ def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
     return (columns @ attention).transpose(1, 2).reshape(batch, -1, heads * per_head)
 
 
+class _Wide(NamedTuple):
+    """One part's features between a 1x1 and a depth-wise 3x3 convolution (see `models.passes`), and what is next."""
+
+    features: Tensor
+    kernel: Tensor
+    border: int
+
+    def convolved(self) -> Tensor:
+        """B x h x W x C."""
+        out: Tensor = _passes(self.features.device).depthwise(self.features, self.kernel, border=self.border)
+        return out
+
+
 class _Widening(nn.Module):
-    """Layer norm, 1x1 convolution and depth-wise 3x3 convolution, band by band; B x H x W x C in.
+    """Layer norm and 1x1 convolution, band by band, ahead of a depth-wise 3x3 convolution; B x H x W x C in.
 
     What comes out is cut into `parts` along the channels (query, key and value; gate and value), each contiguous.
     """
@@ -131,8 +155,8 @@ class _Widening(nn.Module):
 
     def forward(
         self, x: Tensor, rows: int, prepare: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Bands of `rows` rows, and each part's features there, B x h x W x C_part; more than one image in one band.
+    ) -> Iterator[tuple[slice, list[_Wide]]]:
+        """Bands of `rows` rows, and each part's features there; more than one image in one band.
 
         `prepare`, if given, is applied to rows of x before the layer norm. Every row is projected once: the last two
         of a band are kept for the next one.
@@ -140,11 +164,16 @@ class _Widening(nn.Module):
         batch, height, width, _ = x.shape
         parts, _, channels = self.matrices.shape
         kernels = self.kernels.chunk(parts)
+        widen = _passes(x.device).widen
+
+        def project(fresh: Tensor, out: Tensor) -> None:
+            ready = prepare(fresh) if prepare else fresh.to(self.matrices.dtype)
+            widen(ready.flatten(0, 2), self.matrices, self.biases, out)
+
         if rows >= height:
-            normalised = _normalise(prepare(x) if prepare else x.to(self.matrices.dtype)).flatten(0, 2)
-            wide = (torch.addmm(self.biases[p], normalised, self.matrices[p]) for p in range(parts))
-            shape = batch, height, width, channels
-            yield slice(0, height), [_convolve(w.view(shape), k) for w, k in zip(wide, kernels, strict=True)]
+            whole = x.new_empty(parts, batch, height, width, channels, dtype=self.matrices.dtype)
+            project(x, whole.flatten(1, 3))
+            yield slice(0, height), [_Wide(part, kernel, 1) for part, kernel in zip(whole, kernels, strict=True)]
             return
         # From one row above a band to one row below it.
         buffer = x.new_zeros(parts, rows + 2, width, channels, dtype=self.matrices.dtype)
@@ -152,17 +181,14 @@ class _Widening(nn.Module):
             bottom = min(top + rows, height)
             known = 1 if top == 0 else 2
             fresh = x[:, top + known - 1 : bottom + 1]
-            normalised = _normalise(prepare(fresh) if prepare else fresh.to(self.matrices.dtype)).flatten(0, 2)
             end = known + fresh.shape[1]
-            for part in range(parts):
-                out = buffer[part, known:end].flatten(0, 1)
-                torch.addmm(self.biases[part], normalised, self.matrices[part], out=out)
+            project(fresh, buffer[:, known:end].flatten(1, 2))
             if bottom == height:
                 buffer[:, end] = 0
             inside = bottom - top
             yield (
                 slice(top, bottom),
-                [_convolve(buffer[p : p + 1, : inside + 2], kernels[p], padding=(0, 1)) for p in range(parts)],
+                [_Wide(buffer[p : p + 1, : inside + 2], kernels[p], 0) for p in range(parts)],
             )
             buffer[:, :2] = buffer[:, inside : inside + 2].clone()
 
@@ -180,7 +206,9 @@ class _FeedForward(nn.Module):
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """Writes into `out`, another tensor of the shape of x, and returns it."""
         for band, (gate, value) in self.widen(x, _rows(x, 2 * len(self.project_out))):
-            hidden = F.gelu(gate).mul_(value)
+            hidden = _passes(x.device).depthwise_gate(
+                gate.features, value.features, (gate.kernel, value.kernel), border=gate.border
+            )
             before, after = x[:, band].flatten(0, 2), out[:, band].flatten(0, 2)
             torch.addmm(before, hidden.flatten(0, 2), self.project_out, out=after)
         return out
@@ -203,7 +231,7 @@ class _SelfAttention(nn.Module):
         similarity = _Similarity(x, len(self.temperature))
         for band, (query, key, value) in self.widen(x, _rows(x, 3 * x.shape[-1])):
             similarity.add(query, key)
-            values[:, band] = value
+            values[:, band] = value.convolved()
         attention = similarity.logits(self.temperature).softmax(dim=-1)
         merged = _merge_output(attention, self.project_out).to(x.dtype)
         x.flatten(1, 2).baddbmm_(values.flatten(1, 2), merged.transpose(1, 2))
@@ -237,7 +265,7 @@ class _PerturbedAttention(nn.Module):
         bands = zip(self.query(x, rows, shuffle), self.key_value(x, rows), strict=True)
         for (band, (query,)), (_, (key, value)) in bands:
             similarity.add(query, key)
-            values[:, band] = value
+            values[:, band] = value.convolved()
         logits = keep_largest(similarity.logits(self.temperature), self.kept_fraction)
         merged = _merge_output(logits.softmax(dim=-1), self.project_out).to(x.dtype)
         return torch.bmm(values.flatten(1, 2), merged.transpose(1, 2)).view(x.shape)
@@ -305,7 +333,7 @@ class _Resample(nn.Module):
         self.rearrange = plain.body[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        moved: Tensor = self.rearrange(_convolve(x, self.kernel).permute(0, 3, 1, 2))
+        moved: Tensor = self.rearrange(passes.convolve(x, self.kernel).permute(0, 3, 1, 2))
         return moved.permute(0, 2, 3, 1).contiguous()
 
 
@@ -380,7 +408,7 @@ class InferenceDFPIR(nn.Module):
             return torch.cat([self(image[i : i + 1], prompts[i : i + 1]) for i in range(len(image))])
         factor = self.config.unshuffle_factor
         pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.dtype)
-        x = self.encoder1(_convolve(pixels, self.stem))
+        x = self.encoder1(passes.convolve(pixels, self.stem))
         # A skip connection's perturbation runs at once, so that only its result is kept until the decoder, which
         # takes it from the list to let it go: the decoder's widest maps are the peak of memory.
         skips = [self.perturb1(x, prompts)]
@@ -396,7 +424,7 @@ class InferenceDFPIR(nn.Module):
         x = self.up2(x)
         x = torch.cat([x, skips.pop()], dim=-1)
         x = self.decoder1(x)
-        residual = _convolve(x, self.output).permute(0, 3, 1, 2).float()
+        residual = passes.convolve(x, self.output).permute(0, 3, 1, 2).float()
         return F.pixel_shuffle(residual, factor) + image
 
     def _fits_in_a_band(self, image: Tensor) -> bool:
