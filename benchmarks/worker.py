@@ -1,8 +1,9 @@
 """What the worker around the network costs: `python -m benchmarks.worker --help`.
 
-A worker takes a folder of photographs with noise of sigma 25 from file to file: decode, classify, restore, measure,
-encode, write, manifest. In turn with it, classifier and network alone run over the same pixels in memory. The ratio of
-the two speeds, round by round, is the share of the machine that does the work proper; start-up counts for neither.
+A runner's one worker takes a folder of photographs with noise of sigma 25 from file to file: decode, classify, restore,
+measure, encode, write, manifest. In turn with it, classifier and network alone run over the same pixels in memory. The
+ratio of the two speeds, round by round, is the share of the machine that does the work proper; start-up counts for
+neither: a run lasts from the first image's start to the last one's end, as its manifest tells.
 """
 
 import argparse
@@ -17,15 +18,17 @@ import torch
 from PIL import Image
 
 from benchmarks.classifier_recall import noisy
+from benchmarks.engine import network_and_bank
 from benchmarks.record import RESULTS, write_csv
 from classifier import load_classifier
 from classifier.base import Classifier
 from jobs.config import RestoreOptions
-from jobs.restore import prepare, sole_driver
+from jobs.restore import make_runner, prepare, run, sole_driver
 from models import Restorer, load_restorer
-from pipeline.records import Outcome
+from models.memory import keep_freed_memory
+from models.weights import save_checkpoint
 from pipeline.run_config import RunContext
-from pipeline.worker import build_worker
+from pipeline.sink import read_manifest
 
 PROMPT = "noise25"
 
@@ -38,35 +41,46 @@ def make_noisy(folders: list[Path], most: int, out: Path) -> None:
             Image.fromarray(noisy(clean, 25, seed=number)).save(out / path.name)
 
 
-def options(arguments: argparse.Namespace) -> RestoreOptions:
+def options(arguments: argparse.Namespace, model: str) -> RestoreOptions:
     """Those of the runs; everything else as it is by default."""
-    return RestoreOptions(engine="local", model=arguments.model, dtype=arguments.dtype)
+    return RestoreOptions(
+        engine=arguments.engine, model=model, dtype=arguments.dtype, max_workers=1, second_look=arguments.second_look
+    )
 
 
-def seconds_alone(source: Path, classifier: Classifier, restorer: Restorer) -> float:
-    """Classifier and network over all images, which are decoded before."""
+def model_file(name: str, folder: Path) -> str:
+    """A shipped model's name or a weights file; `full` becomes a file of the published size with random weights."""
+    if name != "full":
+        return name
+    network, bank = network_and_bank(name)
+    path = folder / "full.safetensors"
+    save_checkpoint(path, network, bank, licence="CC0-1.0", provenance={"weights": "random"})
+    return str(path)
+
+
+def seconds_alone(source: Path, classifier: Classifier, restorer: Restorer) -> tuple[float, float]:
+    """Classifier, and network, over all images, which are decoded before."""
     images = [np.asarray(Image.open(path)) for path in sorted(source.glob("*.png"))]
-    begun = time.perf_counter()
+    classifying = restoring = 0.0
     for image in images:
+        begun = time.perf_counter()
         classifier.predict([image])
+        classified = time.perf_counter()
         restorer.restore([image], [PROMPT])
-    return time.perf_counter() - begun
+        classifying += classified - begun
+        restoring += time.perf_counter() - classified
+    return classifying, restoring
 
 
-def seconds_of_worker(source: Path, out: Path, chosen: RestoreOptions) -> tuple[float, RunContext, Counter[str]]:
-    """A worker over all images, from file to file; and what became of them."""
+def seconds_of_run(source: Path, out: Path, chosen: RestoreOptions) -> tuple[float, RunContext, Counter[str]]:
+    """One worker over all images, from file to file; and what became of them."""
     with sole_driver(source, out):
         job = prepare(source, out, chosen)
-        worker = build_worker(job.context, "benchmark")
-        statuses: Counter[str] = Counter()
-
-        def count(outcomes: list[Outcome]) -> None:
-            statuses.update(f"{outcome.status} {outcome.prompt}" for outcome in outcomes)
-
-        begun = time.perf_counter()
-        for shard in job.left:
-            worker(shard, attempt=1, on_outcomes=count)
-        return time.perf_counter() - begun, job.context, statuses
+        run(job, make_runner(chosen), on_outcomes=lambda outcomes: None)
+    rows = read_manifest(out).to_pylist()
+    seconds = max(row["finished_at"] for row in rows) - min(row["started_at"] for row in rows)
+    statuses = Counter(f"{row['status']} {row['prompt']}" for row in rows)
+    return seconds.total_seconds(), job.context, statuses
 
 
 def main() -> None:
@@ -74,35 +88,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of clean PNG photographs")
     parser.add_argument("--most", type=int, default=1000, help="photographs taken from each folder")
-    parser.add_argument("--model", default="dfpir-compact")
+    parser.add_argument("--model", default="dfpir-compact", help="full: the published size, random weights")
+    parser.add_argument("--engine", default="local", help="local or ray")
+    parser.add_argument("--no-second-look", dest="second_look", action="store_false")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=RESULTS / "worker.csv")
     arguments = parser.parse_args()
-    ratios, alone, whole = [], [], []
+    keep_freed_memory()
+    ratios, alone, whole, shares = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "noisy"
         source.mkdir()
         make_noisy(arguments.folders, arguments.most, source)
         sizes = [Image.open(path).size for path in source.iterdir()]
         megapixels = sum(width * height for width, height in sizes) / 1e6
+        model = model_file(arguments.model, Path(folder))
         for number in range(arguments.rounds):
             out = Path(folder) / f"run{number}"
-            seconds, context, statuses = seconds_of_worker(source, out, options(arguments))
+            seconds, context, statuses = seconds_of_run(source, out, options(arguments, model))
             classifier = load_classifier(context.config.classifier, device=context.device)
-            restorer = load_restorer(arguments.model, device=context.device, dtype=getattr(torch, context.config.dtype))
+            restorer = load_restorer(model, device=context.device, dtype=getattr(torch, context.config.dtype))
             whole.append(seconds)
-            alone.append(seconds_alone(source, classifier, restorer))
+            classifying, restoring = seconds_alone(source, classifier, restorer)
+            alone.append(classifying + restoring)
+            shares.append(classifying / restoring)
             ratios.append(alone[-1] / seconds)
             print(
                 f"round {number + 1}: worker {megapixels / seconds:.3f} MP/s, alone {megapixels / alone[-1]:.3f} MP/s,"
             )
-            print(f"  ratio {ratios[-1]:.1%}; {dict(statuses)}", flush=True)
+            print(f"  ratio {ratios[-1]:.1%}, classifier {shares[-1]:.1%} of the network; {dict(statuses)}", flush=True)
     row = {
-        "model": arguments.model, "dtype": context.config.dtype, "device": context.device,
+        "engine": arguments.engine, "model": arguments.model, "dtype": context.config.dtype, "device": context.device,
         "threads": context.threads, "images": len(sizes), "megapixels": round(megapixels, 2),
         "rounds": arguments.rounds, "ratio": round(statistics.median(ratios), 3),
         "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
+        "second_look": arguments.second_look, "classifier_to_network": round(statistics.median(shares), 4),
         "worker_megapixels_per_s": round(megapixels / statistics.median(whole), 4),
         "alone_megapixels_per_s": round(megapixels / statistics.median(alone), 4),
     }  # fmt: skip
