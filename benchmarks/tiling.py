@@ -23,7 +23,7 @@ from benchmarks.classifier_recall import noisy
 from benchmarks.engine import network_and_bank
 from benchmarks.process_memory import resident_bytes
 from benchmarks.record import RESULTS, write_csv
-from models import inference
+from models import bands
 from models.inference import InferenceDFPIR
 from models.padding import pad, padded_size
 from models.tiling import run_tiled
@@ -34,7 +34,7 @@ VARIANTS = ("bands", "tiles 512", "tiles 256", "tiles 512, thumbnail's attention
 BASELINE = VARIANTS[0]
 
 
-class SharedAttention(inference._Similarity):
+class SharedAttention(bands.Similarity):
     """Similarities that are noted in one pass of the network and given back in others, in their order."""
 
     noted: list[Tensor]
@@ -51,22 +51,22 @@ class SharedAttention(inference._Similarity):
 
 def sharing(model: Tensor, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`run` with the attention that it has on `model`, an image of its own."""
-    original = inference._Similarity
-    inference._Similarity = SharedAttention  # type: ignore[misc]
+    original = bands.Similarity
+    bands.Similarity = SharedAttention  # type: ignore[misc]
     try:
         SharedAttention.noted, SharedAttention.replay = [], None
         run(model)
         noted = SharedAttention.noted
     finally:
-        inference._Similarity = original  # type: ignore[misc]
+        bands.Similarity = original  # type: ignore[misc]
 
     def shared(image: Tensor) -> Tensor:
-        inference._Similarity = SharedAttention  # type: ignore[misc]
+        bands.Similarity = SharedAttention  # type: ignore[misc]
         try:
             SharedAttention.replay = iter(noted)
             return run(image)
         finally:
-            inference._Similarity = original  # type: ignore[misc]
+            bands.Similarity = original  # type: ignore[misc]
 
     return shared
 

@@ -15,17 +15,13 @@ Differences from the plain form in `models.dfpir`, none of which changes the res
 - Reducing a concatenation is the sum of two products, without the concatenation.
 """
 
-import functools
-import warnings
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import passes
+from models import bands, passes
 from models.dfpir import (
     DFPIR,
     ChannelLayerNorm,
@@ -40,70 +36,6 @@ from models.dfpir import (
 )
 from models.prompts import PromptBank, prompt_permutations
 
-BAND_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
-"""Size of the wide features of one band: what stays in a core's cache, and what fills a GPU."""
-
-
-def _matrix(convolution: nn.Module) -> Tensor:
-    """The C_out x C_in matrix of a 1x1 convolution, float64: weights are merged in that precision."""
-    assert isinstance(convolution, nn.Conv2d)
-    return convolution.weight.detach().double().flatten(1)
-
-
-def _kernel(convolution: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a 3x3 convolution, dense or depth-wise, channels last."""
-    assert isinstance(convolution, nn.Conv2d)
-    return convolution.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
-
-
-@functools.cache
-def _passes(device: torch.device) -> ModuleType:
-    """The module whose passes run on a device: Triton's kernels on a GPU, once they have agreed with torch's there."""
-    if device.type != "cuda":
-        return passes
-    try:
-        from models import kernels
-
-        kernels.check(device)
-    except Exception as error:  # a compiler's faults have no common class
-        warnings.warn(f"models: Triton's kernels are not used on {device}, which is slower: {error}", stacklevel=2)
-        return passes
-    return kernels
-
-
-def _rows(x: Tensor, wide_channels: int) -> int:
-    """Rows of a band, so that so many channels of it keep within `BAND_BYTES`; all rows of a batch."""
-    fitting = BAND_BYTES[x.device.type] // (x.shape[2] * wide_channels * x.element_size())
-    return x.shape[1] if len(x) > 1 else min(x.shape[1], max(fitting, 4))
-
-
-class _Similarity:
-    """Cosine similarities between channels, summed up over bands of pixels; float32 whatever the features' dtype.
-
-    Rounding the Gram matrix to bfloat16 would change which logits survive in CAAPM.
-    """
-
-    def __init__(self, like: Tensor, heads: int) -> None:
-        """Nothing summed yet, for features shaped like B x H x W x C."""
-        self.heads, self.per_head = heads, like.shape[-1] // heads
-        shape = len(like), heads, self.per_head
-        self.gram = torch.zeros(*shape, self.per_head, device=like.device)
-        self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
-
-    def add(self, query: "_Wide", key: "_Wide") -> None:
-        """Adds a band's queries and keys."""
-        gram, query_power, key_power = _passes(query.features.device).depthwise_similarity(
-            query.features, key.features, (query.kernel, key.kernel), heads=self.heads, border=query.border
-        )
-        self.gram += gram
-        self.query_power += query_power
-        self.key_power += key_power
-
-    def logits(self, temperature: Tensor) -> Tensor:
-        """Scaled similarities, B x heads x C_head x C_head; `temperature` is heads x 1 x 1."""
-        query_norm, key_norm = (power.sqrt().clamp_min(1e-12) for power in (self.query_power, self.key_power))
-        return self.gram / query_norm[..., :, None] / key_norm[..., None, :] * temperature
-
 
 def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
     """The output projection after attention as one matrix per image: B x C x C, float32.
@@ -117,82 +49,6 @@ def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
     return (columns @ attention).transpose(1, 2).reshape(batch, -1, heads * per_head)
 
 
-class _Wide(NamedTuple):
-    """One part's features between a 1x1 and a depth-wise 3x3 convolution (see `models.passes`), and what is next."""
-
-    features: Tensor
-    kernel: Tensor
-    border: int
-
-    def convolved(self) -> Tensor:
-        """B x h x W x C."""
-        out: Tensor = _passes(self.features.device).depthwise(self.features, self.kernel, border=self.border)
-        return out
-
-
-class _Widening(nn.Module):
-    """Layer norm and 1x1 convolution, band by band, ahead of a depth-wise 3x3 convolution; B x H x W x C in.
-
-    What comes out is cut into `parts` along the channels (query, key and value; gate and value), each contiguous.
-    """
-
-    matrices: Tensor
-    """parts x C_in x C_part, the layer norm's affine part folded in."""
-    biases: Tensor
-    """parts x C_part"""
-    kernels: Tensor
-    """(parts C_part) x 1 x 3 x 3"""
-
-    def __init__(
-        self, norm: ChannelLayerNorm, pointwise: nn.Module, depthwise: nn.Module, *, parts: int, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        matrix = _matrix(pointwise)
-        affine, shift = norm.body.weight.detach().double(), norm.body.bias.detach().double()
-        self.register_buffer("matrices", torch.stack((matrix * affine).T.chunk(parts, dim=1)).to(dtype).contiguous())
-        self.register_buffer("biases", torch.stack((matrix @ shift).chunk(parts)).to(dtype))
-        self.register_buffer("kernels", _kernel(depthwise, dtype))
-
-    def forward(
-        self, x: Tensor, rows: int, prepare: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[slice, list[_Wide]]]:
-        """Bands of `rows` rows, and each part's features there; more than one image in one band.
-
-        `prepare`, if given, is applied to rows of x before the layer norm. Every row is projected once: the last two
-        of a band are kept for the next one.
-        """
-        batch, height, width, _ = x.shape
-        parts, _, channels = self.matrices.shape
-        kernels = self.kernels.chunk(parts)
-        widen = _passes(x.device).widen
-
-        def project(fresh: Tensor, out: Tensor) -> None:
-            ready = prepare(fresh) if prepare else fresh.to(self.matrices.dtype)
-            widen(ready.flatten(0, 2), self.matrices, self.biases, out)
-
-        if rows >= height:
-            whole = x.new_empty(parts, batch, height, width, channels, dtype=self.matrices.dtype)
-            project(x, whole.flatten(1, 3))
-            yield slice(0, height), [_Wide(part, kernel, 1) for part, kernel in zip(whole, kernels, strict=True)]
-            return
-        # From one row above a band to one row below it.
-        buffer = x.new_zeros(parts, rows + 2, width, channels, dtype=self.matrices.dtype)
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            known = 1 if top == 0 else 2
-            fresh = x[:, top + known - 1 : bottom + 1]
-            end = known + fresh.shape[1]
-            project(fresh, buffer[:, known:end].flatten(1, 2))
-            if bottom == height:
-                buffer[:, end] = 0
-            inside = bottom - top
-            yield (
-                slice(top, bottom),
-                [_Wide(buffer[p : p + 1, : inside + 2], kernels[p], 0) for p in range(parts)],
-            )
-            buffer[:, :2] = buffer[:, inside : inside + 2].clone()
-
-
 class _FeedForward(nn.Module):
     """x + GDFN(norm(x)); B x H x W x C in and out."""
 
@@ -200,13 +56,13 @@ class _FeedForward(nn.Module):
 
     def __init__(self, norm: ChannelLayerNorm, plain: GatedFeedForward, dtype: torch.dtype) -> None:
         super().__init__()
-        self.widen = _Widening(norm, plain.project_in, plain.dwconv, parts=2, dtype=dtype)
-        self.register_buffer("project_out", _matrix(plain.project_out).T.to(dtype).contiguous())
+        self.widen = bands.Widening(norm, plain.project_in, plain.dwconv, parts=2, dtype=dtype)
+        self.register_buffer("project_out", bands.matrix_of(plain.project_out).T.to(dtype).contiguous())
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """Writes into `out`, another tensor of the shape of x, and returns it."""
-        for band, (gate, value) in self.widen(x, _rows(x, 2 * len(self.project_out))):
-            hidden = _passes(x.device).depthwise_gate(
+        for band, (gate, value) in self.widen(x, bands.band_rows(x, 2 * len(self.project_out))):
+            hidden = bands.passes_for(x.device).depthwise_gate(
                 gate.features, value.features, (gate.kernel, value.kernel), border=gate.border
             )
             before, after = x[:, band].flatten(0, 2), out[:, band].flatten(0, 2)
@@ -222,14 +78,14 @@ class _SelfAttention(nn.Module):
 
     def __init__(self, norm: ChannelLayerNorm, plain: ChannelSelfAttention, dtype: torch.dtype) -> None:
         super().__init__()
-        self.widen = _Widening(norm, plain.qkv, plain.qkv_dwconv, parts=3, dtype=dtype)
+        self.widen = bands.Widening(norm, plain.qkv, plain.qkv_dwconv, parts=3, dtype=dtype)
         self.register_buffer("temperature", plain.temperature.detach().float())
-        self.register_buffer("project_out", _matrix(plain.project_out).float())
+        self.register_buffer("project_out", bands.matrix_of(plain.project_out).float())
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """Changes x itself and returns it; `values` is room for another tensor of its shape."""
-        similarity = _Similarity(x, len(self.temperature))
-        for band, (query, key, value) in self.widen(x, _rows(x, 3 * x.shape[-1])):
+        similarity = bands.Similarity(x, len(self.temperature))
+        for band, (query, key, value) in self.widen(x, bands.band_rows(x, 3 * x.shape[-1])):
             similarity.add(query, key)
             values[:, band] = value.convolved()
         attention = similarity.logits(self.temperature).softmax(dim=-1)
@@ -252,18 +108,18 @@ class _PerturbedAttention(nn.Module):
         super().__init__()
         plain: PerturbedAttention = block.select_attn
         self.kept_fraction = plain.kept_fraction
-        self.query = _Widening(block.norm1, plain.q, plain.q_dwconv, parts=1, dtype=torch.float32)
-        self.key_value = _Widening(block.norm2, plain.kv, plain.kv_dwconv, parts=2, dtype=torch.float32)
+        self.query = bands.Widening(block.norm1, plain.q, plain.q_dwconv, parts=1, dtype=torch.float32)
+        self.key_value = bands.Widening(block.norm2, plain.kv, plain.kv_dwconv, parts=2, dtype=torch.float32)
         self.register_buffer("temperature", plain.temperature.detach().float())
-        scaled = _matrix(plain.project_out) * plain.attn4.detach().double()
+        scaled = bands.matrix_of(plain.project_out) * plain.attn4.detach().double()
         self.register_buffer("project_out", scaled.float())
 
     def forward(self, x: Tensor, shuffle: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         """Attention between x after `shuffle`, and x; `values` is room for another tensor of its shape."""
-        similarity = _Similarity(x, len(self.temperature))
-        rows = _rows(x, 3 * x.shape[-1])
-        bands = zip(self.query(x, rows, shuffle), self.key_value(x, rows), strict=True)
-        for (band, (query,)), (_, (key, value)) in bands:
+        similarity = bands.Similarity(x, len(self.temperature))
+        rows = bands.band_rows(x, 3 * x.shape[-1])
+        both = zip(self.query(x, rows, shuffle), self.key_value(x, rows), strict=True)
+        for (band, (query,)), (_, (key, value)) in both:
             similarity.add(query, key)
             values[:, band] = value.convolved()
         logits = keep_largest(similarity.logits(self.temperature), self.kept_fraction)
@@ -281,7 +137,7 @@ class _Perturbation(nn.Module):
 
     def __init__(self, plain: PerturbationBlock, orders: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        widen, narrow = _matrix(plain.conv1x1), _matrix(plain.conv_out)
+        widen, narrow = bands.matrix_of(plain.conv1x1), bands.matrix_of(plain.conv_out)
         assert plain.conv1x1.bias is not None
         assert plain.conv_out.bias is not None
         widen_bias, narrow_bias = plain.conv1x1.bias.detach().double(), plain.conv_out.bias.detach().double()
@@ -329,7 +185,7 @@ class _Resample(nn.Module):
 
     def __init__(self, plain: Downsample | Upsample, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("kernel", _kernel(plain.body[0], dtype))
+        self.register_buffer("kernel", bands.kernel_of(plain.body[0], dtype))
         self.rearrange = plain.body[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -345,7 +201,7 @@ class _Reduction(nn.Module):
 
     def __init__(self, plain: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        from_features, from_skip = _matrix(plain).chunk(2, dim=1)
+        from_features, from_skip = bands.matrix_of(plain).chunk(2, dim=1)
         self.register_buffer("from_features", from_features.to(dtype))
         self.register_buffer("from_skip", from_skip.to(dtype))
 
@@ -379,7 +235,7 @@ class InferenceDFPIR(nn.Module):
             assert isinstance(plain, PerturbationBlock)
             return _Perturbation(plain, orders[name], dtype)
 
-        self.register_buffer("stem", _kernel(network.patch_embed.proj, dtype))
+        self.register_buffer("stem", bands.kernel_of(network.patch_embed.proj, dtype))
         self.encoder1 = _Blocks(network.encoder_level1, dtype)
         self.perturb1 = perturbation("encoder_shuffle_channel1")
         self.down1 = _Resample(network.down1_2, dtype)
@@ -399,7 +255,7 @@ class InferenceDFPIR(nn.Module):
         self.decoder2 = _Blocks(network.decoder_level2, dtype)
         self.up2 = _Resample(network.up2_1, dtype)
         self.decoder1 = _Blocks(nn.Sequential(*network.decoder_level1, *network.refinement), dtype)
-        self.register_buffer("output", _kernel(network.output, dtype))
+        self.register_buffer("output", bands.kernel_of(network.output, dtype))
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor, prompts: Tensor) -> Tensor:
@@ -431,4 +287,4 @@ class InferenceDFPIR(nn.Module):
         """Whether the widest features of all images together do: those of the first decoder level's feed-forward."""
         pixels = len(image) * image.shape[2] * image.shape[3] / self.config.unshuffle_factor**2
         wide_channels = 2 * int(2 * self.config.dim * self.config.ffn_expansion_factor)
-        return pixels * wide_channels * self.dtype.itemsize <= BAND_BYTES[image.device.type]
+        return pixels * wide_channels * self.dtype.itemsize <= bands.BAND_BYTES[image.device.type]

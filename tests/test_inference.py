@@ -5,7 +5,7 @@ import pytest
 import torch
 from synthetic_weights import GOLDEN, golden_state, tiny_network
 
-from models import build_model, inference
+from models import bands, build_model
 from models.inference import InferenceDFPIR
 from models.prompts import PromptBank, orthogonal_bank
 
@@ -44,7 +44,7 @@ def test_equals_the_plain_form_for_every_prompt_in_one_mixed_batch(factor):
 @pytest.mark.parametrize("together", [True, False])
 def test_a_batch_of_mixed_prompts_equals_singles(monkeypatch, together):
     network = InferenceDFPIR(tiny_network(3), orthogonal_bank())
-    monkeypatch.setitem(inference.BAND_BYTES, "cpu", 2 << 20 if together else 4096)
+    monkeypatch.setitem(bands.BAND_BYTES, "cpu", 2 << 20 if together else 4096)
     image = torch.rand(4, 3, 32, 16, generator=torch.Generator().manual_seed(2))
     prompts = torch.tensor([6, 0, 3, 0])
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def test_a_batch_of_mixed_prompts_equals_singles(monkeypatch, together):
 def test_bands_of_any_height_give_the_whole_images_result(monkeypatch, rows_px):
     plain, bank = tiny_network(4), orthogonal_bank()
     image = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(inference, "_rows", lambda x, wide_channels: min(rows_px, x.shape[1]))
+    monkeypatch.setattr(bands, "band_rows", lambda x, wide_channels: min(rows_px, x.shape[1]))
     with torch.inference_mode():
         expected = plain(image, bank.embeddings[[3]])
         found = InferenceDFPIR(plain, bank)(image, torch.tensor([3]))
@@ -67,10 +67,10 @@ def test_bands_of_any_height_give_the_whole_images_result(monkeypatch, rows_px):
 
 def test_a_band_keeps_within_its_memory_but_has_four_rows_at_least():
     x = torch.empty(1, 512, 100, 8)
-    assert inference._rows(x, 64) == inference.BAND_BYTES["cpu"] // (100 * 64 * 4)
-    assert inference._rows(x.bfloat16(), 64) == inference.BAND_BYTES["cpu"] // (100 * 64 * 2)
-    assert inference._rows(torch.empty(1).expand(1, 512, 100_000, 8), 64) == 4
-    assert inference._rows(torch.empty(1, 3, 100, 8), 64) == 3
+    assert bands.band_rows(x, 64) == bands.BAND_BYTES["cpu"] // (100 * 64 * 4)
+    assert bands.band_rows(x.bfloat16(), 64) == bands.BAND_BYTES["cpu"] // (100 * 64 * 2)
+    assert bands.band_rows(torch.empty(1).expand(1, 512, 100_000, 8), 64) == 4
+    assert bands.band_rows(torch.empty(1, 3, 100, 8), 64) == 3
 
 
 def test_bfloat16_stays_close_and_gives_float32():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic_weights import tiny_network
 
-from models import inference, orthogonal_bank
+from models import bands, orthogonal_bank
 from models.inference import InferenceDFPIR
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -80,11 +80,11 @@ def test_kernels_compile_for_an_h100_and_fit_the_shared_memory_of_any_gpu():
 
 
 def test_without_working_kernels_a_gpu_runs_torchs_operators(monkeypatch):
-    inference._passes.cache_clear()
+    bands.passes_for.cache_clear()
     monkeypatch.setitem(sys.modules, "models.kernels", None)
     with pytest.warns(UserWarning, match="not used on cuda:7"):
-        assert inference._passes(torch.device("cuda", 7)) is inference.passes
-    inference._passes.cache_clear()
+        assert bands.passes_for(torch.device("cuda", 7)) is bands.passes
+    bands.passes_for.cache_clear()
 
 
 @pytest.mark.gpu
@@ -95,7 +95,7 @@ def test_the_network_on_a_gpu_equals_the_plain_one(dtype):
 
     device = torch.device("cuda", 0)
     kernels.check(device)
-    assert inference._passes(device) is kernels
+    assert bands.passes_for(device) is kernels
     plain, bank = tiny_network(5), orthogonal_bank()
     image = torch.rand(3, 3, 64, 48, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
