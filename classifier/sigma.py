@@ -8,6 +8,7 @@ patches' covariance are the noise's variance. Added here: the share of noise tha
 from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 PATCH_PX = 5
@@ -38,9 +39,10 @@ def _patches(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _noise_variance(patches: NDArray[np.float32]) -> float:
     """Mean of the smallest eigenvalues of the patches' covariance: as many as have their mean at their median."""
-    flat = patches.reshape(len(patches), -1)
-    centred = flat - flat.mean(axis=0)
-    eigenvalues = np.linalg.eigvalsh((centred.T @ centred).astype(np.float64) / len(flat))[::-1]
+    # torch computes here because its threads are those of the network; NumPy's own would compete with them.
+    flat = torch.from_numpy(patches.reshape(len(patches), -1))
+    centred = flat - flat.mean(dim=0)
+    eigenvalues = torch.linalg.eigvalsh((centred.T @ centred).double() / len(flat)).flip(0).numpy()
     for largest in range(len(eigenvalues)):
         rest = eigenvalues[largest:]
         mean = rest.mean()
