@@ -2,8 +2,8 @@
 
 A runner's one worker takes a folder of photographs with noise of sigma 25 from file to file: decode, classify, restore,
 measure, encode, write, manifest. In turn with it, classifier and network alone run over the same pixels in memory. The
-ratio of the two speeds, round by round, is the share of the machine that does the work proper; start-up counts for
-neither: a run lasts from the first image's start to the last one's end, as its manifest tells.
+ratio of a run's speed to the mean of its neighbours' is the share of the machine that does the work proper; start-up
+counts for neither: a run lasts from the first image's start to the last one's end, as its manifest tells.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.record import RESULTS, write_csv
 from classifier import load_classifier
 from classifier.base import Classifier
 from jobs.config import RestoreOptions
-from jobs.restore import make_runner, prepare, run, sole_driver
+from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, run, sole_driver
 from models import Restorer, load_restorer
 from models.memory import keep_freed_memory
 from models.weights import save_checkpoint
@@ -104,20 +104,28 @@ def main() -> None:
         sizes = [Image.open(path).size for path in source.iterdir()]
         megapixels = sum(width * height for width, height in sizes) / 1e6
         model = model_file(arguments.model, Path(folder))
-        for number in range(arguments.rounds):
-            out = Path(folder) / f"run{number}"
-            seconds, context, statuses = seconds_of_run(source, out, options(arguments, model))
-            classifier = load_classifier(context.config.classifier, device=context.device)
-            restorer = load_restorer(model, device=context.device, dtype=getattr(torch, context.config.dtype))
-            whole.append(seconds)
+        device, dtype = resolve_device("auto"), resolve_dtype(arguments.dtype, resolve_device("auto"))
+        classifier = load_classifier("degradation-small", device=device)
+        restorer = load_restorer(model, device=device, dtype=getattr(torch, dtype))
+
+        def measure_alone() -> None:
             classifying, restoring = seconds_alone(source, classifier, restorer)
             alone.append(classifying + restoring)
             shares.append(classifying / restoring)
-            ratios.append(alone[-1] / seconds)
+
+        measure_alone()
+        for number in range(arguments.rounds):
+            out = Path(folder) / f"run{number}"
+            seconds, context, statuses = seconds_of_run(source, out, options(arguments, model))
+            measure_alone()
+            whole.append(seconds)
+            ratios.append((alone[-2] + alone[-1]) / 2 / seconds)
+            speeds = ", ".join(f"{megapixels / each:.3f}" for each in (alone[-2], seconds, alone[-1]))
             print(
-                f"round {number + 1}: worker {megapixels / seconds:.3f} MP/s, alone {megapixels / alone[-1]:.3f} MP/s,"
+                f"round {number + 1}: alone, worker, alone {speeds} MP/s; ratio {ratios[-1]:.1%}, classifier "
+                f"{shares[-1]:.1%} of the network; {dict(statuses)}",
+                flush=True,
             )
-            print(f"  ratio {ratios[-1]:.1%}, classifier {shares[-1]:.1%} of the network; {dict(statuses)}", flush=True)
     row = {
         "engine": arguments.engine, "model": arguments.model, "dtype": context.config.dtype, "device": context.device,
         "threads": context.threads, "images": len(sizes), "megapixels": round(megapixels, 2),

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -31,6 +31,9 @@ from pipeline.faults import fault_environment
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
+
+if TYPE_CHECKING:
+    from pipeline.worker import Worker
 
 POLL_S = 1.0
 STOP_GRACE_S = 300.0
@@ -55,20 +58,27 @@ class WorkerActor:
     def __init__(self, context: RunContext, worker_id: str, log: str, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         log_to(Path(log))
-
-        from pipeline.worker import build_worker
-
-        self._worker = build_worker(context, worker_id)
+        self._context, self._worker_id = context, worker_id
+        self._worker: Worker | None = None
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         # Ray's own handler would end the process before the rows of finished images are committed.
-        signal.signal(signal.SIGTERM, lambda *_: self._worker.stop())
+        signal.signal(signal.SIGTERM, lambda *_: self._end())
 
-    def node_id(self) -> str:
-        """Where the actor runs; answered once the weights are loaded."""
+    def load(self) -> str:
+        """Loads the weights and tells on which node.
+
+        Here and not when the actor is made, which is in another thread than `work`: OpenMP gives each thread that
+        computes helpers of its own, and once there are more of them than cores they sleep between operations, which
+        halves the speed.
+        """
+        from pipeline.worker import build_worker
+
+        self._worker = build_worker(self._context, self._worker_id)
         return str(ray.get_runtime_context().get_node_id())
 
     def work(self, assignment: Assignment) -> _Report:
         """Works off a shard."""
+        assert self._worker is not None
         try:
             self._worker(assignment.shard, attempt=assignment.attempt, on_outcomes=self._keep)
         except Exception as error:
@@ -88,6 +98,11 @@ class WorkerActor:
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Has the current call commit what it has and return."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._worker is None:
+            os._exit(1)  # nothing to commit yet
         self._worker.stop()
 
     def _keep(self, rows: list[Outcome]) -> None:
@@ -183,7 +198,7 @@ class _Crew:
         log = self._logs / f"worker-{number}.log"
         actor = self._actor_class.remote(self._context, f"ray-{number}", str(log), fault_environment())
         member = self._members[number] = _Member(number, actor, log)
-        member.pending[actor.node_id.remote()] = "node_id"
+        member.pending[actor.load.remote()] = "load"
 
     def _give(self, member: _Member) -> None:
         member.assignment = self._dispatcher.take()
@@ -197,8 +212,9 @@ class _Crew:
         pending = {reference: member for member in self._members.values() for reference in member.pending}
         if not pending:
             return
-        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.2)
-        for reference in ready or ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0]:
+        # A worker that is done waits for its next shard: the first answer is acted on at once.
+        first, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_S)
+        for reference in first and ray.wait(list(pending), num_returns=len(pending), timeout=0)[0]:
             member = pending[reference]
             if self._members.get(member.number) is member:
                 self._act(member, reference)
@@ -213,7 +229,7 @@ class _Crew:
             ray.kill(member.actor, no_restart=True)
             self._note_end(member, error)
             return
-        if call == "node_id":
+        if call == "load":
             member.node_id = answer
             self._dispatcher.worker_ready()
         elif call == "outcomes":
