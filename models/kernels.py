@@ -5,7 +5,7 @@ Triton wants them; what lies beyond a tensor is masked. Sums over pixels go thro
 through atomic additions, so that the same input gives the same bits.
 """
 
-import sys
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -15,7 +15,8 @@ from torch import Tensor
 from models import passes
 from models.passes import EPS
 
-_HERE = sys.modules[__name__]
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Of a result's largest value."""
 _PIXELS_PER_CHUNK = 4096
 """Pixels whose products one program sums up."""
 
@@ -124,13 +125,17 @@ def _similarity(
     tl.store(key_power_ptr + place * per_head + own, key_power, mask=channel_mask)
 
 
+def widen_blocks(channels: int, item_bytes: int) -> tuple[int, int]:
+    """Channels of a program of `_widen`, and rows and columns of its product: its factors fit into 64 KiB."""
+    block_c = max(16, triton.next_power_of_2(channels))
+    return block_c, max(16, min(64, (32 << 10) // (block_c * item_bytes)))
+
+
 def widen(x: Tensor, matrices: Tensor, biases: Tensor, out: Tensor) -> None:
     """See `models.passes.widen`; x is contiguous."""
     parts, channels, columns = matrices.shape
     x = x.contiguous()
-    block_c = max(16, triton.next_power_of_2(channels))
-    # Rows and columns of a product, so that both of its factors fit into 64 KiB of shared memory.
-    block = max(16, min(64, (32 << 10) // (block_c * x.element_size())))
+    block_c, block = widen_blocks(channels, x.element_size())
     grid = triton.cdiv(len(x), block), triton.cdiv(columns, block), parts
     _widen[grid](
         x, matrices, biases, out, len(x), out.stride(0), out.stride(1),
@@ -186,34 +191,37 @@ def _taps(kernel: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def check(device: torch.device) -> None:
-    """Holds every kernel against `models.passes` on this device.
+def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCES)) -> None:
+    """Holds every kernel on this device against `models.passes` on the CPU.
 
     Raises RuntimeError naming the kernel that differs, or whatever Triton raises.
     """
     generator = torch.Generator().manual_seed(0)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+    for dtype in dtypes:
 
         def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator).to(dtype)
 
-        one, other = draw(2, 9, 11, 48), draw(2, 9, 11, 48)
-        taps = draw(48, 1, 3, 3), draw(48, 1, 3, 3)
-        x, matrices, biases = draw(70, 48), draw(2, 48, 50), draw(2, 50)
-        wide = [torch.empty(2, 70, 50, dtype=dtype, device=device) for _ in range(2)]
-        widen(x, matrices, biases, wide[0])
-        passes.widen(x, matrices, biases, wide[1])
-        pairs = [("widen", wide[0], wide[1])]
-        for border in (0, 1):
-            pairs += [
-                ("depthwise", *(m.depthwise(one, taps[0], border=border) for m in (_HERE, passes))),
-                ("depthwise_gate", *(m.depthwise_gate(one, other, taps, border=border) for m in (_HERE, passes))),
-            ]
-            found, expected = (
-                m.depthwise_similarity(one, other, taps, heads=2, border=border) for m in (_HERE, passes)
-            )
-            pairs += [("depthwise_similarity", *each) for each in zip(found, expected, strict=True)]
-        for name, result, oracle in pairs:
-            difference = (result.float() - oracle.float()).abs().max() / oracle.float().abs().max()
+        def hold(name: str, found: Tensor, expected: Tensor, tolerance: float = _TOLERANCES[dtype]) -> None:
+            difference = (found.cpu().float() - expected.float()).abs().max() / expected.float().abs().max()
             if not difference <= tolerance:
-                raise RuntimeError(f"{name} in {dtype} is off by {float(difference):.1e} of its largest value")
+                raise RuntimeError(f"{name} is off by {float(difference):.1e} of its largest value")
+
+        x, matrices, biases, out = draw(40, 20), draw(3, 20, 33), draw(3, 33), draw(3, 50, 33)
+        there = out.to(device, copy=True)
+        passes.widen(x, matrices, biases, out[:, 4:44])
+        widen(x.to(device), matrices.to(device), biases.to(device), there[:, 4:44])
+        hold(f"widen in {dtype}", there, out)
+        # Features of two images, and the taps of two parts.
+        wide, taps = (draw(2, 5, 9, 20), draw(2, 5, 9, 20)), (draw(20, 1, 3, 3), draw(20, 1, 3, 3))
+        one, other = (each.to(device) for each in wide)
+        first, second = (each.to(device) for each in taps)
+        for border in (0, 1):
+            name = f"depthwise, border {border}, in {dtype}"
+            hold(name, depthwise(one, first, border=border), passes.depthwise(wide[0], taps[0], border=border))
+            gated = depthwise_gate(one, other, (first, second), border=border)
+            hold(f"gated {name}", gated, passes.depthwise_gate(*wide, taps, border=border))
+            sums = depthwise_similarity(one, other, (first, second), heads=2, border=border)
+            expected = passes.depthwise_similarity(*wide, taps, heads=2, border=border)
+            for pair in zip(sums, expected, strict=True):
+                hold(f"similarity, {name}", *pair)
