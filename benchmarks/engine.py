@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,12 @@ import torch.nn.functional as F
 from skimage import data
 from torch import Tensor
 
-from benchmarks.process_memory import resident_bytes
+from benchmarks.process_memory import peak_bytes
 from benchmarks.record import RESULTS, write_csv
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.inference import InferenceDFPIR
 from models.memory import keep_freed_memory
-from models.padding import padded_size
+from models.padding import pad, padded_size
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
@@ -78,6 +79,12 @@ def photograph(shape: Shape, multiple: int, device: str) -> Tensor:
     image = torch.from_numpy(np.asarray(data.astronaut(), dtype=np.float32) / 255).permute(2, 0, 1)[None]
     size = padded_size(shape.height, shape.width, multiple)
     return F.interpolate(image, size, mode="bilinear", antialias=True).repeat(shape.batch, 1, 1, 1).to(device)
+
+
+def padded_tensor(pixels: np.ndarray[Any, Any], multiple: int) -> Tensor:
+    """H x W x 3 uint8 as 1 x 3 x H x W float32 in [0, 1], each side padded to a multiple."""
+    image = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
+    return pad(image, *padded_size(*image.shape[1:], multiple))[None]
 
 
 def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:
@@ -136,10 +143,7 @@ def print_peak(arguments: argparse.Namespace) -> None:
         run(image)
         print(torch.cuda.max_memory_allocated() - before)
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-        before = resident_bytes("VmRSS")
-        run(image)
-        print(resident_bytes("VmHWM") - before)
+        print(peak_bytes(lambda: run(image)))
 
 
 class Contender:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from benchmarks.classifier_recall import noisy
 from benchmarks.process_memory import resident_bytes
 from benchmarks.record import RESULTS, write_csv
 
@@ -25,19 +26,17 @@ POLL_S = 0.5
 
 def make_photographs(folder: Path, count: int, side_px: int) -> None:
     """Pieces of a photograph with noise of sigma 25, as PNG, in folders of a thousand."""
-    photograph = data.astronaut().astype(np.float32)
+    photograph = data.astronaut()
     for number in range(count):
-        rng = np.random.default_rng(number)
-        top, left = rng.integers(0, 512 - side_px, 2)
+        top, left = np.random.default_rng(number).integers(0, 512 - side_px, 2)
         piece = photograph[top : top + side_px, left : left + side_px]
-        noisy = np.clip(piece + rng.normal(0, 25, piece.shape), 0, 255)
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.rint(noisy).astype(np.uint8)).save(path)
+        Image.fromarray(noisy(piece, 25, seed=number)).save(path)
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants that have weights or the run in hand: other helpers of Python are left out."""
+    """A process and its descendants."""
     found = [pid]
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split():
         with suppress(OSError):

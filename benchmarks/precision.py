@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.classifier_recall import noisy
-from benchmarks.engine import network_and_bank
+from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.record import RESULTS, write_csv
 from models import inference
 from models.inference import InferenceDFPIR
-from models.padding import pad, padded_size
 
 
 @contextmanager
@@ -45,8 +44,7 @@ def photographs(folder: Path, most: int, multiple: int) -> Iterator[Tensor]:
     """Noisy photographs, 1 x 3 x H x W float32 in [0, 1], padded."""
     for number, path in enumerate(sorted(folder.glob("*.png"))[:most]):
         clean = np.asarray(Image.open(path).convert("RGB"))
-        image = torch.from_numpy(noisy(clean, 25, seed=number).astype(np.float32) / 255).permute(2, 0, 1)
-        yield pad(image, *padded_size(*image.shape[1:], multiple))[None]
+        yield padded_tensor(noisy(clean, 25, seed=number), multiple)
 
 
 def orders_agree(exact: InferenceDFPIR, rounded: InferenceDFPIR) -> bool:

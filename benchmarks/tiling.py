@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.classifier_recall import noisy
-from benchmarks.engine import network_and_bank
-from benchmarks.process_memory import resident_bytes
+from benchmarks.engine import network_and_bank, padded_tensor
+from benchmarks.process_memory import peak_bytes
 from benchmarks.record import RESULTS, write_csv
 from models import bands
 from models.inference import InferenceDFPIR
-from models.padding import pad, padded_size
+from models.padding import padded_size
 from models.tiling import run_tiled
 from pipeline.metrics import psnr_db
 from pipeline.synthesis import add_haze, to_uint8
@@ -94,12 +94,6 @@ def damaged(clean: np.ndarray[Any, Any], damage: str, number: int) -> np.ndarray
     return to_uint8(add_haze(clean.astype(np.float32) / np.float32(255), np.random.default_rng(number)))
 
 
-def to_tensor(pixels: np.ndarray[Any, Any], multiple: int) -> Tensor:
-    """1 x 3 x H x W float32, padded."""
-    image = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
-    return pad(image, *padded_size(*image.shape[1:], multiple))[None]
-
-
 def runner(arguments: argparse.Namespace, damage: str) -> tuple[Callable[[Tensor], Tensor], int]:
     """The inference form under the damage's prompt, and the network's size multiple."""
     network, bank = network_and_bank(arguments.model)
@@ -113,12 +107,10 @@ def print_peak(arguments: argparse.Namespace) -> None:
     """Peak bytes per pixel of one variant on the largest photograph, beyond what was held before it."""
     path = max((p for folder in arguments.folders for p in folder.iterdir()), key=lambda p: np.prod(Image.open(p).size))
     run, multiple = runner(arguments, "noise")
-    image = to_tensor(np.asarray(Image.open(path).convert("RGB")), multiple)
+    image = padded_tensor(np.asarray(Image.open(path).convert("RGB")), multiple)
     run(image[:, :, : 2 * multiple, : 2 * multiple].clone())
-    before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-    restored(arguments.peak_of, run, image, multiple)
-    print((resident_bytes("VmHWM") - before) / (image.shape[2] * image.shape[3]))
+    peak = peak_bytes(lambda: restored(arguments.peak_of, run, image, multiple))
+    print(peak / (image.shape[2] * image.shape[3]))
 
 
 @torch.inference_mode()
@@ -152,7 +144,7 @@ def main() -> None:
             drifts: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
             for number, path in enumerate(sorted(folder.iterdir())):
                 clean = np.asarray(Image.open(path).convert("RGB"))
-                image = to_tensor(damaged(clean, damage, number), multiple)
+                image = padded_tensor(damaged(clean, damage, number), multiple)
                 results: dict[str, np.ndarray[Any, Any]] = {}
                 for variant in VARIANTS:
                     pixels = restored(variant, run, image, multiple)[0, :, : clean.shape[0], : clean.shape[1]]

@@ -104,9 +104,10 @@ def main() -> None:
         sizes = [Image.open(path).size for path in source.iterdir()]
         megapixels = sum(width * height for width, height in sizes) / 1e6
         model = model_file(arguments.model, Path(folder))
-        device, dtype = resolve_device("auto"), resolve_dtype(arguments.dtype, resolve_device("auto"))
-        classifier = load_classifier("degradation-small", device=device)
-        restorer = load_restorer(model, device=device, dtype=getattr(torch, dtype))
+        chosen = options(arguments, model)
+        device = resolve_device(chosen.device)
+        classifier = load_classifier(chosen.classifier, device=device)
+        restorer = load_restorer(model, device=device, dtype=getattr(torch, resolve_dtype(chosen.dtype, device)))
 
         def measure_alone() -> None:
             classifying, restoring = seconds_alone(source, classifier, restorer)
@@ -116,7 +117,7 @@ def main() -> None:
         measure_alone()
         for number in range(arguments.rounds):
             out = Path(folder) / f"run{number}"
-            seconds, context, statuses = seconds_of_run(source, out, options(arguments, model))
+            seconds, context, statuses = seconds_of_run(source, out, chosen)
             measure_alone()
             whole.append(seconds)
             ratios.append((alone[-2] + alone[-1]) / 2 / seconds)

@@ -15,7 +15,7 @@ PATCH_PX = 5
 """Colour patches of 5 x 5 pixels: 75 dimensions."""
 
 MOST_PATCHES = 4_000
-"""Patches taken from larger images, evenly spread: the cost is bounded and the variance known to about 2 %."""
+"""Patches taken from larger images, evenly spread: the cost is bounded; estimates scatter by some 2 % of sigma."""
 
 CLIPPED_SIGMAS = 1.0
 """Patches closer to black or white than this many standard deviations are left out where others suffice."""

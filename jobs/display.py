@@ -72,7 +72,7 @@ def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
         "left": job.images_left,
         "ignored": job.ignored,
         "shards": len(job.shards),
-        "bytes": sum(image.size_bytes for shard in job.shards for image in shard.images),
+        "bytes": job.shards.size_bytes,
         "megapixels": estimated.megapixels,
         "unreadable_fraction": estimated.unreadable_fraction,
         "output_bytes": estimated.output_bytes,

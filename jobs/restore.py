@@ -153,8 +153,8 @@ def measure_speed(options: RestoreOptions) -> float:
 
 
 def estimate_job(job: Job, *, megapixels_per_s: float | None) -> Estimate:
-    """Time and disk for the images that are left, from a sample of their headers."""
-    uris = job.left.table["uri"]
+    """Time and disk for the images planned, from a sample of their headers."""
+    uris = job.shards.table["uri"]
     return estimate(uris, megapixels_per_s=megapixels_per_s, output_format=job.context.config.output_format)
 
 

@@ -68,6 +68,11 @@ class Shards(Sequence[Shard]):
         """In all shards together."""
         return int(self.table.num_rows)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all images together."""
+        return pc.sum(self.table["size_bytes"]).as_py() or 0
+
     def without(self, done: pa.Table) -> "Shards":
         """What is left when the images in `done` (columns `image_id` and `revision`) are taken away."""
         return Shards(_where(self.table, pc.invert(pc.is_in(_keys(self.table), _keys(done))))) if done else self

@@ -170,17 +170,15 @@ def _read_list(src: Path) -> Listing:
         ) from error
     if not table.num_rows:
         raise SourceError(f"list {src} names no file", hint="expected one path per line, or a column `path`")
-    first = first_rows(table["image_id"])
-    if len(first) < table.num_rows:
-        again = np.delete(np.arange(table.num_rows), first)
-        earlier = table.take(pc.index_in(table["image_id"].take(pa.array(again)), table["image_id"]))
-        for one, other in zip(table["uri"].take(pa.array(again)).to_pylist(), earlier["uri"].to_pylist(), strict=True):
-            if one != other:
-                raise SourceError(
-                    f"list {src} names two files whose results would have one name: {other} and {one}",
-                    hint="put the list into a folder above both",
-                )
-        table = table.take(pa.array(first))
+    if len(files := first_rows(table["uri"])) < table.num_rows:
+        table = table.take(pa.array(files))
+    if len(results := first_rows(table["image_id"])) < table.num_rows:
+        clash = np.setdiff1d(np.arange(table.num_rows), results)[0]
+        both = table.filter(pc.equal(table["image_id"], table["image_id"][clash]))["uri"].to_pylist()
+        raise SourceError(
+            f"list {src} names two files whose results would have one name: {' and '.join(both)}",
+            hint="put the list into a folder above both",
+        )
     return Listing(table, names - table.num_rows)
 
 
