@@ -20,6 +20,7 @@ from PIL import Image
 from classifier import load_classifier
 from classifier.base import Prediction
 from classifier.labels import Degradation
+from jobs.restore import resolve_dtype
 from pipeline.synthesis import convolve
 
 Pixels = NDArray[np.uint8]
@@ -123,12 +124,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the data folder, with test/ in it")
     parser.add_argument("--classifier", default="degradation-small", help="name or path")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--csv", type=Path, help="file for every image's decision")
     arguments = parser.parse_args()
-    classifier = load_classifier(arguments.classifier, device=arguments.device)
+    dtype = resolve_dtype(arguments.dtype, arguments.device)
+    classifier = load_classifier(arguments.classifier, device=arguments.device, dtype=getattr(torch, dtype))
     decided, seconds_per_megapixel = timed(classifier.predict, cases(arguments.data / "test"))
     print("\n".join(table(decided)))
-    print(f"{seconds_per_megapixel * 1e3:.0f} ms/MP on {arguments.device}, {torch.get_num_threads()} threads,", end=" ")
+    print(
+        f"{seconds_per_megapixel * 1e3:.0f} ms/MP on {arguments.device} in {dtype}, {torch.get_num_threads()} threads,",
+        end=" ",
+    )
     print(f"{classifier.name} {classifier.sha256[:12]}")
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:

@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.process_memory import peak_bytes
 from benchmarks.record import RESULTS, write_csv
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
+from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
 from models.memory import keep_freed_memory
 from models.padding import pad, padded_size
@@ -37,9 +38,22 @@ from models.registry import resolve
 from models.weights import load_checkpoint
 
 Run = Callable[[Tensor], Tensor]
-VARIANTS = ("plain float32", "plain float32, memory kept", "inference float32", "inference bfloat16")
-BASELINE = VARIANTS[0]
+BASELINE = "plain float32"
+VARIANTS = {
+    "cpu": (BASELINE, "plain float32, memory kept", "inference float32", "inference bfloat16"),
+    "cuda": (
+        BASELINE,
+        "plain float32, TF32",
+        "plain bfloat16, compiled",
+        "inference float32",
+        "inference bfloat16",
+        "inference bfloat16, recorded",
+    ),
+}
+"""By the device's type; float32 is without TF32 where that is not said, and bfloat16 of the plain form is autocast."""
 PROMPT = 1
+RUNS_BEFORE = {"cpu": 1, "cuda": 3}
+"""Until everything is compiled and recorded."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +103,22 @@ def padded_tensor(pixels: np.ndarray[Any, Any], multiple: int) -> Tensor:
 
 def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:
     """The function of an image batch that a variant stands for; sets up this process for it."""
-    form, dtype = variant.partition(",")[0].split()
+    form, dtype, *how = variant.replace(",", "").split()
     if variant != BASELINE:
         keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "TF32" in how
     if form == "plain":
         plain, embedding = network.to(device), bank.embeddings[[PROMPT]].to(device)
-        return lambda image: torch.cat([plain(one[None], embedding) for one in image])
-    inference = InferenceDFPIR(network, bank, dtype=getattr(torch, dtype)).to(device)
-    return lambda image: inference(image, torch.full((len(image),), PROMPT, device=device))
+        call = torch.compile(plain) if "compiled" in how else plain
+
+        def one_by_one(image: Tensor) -> Tensor:
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                return torch.cat([call(one[None], embedding) for one in image])
+
+        return one_by_one
+    inference: Forward = InferenceDFPIR(network, bank, dtype=getattr(torch, dtype)).to(device)
+    forward = Recorded(inference) if "recorded" in how else inference
+    return lambda image: forward(image, torch.full((len(image),), PROMPT, device=device))
 
 
 def exact(network: DFPIR, bank: PromptBank, image: Tensor) -> Tensor:
@@ -146,11 +168,25 @@ def print_peak(arguments: argparse.Namespace) -> None:
         print(peak_bytes(lambda: run(image)))
 
 
+@torch.inference_mode()
+def print_profile(arguments: argparse.Namespace) -> None:
+    """Time by operator, and on a GPU by kernel, of one call at the first shape."""
+    network, bank = network_and_bank(arguments.model)
+    image = photograph(Shape.parse(arguments.shapes[0]), network.config.size_multiple, arguments.device)
+    run = build(arguments.profile, network, bank, arguments.device)
+    for _ in range(RUNS_BEFORE[image.device.type]):
+        run(image)
+    with torch.profiler.profile() as profile:
+        timed(run, image, time.perf_counter)
+    where = f"self_{image.device.type}_time_total"
+    print(profile.key_averages().table(sort_by=where, row_limit=25, max_name_column_width=60))
+
+
 class Contender:
     """A variant in a process of its own."""
 
     def __init__(self, variant: str, arguments: argparse.Namespace, shape: Shape) -> None:
-        """Returns when the process has run once."""
+        """Returns when the process is ready to be timed."""
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
         self.process = spawn.Process(target=contend, args=(theirs, variant, arguments, shape), daemon=True)
@@ -172,7 +208,9 @@ def contend(connection: Connection, variant: str, arguments: argparse.Namespace,
     run = build(variant, network, bank, arguments.device)
     image = photograph(shape, network.config.size_multiple, arguments.device)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    connection.send(run(image).float().cpu().numpy())
+    for _ in range(RUNS_BEFORE[image.device.type]):
+        output = run(image)
+    connection.send(output.float().cpu().numpy())
     while True:
         try:
             connection.recv()
@@ -184,8 +222,8 @@ def contend(connection: Connection, variant: str, arguments: argparse.Namespace,
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float | None]) -> list[dict[str, object]]:
     """A row for each variant."""
-    contenders = {variant: Contender(variant, arguments, shape) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    contenders = {variant: Contender(variant, arguments, shape) for variant in VARIANTS[arguments.device]}
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS[arguments.device]}
     for _ in range(arguments.rounds):
         for variant, contender in contenders.items():
             seconds[variant].append(contender.seconds())
@@ -219,20 +257,23 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall clock's")
     parser.add_argument("--memory", metavar="SHAPE", help="measure peak memory too, at this shape")
     parser.add_argument("--csv", type=Path, default=RESULTS / "engine.csv")
-    parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", metavar="VARIANT", help="only print where a variant's time goes, by operator")
+    parser.add_argument("--peak-of", metavar="VARIANT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
         return print_peak(arguments)
-    print(f"{'variant':<27}{'shape':>11}{'MP/s':>8}{'ratio':>6} {'(range)':<11}{'error':>8}{'bytes/px':>9}")
-    peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in VARIANTS}
+    if arguments.profile:
+        return print_profile(arguments)
+    print(f"{'variant':<28}{'shape':>11}{'MP/s':>8}{'ratio':>6} {'(range)':<11}{'error':>8}{'B/px':>7}")
+    peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in VARIANTS[arguments.device]}
     rows = []
     for text in arguments.shapes:
         for row in measure(arguments, Shape.parse(text), peaks):
             spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
             print(
-                f"{row['variant']:<27}{row['shape']:>11}{row['megapixels_per_s']:>8.4f}{row['ratio']:>6.2f} "
-                f"{spread:<11}{row['largest_error']:>8.1e}{row['peak_bytes_per_pixel'] or '-':>9}",
+                f"{row['variant']:<28}{row['shape']:>11}{row['megapixels_per_s']:>8.4f}{row['ratio']:>6.2f} "
+                f"{spread:<11}{row['largest_error']:>8.1e}{row['peak_bytes_per_pixel'] or '-':>7}",
                 flush=True,
             )
             rows.append(row)

@@ -106,8 +106,9 @@ def main() -> None:
         model = model_file(arguments.model, Path(folder))
         chosen = options(arguments, model)
         device = resolve_device(chosen.device)
-        classifier = load_classifier(chosen.classifier, device=device)
-        restorer = load_restorer(model, device=device, dtype=getattr(torch, resolve_dtype(chosen.dtype, device)))
+        dtype = getattr(torch, resolve_dtype(chosen.dtype, device))
+        classifier = load_classifier(chosen.classifier, device=device, dtype=dtype)
+        restorer = load_restorer(model, device=device, dtype=dtype)
 
         def measure_alone() -> None:
             classifying, restoring = seconds_alone(source, classifier, restorer)

@@ -1,5 +1,6 @@
 """The shipped classifier's network: two small timm backbones, for crops and thumbnail, a spectrum, and one head."""
 
+import copy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -8,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from classifier.labels import LABELS
 
@@ -65,7 +67,8 @@ class FinestPixels(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """The features of an image."""
-        colour, residual = F.conv2d(image, self.kernel, stride=UNSHUFFLE, padding=1).chunk(2, dim=1)
+        pixels = image.to(self.kernel.dtype)
+        colour, residual = F.conv2d(pixels, self.kernel, stride=UNSHUFFLE, padding=1).chunk(2, dim=1)
         return torch.cat([colour * (2 / 255) - 1, torch.tanh(residual * (RESIDUAL_GAIN / 255))], dim=1)
 
 
@@ -155,6 +158,27 @@ class DegradationNetwork(nn.Module):
         spectrum: Tensor = self.spectrum_backbone(self.power_spectrum(crops))
         logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
         return logits
+
+
+def inference_form(network: DegradationNetwork, dtype: torch.dtype) -> DegradationNetwork:
+    """A copy for predictions alone: batch norms folded into the convolutions before them, channels last.
+
+    The backbones of crops and thumbnail, nearly all of the work, run in `dtype`; spectrum and head stay float32.
+    """
+    form = copy.deepcopy(network).eval().requires_grad_(False)
+    unfolded = ""
+    for name, module in list(form.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            unfolded = name
+        elif isinstance(module, nn.BatchNorm2d) and unfolded:
+            convolution = form.get_submodule(unfolded)
+            assert isinstance(convolution, nn.Conv2d)
+            form.set_submodule(unfolded, fuse_conv_bn_eval(convolution, module))
+            form.set_submodule(name, nn.Identity())
+            unfolded = ""
+    for part in (form.front, form.crop_backbone, form.thumbnail_backbone):
+        part.to(dtype)
+    return form.to(memory_format=torch.channels_last)
 
 
 def to_input(pixels: Tensor) -> Tensor:

@@ -43,12 +43,10 @@ def _noise_variance(patches: NDArray[np.float32]) -> float:
     flat = torch.from_numpy(patches.reshape(len(patches), -1))
     centred = flat - flat.mean(dim=0)
     eigenvalues = torch.linalg.eigvalsh((centred.T @ centred).double() / len(flat)).flip(0).numpy()
-    for largest in range(len(eigenvalues)):
-        rest = eigenvalues[largest:]
-        mean = rest.mean()
-        if np.count_nonzero(rest > mean) >= np.count_nonzero(rest < mean):
-            return max(float(mean), 0.0)
-    return max(float(eigenvalues[-1]), 0.0)
+    smallest = np.triu(np.ones((len(eigenvalues), len(eigenvalues)), dtype=bool))  # row i: all but the i largest
+    means = np.average(np.broadcast_to(eigenvalues, smallest.shape), axis=1, weights=smallest)[:, None]
+    above, below = ((smallest & part).sum(axis=1) for part in (eigenvalues > means, eigenvalues < means))
+    return max(float(means[np.argmax(above >= below)][0]), 0.0)
 
 
 def _kept_by_clipping(means: NDArray[np.float32], sigma_255: float) -> float:
@@ -71,12 +69,12 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     patches = _patches(image)
     means = patches.mean(axis=2)
     sigma_255 = float(np.sqrt(_noise_variance(patches)))
+    if sigma_255 < 0.5:
+        return sigma_255
+    room = np.minimum(means, 255 - means).min(axis=1)
+    enough = float(np.partition(room, -min(FEWEST_PATCHES, len(room)))[-min(FEWEST_PATCHES, len(room))])
+    chosen = room >= min(CLIPPED_SIGMAS * sigma_255, enough)
+    variance = _noise_variance(patches[chosen])
     for _ in range(2):
-        if sigma_255 < 0.5:
-            break
-        room = np.minimum(means, 255 - means).min(axis=1)
-        margin = CLIPPED_SIGMAS * sigma_255
-        chosen = room >= min(margin, float(np.sort(room)[-min(FEWEST_PATCHES, len(room))]))
-        variance = _noise_variance(patches[chosen])
         sigma_255 = float(np.sqrt(variance / _kept_by_clipping(means[chosen], sigma_255)))
     return sigma_255

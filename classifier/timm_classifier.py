@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from classifier.base import Prediction
 from classifier.calibration import probabilities
 from classifier.labels import LABELS, Degradation
-from classifier.network import to_input
+from classifier.network import inference_form, to_input
 from classifier.sigma import estimate_sigma
 from classifier.view import take_views
 from classifier.weights import ClassifierWeights, load_weights
@@ -19,12 +19,12 @@ from classifier.weights import ClassifierWeights, load_weights
 class TimmClassifier:
     """Implements `classifier.base.Classifier`; `name` and `sha256` are those of the weights file."""
 
-    def __init__(self, weights: ClassifierWeights, *, device: str = "cpu") -> None:
+    def __init__(self, weights: ClassifierWeights, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.name = weights.name
         self.sha256 = weights.sha256
         self.weights = weights
         self.device = torch.device(device)
-        self.network = weights.network.to(self.device).to(memory_format=torch.channels_last)
+        self.network = inference_form(weights.network, dtype).to(self.device)
 
     @torch.inference_mode()
     def _logits(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -67,10 +67,12 @@ class TimmClassifier:
         return [self._predict_one(image) for image in images]
 
 
-def load_classifier(name_or_path: str | Path, *, device: str = "cpu") -> TimmClassifier:
-    """The classifier of a shipped name or of a weights file; nothing is downloaded.
+def load_classifier(
+    name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> TimmClassifier:
+    """The classifier of a shipped name or of a weights file, its backbones in `dtype`; nothing is downloaded.
 
     Raises:
         ClassifierWeightsError: see `classifier.weights.load_weights`.
     """
-    return TimmClassifier(load_weights(name_or_path), device=device)
+    return TimmClassifier(load_weights(name_or_path), device=device, dtype=dtype)

@@ -27,13 +27,11 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     if picture.resolve() == image.resolve():
         raise UsageError(f"--picture {picture} is the image itself; choose another name")
     device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
+    dtype = getattr(torch, resolve_dtype(options.dtype, device))
     try:
         decoded = decode(image.read_bytes(), max_pixels=options.max_pixels)
-        restorer = load_restorer(
-            options.model, device=device, dtype=getattr(torch, dtype), tile=parse_tile(options.tile)
-        )
-        classifier = load_classifier(options.classifier, device=device)
+        restorer = load_restorer(options.model, device=device, dtype=dtype, tile=parse_tile(options.tile))
+        classifier = load_classifier(options.classifier, device=device, dtype=dtype)
     except OSError as error:
         raise UsageError(f"cannot read {image}: {error.strerror}") from error
     except ImageFault as fault:

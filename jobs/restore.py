@@ -141,7 +141,7 @@ def measure_speed(options: RestoreOptions) -> float:
     device = resolve_device(options.device)
     dtype = getattr(torch, resolve_dtype(options.dtype, device))
     restorer = load_restorer(options.model, device=device, dtype=dtype)
-    classifier = load_classifier(options.classifier, device=device)
+    classifier = load_classifier(options.classifier, device=device, dtype=dtype)
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     seconds = []
     for _ in range(4):

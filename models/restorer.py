@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.dfpir import DFPIR
+from models.graphs import Recorded
 from models.inference import InferenceDFPIR
 from models.memory import available_bytes, bytes_per_pixel
 from models.padding import pad, padded_size
@@ -28,6 +29,7 @@ _FULL_SCALE: dict[np.dtype[Any], float] = {
     np.dtype(np.uint16): 65535.0,
     np.dtype(np.float32): 1.0,
 }
+_TORCH_DTYPE = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16}
 _MEMORY_SHARE = 0.5
 """Of the memory that is free when a Restorer is made: the rest is for decoded images and other processes."""
 _LARGEST_BATCH = 32
@@ -104,6 +106,7 @@ class Restorer:
         self.dtype = dtype
         self._tile: Tile = tile
         self._network = InferenceDFPIR(network, prompts, dtype=dtype).to(self.device)
+        self._forward = Recorded(self._network) if self.device.type == "cuda" else self._network
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype)
         # Read once: a choice that depended on the moment would tile one of two equal images.
         self.memory_budget_bytes = int(_MEMORY_SHARE * available_bytes(self.device))
@@ -175,7 +178,9 @@ class Restorer:
             step = limit if side is None else 1
             for first in range(0, len(members), step):
                 chunk = members[first : first + step]
-                batch = torch.stack([pad(_to_tensor(images[i]), height, width) for i in chunk])
+                # What is cut into tiles may not fit on the device.
+                place = self.device if side is None else torch.device("cpu")
+                batch = torch.stack([pad(_to_tensor(images[i], place), height, width) for i in chunk])
                 keys = [prompts[i] for i in chunk]
                 out = self._run(batch, keys) if side is None else self._run_tiles(batch[0], keys[0], side, limit)[None]
                 for i, pixels in zip(chunk, out, strict=True):
@@ -183,18 +188,17 @@ class Restorer:
         return [restored[i] for i in range(len(images))]
 
     def _run(self, batch: Tensor, prompts: list[int]) -> Tensor:
-        """One pass of the network: B x 3 x H x W float32 on the CPU, in and out."""
+        """One pass of the network: B x 3 x H x W float32 on its device, in and out."""
         index = torch.tensor(prompts, device=self.device)
         # TF32 is float32 in name only: its rounding changes which attention logits survive.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out: Tensor = self._network(batch.to(self.device), index)
-        return out.cpu()
+            return self._forward(batch, index)
 
     def _run_tiles(self, image: Tensor, prompt: int, side: int, limit: int) -> Tensor:
         """One image, 3 x H x W float32 on the CPU, in tiles."""
         return run_tiled(
             image,
-            lambda tiles: self._run(tiles, [prompt] * len(tiles)),
+            lambda tiles: self._run(tiles.to(self.device), [prompt] * len(tiles)).cpu(),
             tile_px=side,
             multiple=self.size_multiple,
             batch_limit=limit,
@@ -227,16 +231,17 @@ def load_restorer(
     )
 
 
-def _to_tensor(image: Image) -> Tensor:
-    """H x W x 3 of any of the dtypes as 3 x H x W float32 in [0, 1]."""
-    scaled = np.ascontiguousarray(image, dtype=np.float32) / np.float32(_FULL_SCALE[image.dtype])
-    return torch.from_numpy(scaled).permute(2, 0, 1)
+def _to_tensor(image: Image, device: torch.device) -> Tensor:
+    """H x W x 3 of any of the dtypes as 3 x H x W float32 in [0, 1]; it travels in its own dtype."""
+    pixels = torch.tensor(np.ascontiguousarray(image)).to(device)
+    return pixels.permute(2, 0, 1).float() / _FULL_SCALE[image.dtype]
 
 
 def _to_array(pixels: Tensor, like: Image) -> Image:
-    """3 x H x W float32 cropped to the size of `like`, in its dtype."""
+    """3 x H x W float32 cropped to the size of `like`, in its dtype, in which it travels."""
     height, width, _ = like.shape
-    cropped = pixels[:, :height, :width].permute(1, 2, 0).clamp(0, 1).numpy()
-    if like.dtype == np.float32:
-        return np.ascontiguousarray(cropped)
-    return np.ascontiguousarray(np.rint(cropped * np.float32(_FULL_SCALE[like.dtype])).astype(like.dtype))
+    cropped = pixels[:, :height, :width].permute(1, 2, 0).clamp(0, 1)
+    if like.dtype != np.float32:
+        cropped = (cropped * _FULL_SCALE[like.dtype]).round_().to(_TORCH_DTYPE[like.dtype])
+    found: Image = cropped.contiguous().cpu().numpy()
+    return found

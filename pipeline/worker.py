@@ -232,16 +232,12 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     keep_freed_memory()
     torch.set_num_threads(context.threads)
     config = context.config
-    restorer = load_restorer(
-        config.model,
-        device=context.device,
-        dtype=getattr(torch, config.dtype),
-        tile=parse_tile(config.tile),
-    )
+    dtype = getattr(torch, config.dtype)
+    restorer = load_restorer(config.model, device=context.device, dtype=dtype, tile=parse_tile(config.tile))
     _check_same("model", config.model, restorer.sha256, config.weights_sha256)
     classifier: Classifier | None = None
     if config.label == "auto":
-        classifier = load_classifier(config.classifier, device=context.device)
+        classifier = load_classifier(config.classifier, device=context.device, dtype=dtype)
         _check_same("classifier", config.classifier, classifier.sha256, config.classifier_sha256)
     return Worker(context, restorer=restorer, classifier=classifier, worker_id=worker_id)
 

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from skimage import data
 from synthetic_classifier import TINY, TINY_VIEW, write_tiny_classifier
 
 from classifier import load_classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
-from classifier.network import Architecture, DegradationNetwork, PowerSpectrum, to_input
+from classifier.network import Architecture, DegradationNetwork, PowerSpectrum, inference_form, to_input
 from classifier.weights import file_sha256, load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
@@ -250,3 +251,40 @@ def test_shipped_weights_recognise_the_labelled_set(label):
     predictions = load_classifier("degradation-small").predict(images)
     right = [p.label == label and p.confident for p in predictions]
     assert np.mean(right) >= 0.85
+
+
+# The form for predictions
+
+
+def with_random_statistics(path):
+    """The tiny network, its batch norms as after a training."""
+    network = load_weights(path).network
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                tensor.uniform_(0.5, 1.5)
+    return network
+
+
+def test_folded_batch_norms_change_nothing_but_rounding(tiny):
+    network = with_random_statistics(tiny)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    form = inference_form(network, torch.float32)
+    norms = [name for name, module in form.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms == ["spectrum_backbone.0"]  # no convolution comes before it
+    crops, thumbnails = torch.rand(2, 3, 3, 32, 32) * 255, torch.rand(2, 3, 32, 32) * 255
+    with torch.inference_mode():
+        assert torch.allclose(form(crops, thumbnails), network(crops, thumbnails), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_bfloat16_moves_probabilities_little():
+    pixels = np.asarray(Image.fromarray(data.astronaut()).resize((256, 256)))
+    noisy = np.clip(pixels + np.random.default_rng(0).normal(0, 25, pixels.shape), 0, 255).astype(np.uint8)
+    exact, rounded = (load_classifier("degradation-small", dtype=d) for d in (torch.float32, torch.bfloat16))
+    for image in (pixels, noisy):
+        expected, found = exact.probabilities(image), rounded.probabilities(image)
+        assert max(abs(expected[label] - found[label]) for label in LABELS) <= 0.05
+    assert rounded.network.crop_backbone.conv1[0].weight.dtype == torch.bfloat16
+    assert rounded.network.head[-1].weight.dtype == torch.float32

@@ -1,0 +1,108 @@
+"""Which calls are recorded and replayed; the recording itself needs a GPU."""
+
+import warnings
+
+import pytest
+import torch
+from synthetic_weights import tiny_network
+
+from models import graphs, orthogonal_bank
+from models.graphs import Recorded
+from models.inference import InferenceDFPIR
+
+PROMPT = torch.tensor([0])
+
+
+class Counted:
+    """Doubles an image and counts its calls; records itself as a function that is off by `error`."""
+
+    def __init__(self, error=0.0, fault=None):
+        self.calls, self.recorded, self.error, self.fault = 0, 0, error, fault
+
+    def __call__(self, image, prompts):
+        self.calls += 1
+        return 2 * image
+
+    def record(self, forward, image, prompts):
+        if self.fault:
+            raise self.fault
+        self.recorded += 1
+        return lambda image, prompts: 2 * image + self.error
+
+
+def image(side):
+    return torch.rand(1, 3, side, side)
+
+
+def test_a_shape_is_recorded_the_second_time_and_replayed_from_the_third():
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    for calls, records in [(1, 0), (2, 1), (2, 1), (2, 1)]:
+        given = image(8)
+        assert torch.equal(recorded(given, PROMPT), 2 * given)
+        assert (counted.calls, counted.recorded) == (calls, records)
+
+
+def test_the_shapes_needed_last_are_kept():
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    sides = range(1, graphs.MOST_SHAPES + 1)
+    for side in [*sides, *sides]:
+        recorded(image(side), PROMPT)
+    recorded(image(1), PROMPT)  # now side 2 is the one not needed for longest
+    for _ in range(2):
+        recorded(image(100), PROMPT)
+    calls = counted.calls
+    recorded(image(1), PROMPT)
+    assert counted.calls == calls
+    recorded(image(2), PROMPT)
+    assert counted.calls == calls + 1
+
+
+def test_what_comes_once_or_is_large_is_not_recorded(monkeypatch):
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    for side in range(1, 50):
+        recorded(image(side), PROMPT)
+    monkeypatch.setattr(graphs, "LARGEST_PIXELS", 8)
+    for _ in range(3):
+        recorded(image(60), PROMPT)
+    assert counted.recorded == 0
+
+
+@pytest.mark.parametrize(
+    ("counted", "why"),
+    [(Counted(error=0.5), "off by 5.0e-01"), (Counted(error=float("nan")), "off by nan"),
+     (Counted(fault=RuntimeError("no capture")), "no capture")],
+)  # fmt: skip
+def test_a_recording_that_is_wrong_or_fails_is_never_used(counted, why):
+    recorded = Recorded(counted, record=counted.record)
+    recorded(image(8), PROMPT)
+    with pytest.warns(UserWarning, match=why):
+        recorded(image(8), PROMPT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            given = image(8)
+            assert torch.equal(recorded(given, PROMPT), 2 * given)
+
+
+def test_no_room_for_a_recording_is_no_fault():
+    counted = Counted(fault=torch.OutOfMemoryError())
+    recorded = Recorded(counted, record=counted.record)
+    for _ in range(3):
+        recorded(image(8), PROMPT)
+    assert counted.calls == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replays_on_a_gpu_equal_the_network():
+    form = InferenceDFPIR(tiny_network(5), orthogonal_bank(), dtype=torch.bfloat16).cuda()
+    recorded = Recorded(form)
+    with torch.inference_mode():
+        for number in range(12):
+            given = torch.rand(1 + number % 2, 3, 32, 40, device="cuda")
+            prompts = torch.full((len(given),), number % 5, device="cuda")
+            assert (recorded(given, prompts) - form(given, prompts)).abs().max() <= 1e-3
+    assert len(recorded._recordings) == 2
