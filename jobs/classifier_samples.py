@@ -12,9 +12,10 @@ from torch import Tensor
 from classifier.labels import CLEAN_LIMITS, LABELS, Degradation
 from classifier.network import to_input
 from classifier.view import ViewSettings, take_views
-from jobs.training_data import CleanPhotographs
+from jobs.training_data import Photographs
 from pipeline.synthesis import (
     FloatImage,
+    add_camera_noise,
     add_deep_shadow,
     add_haze,
     add_lowlight,
@@ -22,6 +23,7 @@ from pipeline.synthesis import (
     add_noise,
     add_other,
     add_rain,
+    resize,
     to_uint8,
     vary_clean,
 )
@@ -38,7 +40,7 @@ SHARES: dict[Degradation, float] = {
 """Share of each label in the samples; `clean` is what every kind of damage must be told from."""
 
 
-def draw_scene(photographs: CleanPhotographs, rng: np.random.Generator) -> FloatImage:
+def draw_scene(photographs: Photographs, rng: np.random.Generator) -> FloatImage:
     """A photograph or a part of one, H x W x 3 in [0, 1], sides from 160 to 640 px, at native or reduced scale.
 
     Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are.
@@ -89,6 +91,10 @@ FAINTEST: dict[Degradation, float] = {Degradation.RAIN: 0.01, Degradation.HAZE: 
 """Damage that changes an image by less than this on average (of 1) counts neither as such nor as clean."""
 
 
+SHRINKABLE = {Degradation.RAIN, Degradation.HAZE, Degradation.LOWLIGHT, Degradation.CLEAN}
+"""What stays what it is when a photograph is made smaller; noise and blur fade."""
+
+
 def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> FloatImage:
     """The image under a label, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
 
@@ -96,7 +102,10 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
     """
     match label:
         case Degradation.NOISE:
-            return add_noise(image, rng, sigma_255=float(rng.uniform(1.2 * CLEAN_LIMITS.noise_sigma_255, 60)))
+            lowest = 1.2 * CLEAN_LIMITS.noise_sigma_255
+            if rng.random() < 0.5:
+                return add_noise(image, rng, sigma_255=float(rng.uniform(lowest, 60)))
+            return add_camera_noise(image, rng, sigma_255=float(rng.uniform(lowest, 40)))
         case Degradation.RAIN:
             return add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])))
         case Degradation.HAZE:
@@ -113,7 +122,7 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
             return add_other(image, rng)
 
 
-def draw_damaged(photographs: CleanPhotographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
+def draw_damaged(photographs: Photographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
     """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
 
     Half of the scenes are first varied within what counts as clean, so that softness or grain alone says nothing.
@@ -126,8 +135,12 @@ def draw_damaged(photographs: CleanPhotographs, label: Degradation, rng: np.rand
         if label is not Degradation.CLEAN and rng.random() < 0.5:
             scene = vary_clean(scene, rng)
         damaged = damage(scene, label, rng)
-        if float(np.abs(damaged - scene).mean()) >= FAINTEST.get(label, 0.0):
-            return damaged
+        if float(np.abs(damaged - scene).mean()) < FAINTEST.get(label, 0.0):
+            continue
+        if label in SHRINKABLE and rng.random() < 0.3:
+            scale = rng.uniform(0.6, 1)
+            damaged = resize(damaged, *(max(160, round(side * scale)) for side in damaged.shape[:2]))
+        return damaged
     raise ValueError(f"{label} shows on none of the photographs; are they blank?")
 
 
@@ -163,7 +176,7 @@ class Samples:
 
     @classmethod
     def synthesise(
-        cls, photographs: CleanPhotographs, rng: np.random.Generator, *, count: int, view: ViewSettings
+        cls, photographs: Photographs, rng: np.random.Generator, *, count: int, view: ViewSettings
     ) -> "Samples":
         """`count` new samples."""
         samples = cls.empty(count, view)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from jobs.errors import UsageError
+from jobs.errors import TrainingError, UsageError
 
 app = typer.Typer(
     name="dfpir",
@@ -74,7 +74,7 @@ def _faults_explained() -> Iterator[None]:
         code, fault = 2, cast(Exception, error)
     except RunInterruptedError as error:
         code, fault = 128 + error.signal_number, error
-    except RunError as error:
+    except (RunError, TrainingError) as error:
         code, fault = 1, error
     else:
         return
@@ -209,6 +209,33 @@ def demo(
         from jobs.demo import run_demo
 
         run_demo(out, engine=engine or "ray", messages=messages, results=results)
+
+
+train = typer.Typer(help="Trains a restorer from a configuration.", no_args_is_help=True)
+app.add_typer(train, name="train")
+
+
+@train.command()
+def restorer(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the training: checkpoints, logs, samples.")],
+    device: Device = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")] = 0,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+) -> None:
+    """Trains a DFPIR restorer, or goes on with it where the last call stopped."""
+    with _faults_explained():
+        import logging
+        import math
+
+        from jobs.restore import resolve_device
+        from jobs.train_restorer import train as run
+        from jobs.training_config import RestorerTraining, read_config
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        chosen = resolve_device(device or "auto")
+        limit = math.inf if max_minutes is None else max_minutes
+        run(read_config(RestorerTraining, config), out, device=chosen, threads=threads, max_minutes=limit)
 
 
 @app.command()

@@ -27,7 +27,8 @@ from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import save_classifier, write_card
 from jobs.classifier_samples import SHARES, Samples
-from jobs.training_data import CleanPhotographs
+from jobs.errors import TrainingError
+from jobs.training_data import Photographs
 from jobs.training_state import learning_rate, save_atomically
 
 log = logging.getLogger("train_classifier")
@@ -90,9 +91,9 @@ def train(arguments: argparse.Namespace) -> Trained:
     """Runs or resumes a training, whose state lies in `arguments.out`."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    photographs = CleanPhotographs.load(arguments.data, validation=False)
+    photographs = Photographs.clean([arguments.data], validation=False)
     held_out = Samples.synthesise(
-        CleanPhotographs.load(arguments.data, validation=True),
+        Photographs.clean([arguments.data], validation=True),
         np.random.default_rng(7),
         count=arguments.validation_samples,
         view=VIEW,
@@ -137,7 +138,7 @@ def train(arguments: argparse.Namespace) -> Trained:
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             if not torch.isfinite(norm):
-                raise RuntimeError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
+                raise TrainingError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
             optimizer.step()
             step += 1
             follow(average, network, decay=min(0.995, step / (step + 20)))

@@ -1,122 +1,104 @@
-"""Trains the compact DFPIR that ships with the project: `python -m jobs.train_restorer --help`.
+"""Trains a DFPIR restorer: `dfpir train restorer CONFIG.toml`, or `python -m jobs.train_restorer --help`.
 
-One process, one network, degradations synthesised as it goes. Needs torch, numpy, pillow and safetensors only.
-A run stops after `--max-minutes` or `--steps` and goes on from its last checkpoint when started again.
+One process, one network, degradations synthesised as it goes. Needs torch, numpy, pillow and safetensors only, so
+that it runs on a bare GPU host; logs for TensorBoard are written where that is installed. A training ends where its
+configuration says, a call after `--max-minutes` at the latest; the same call goes on from the last checkpoint. Where
+the configuration counts steps, the result does not depend on where it was cut.
 """
 
 import argparse
 import logging
+import math
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from classifier.labels import Degradation
-from jobs.training_data import CleanPhotographs
-from jobs.training_state import learning_rate, save_atomically
-from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
-from models.prompts import orthogonal_bank
+from classifier.sigma import estimate_sigma
+from jobs.errors import TrainingError, UsageError
+from jobs.training_config import Data, Phase, RestorerTraining, as_plain, read_config
+from jobs.training_data import Photographs
+from jobs.training_state import halved, learning_rate, load_state, save_atomically
+from models.dfpir import DFPIR, PerturbationBlock
+from models.prompts import PromptBank, clip_bank, orthogonal_bank
+from models.registry import resolve
+from models.weights import load_checkpoint
 from pipeline.prompting import noise_prompt
-from pipeline.synthesis import FloatImage, degrade, to_uint8
+from pipeline.synthesis import FloatImage, add_jpeg, degrade, to_uint8
 
 log = logging.getLogger("train_restorer")
 
-COMPACT = DFPIRConfig(
-    dim=24,
-    num_blocks=(1, 2, 2, 2),
-    num_refinement_blocks=1,
-    heads=(1, 2, 4, 8),
-    ffn_expansion_factor=2.0,
-    unshuffle_factor=2,
-)
-
-NOISE_ALONE = {Degradation.NOISE: 1.0}
-FINE_DETAIL = {Degradation.NOISE: 0.6, Degradation.RAIN: 0.4}
-TASKS: dict[Degradation, float] = {
-    Degradation.NOISE: 0.36,
-    Degradation.RAIN: 0.22,
-    Degradation.HAZE: 0.14,
-    Degradation.BLUR: 0.12,
-    Degradation.LOWLIGHT: 0.16,
-}
-MORE_RAIN: dict[Degradation, float] = {
-    Degradation.NOISE: 0.2,
-    Degradation.RAIN: 0.36,
-    Degradation.HAZE: 0.14,
-    Degradation.BLUR: 0.1,
-    Degradation.LOWLIGHT: 0.2,
-}
-MORE_BLUR: dict[Degradation, float] = {
-    Degradation.NOISE: 0.12,
-    Degradation.RAIN: 0.16,
-    Degradation.HAZE: 0.08,
-    Degradation.BLUR: 0.55,
-    Degradation.LOWLIGHT: 0.09,
-}
-ALL: dict[Degradation, float] = {
-    Degradation.NOISE: 0.18,
-    Degradation.RAIN: 0.28,
-    Degradation.HAZE: 0.12,
-    Degradation.BLUR: 0.3,
-    Degradation.LOWLIGHT: 0.12,
-}
-"""Shares of the degradations in the training patches, once all are there; rain and blur take longest to learn.
-
-Noise comes first, alone, then rain: mixed from the start, the easy gains of haze and low light keep a small
-network from ever learning fine detail, while they themselves are learnt within minutes whenever they come.
-"""
-
-SMALLEST_SCALE: dict[Degradation, float] = {Degradation.HAZE: 0.2, Degradation.LOWLIGHT: 0.2}
-"""Haze and low light are judged on more of the scene than a small patch shows."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training from `start`, a share of the whole: shares of the tasks, patch and batch size."""
-
-    start: float
-    tasks: dict[Degradation, float]
-    patch_px: int
-    batch: int
-
-
-PHASES = (
-    Phase(0.0, NOISE_ALONE, 64, 8),
-    Phase(0.08, FINE_DETAIL, 64, 8),
-    Phase(0.18, TASKS, 64, 8),
-    Phase(0.3, MORE_RAIN, 64, 8),
-    Phase(0.49, MORE_BLUR, 128, 6),
-    Phase(0.75, ALL, 128, 6),
-)
+VALIDATION_PX = 192
+CHECKPOINT, PORTABLE = "checkpoint.pt", "portable.pt"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair, H x W x 3 float32 in [0, 1], and its prompt."""
+    """One training pair, H x W x 3 float32 in [0, 1], its prompt, and where it is from."""
 
     degraded: FloatImage
     clean: FloatImage
     prompt: str
+    name: str
 
 
-def draw_sample(photographs: CleanPhotographs, rng: np.random.Generator, *, label: Degradation, side_px: int) -> Sample:
-    """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
+@dataclass(frozen=True)
+class Sources:
+    """The photographs of a configuration: clean ones, and the pairs of each label that has some."""
 
-    Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error.
-    """
-    clean = photographs.patch(rng, side_px=side_px, smallest_scale=SMALLEST_SCALE.get(label, 0.5))
-    degraded, sigma_255 = degrade(clean, label, rng)
-    prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1)) if sigma_255 is not None else str(label)
-    return Sample(to_uint8(degraded).astype(np.float32) / np.float32(255), clean, prompt)
+    data: Data
+    clean: Photographs | None
+    pairs: Mapping[Degradation, Photographs]
+
+    @classmethod
+    def load(cls, data: Data, *, validation: bool) -> "Sources":
+        """Reads the training or the validation part; raises UsageError as `Photographs` does."""
+        options: dict[str, Any] = {"validation": validation, "least_readable": data.least_readable}
+        pairs = {each.label: Photographs.pairs(each.degraded, each.reference, **options) for each in data.pairs}
+        return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)
+
+    def draw(self, rng: np.random.Generator, *, label: Degradation, side_px: int, jpeg_share: float) -> Sample:
+        """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
+
+        Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error.
+        """
+        pairs = self.pairs.get(label)
+        sigma_255: float | None
+        if pairs is not None and (self.clean is None or rng.random() < self.data.pair_share):
+            name, (degraded, clean) = pairs.patches(rng, side_px=side_px, smallest_scale=1.0)
+            sigma_255 = estimate_sigma(to_uint8(degraded)) if label is Degradation.NOISE else None
+        elif self.clean is not None:
+            scale = self.data.smallest_scale.get(label, 0.5)
+            name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
+            degraded, sigma_255 = degrade(clean, label, rng)
+            if rng.random() < jpeg_share:
+                degraded = add_jpeg(degraded, quality=int(rng.integers(70, 96)))
+        else:
+            raise UsageError(f"there are neither clean photographs nor pairs for {label}")
+        prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1)) if sigma_255 is not None else str(label)
+        return Sample(to_uint8(degraded).astype(np.float32) / np.float32(255), clean, prompt, name)
+
+    def batch(self, config: RestorerTraining, phase: Phase, step: int) -> list[Sample]:
+        """The samples of a step: the same whenever they are drawn."""
+        rng = np.random.default_rng([config.seed, step])
+        shares = np.array(list(phase.tasks.values()))
+        labels = rng.choice(list(phase.tasks), size=phase.batch, p=shares / shares.sum())
+        options: dict[str, Any] = {"side_px": phase.patch_px, "jpeg_share": config.jpeg_share}
+        return [self.draw(rng, label=Degradation(label), **options) for label in labels]
 
 
-def to_batch(images: list[FloatImage]) -> Tensor:
+def to_batch(images: Sequence[FloatImage], device: torch.device) -> Tensor:
     """Stacks H x W x 3 images into B x 3 x H x W, channels last in memory."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
 
 
 def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
@@ -125,6 +107,23 @@ def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
     With plain L1 the large errors of haze and low light drown the gradient of noise, rain and blur.
     """
     return ((restored.float() - clean).abs().mean(dim=(1, 2, 3)) + 2e-3).log().mean()
+
+
+def plain_l1(restored: Tensor, clean: Tensor) -> Tensor:
+    """The published loss."""
+    return F.l1_loss(restored.float(), clean)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": plain_l1, "relative": relative_l1}
+
+
+def prompt_bank(name: str) -> PromptBank:
+    """The bank that a configuration names: `orthogonal`, a model's by name or file, or CLIP's (`clip:PATH`)."""
+    if name == "orthogonal":
+        return orthogonal_bank()
+    if name.startswith("clip:"):
+        return clip_bank(Path(name.removeprefix("clip:")))
+    return load_checkpoint(resolve(name).path).prompts
 
 
 @torch.no_grad()
@@ -158,112 +157,231 @@ def initialise(network: DFPIR) -> None:
             depthwise.weight[:, :, 1, 1] += 1.0
 
 
-@torch.no_grad()
-def validate(network: DFPIR, photographs: CleanPhotographs, *, side_px: int = 192, count: int = 8) -> dict[str, float]:
-    """Gain in PSNR (dB) by degradation on fixed patches of the validation photographs."""
-    bank = orthogonal_bank()
-    gains = {}
-    for label in TASKS:
-        rng = np.random.default_rng(7)
-        gain = []
-        for _ in range(count):
-            sample = draw_sample(photographs, rng, label=label, side_px=side_px)
-            degraded, clean = to_batch([sample.degraded]), to_batch([sample.clean])
-            with torch.autocast(degraded.device.type, dtype=torch.bfloat16):
-                restored = network(degraded, bank.embeddings[bank.indices([sample.prompt])])
-            errors = [(image.float().clamp(0, 1) - clean).square().mean().log10() for image in (degraded, restored)]
-            gain.append(float(10 * (errors[0] - errors[1])))
-        gains[str(label)] = float(np.mean(gain))
-    return gains
+class Training:
+    """A network in training with its moving average and optimiser, in a folder."""
 
+    def __init__(self, config: RestorerTraining, out: Path, device: torch.device) -> None:
+        """Takes up the folder's checkpoint, or a portable one, or begins."""
+        self.config, self.out, self.device = config, out, device
+        torch.manual_seed(config.seed)
+        self.bank = prompt_bank(config.prompts)
+        self.embeddings = self.bank.embeddings.to(device)
+        self.network = DFPIR(config.model)
+        if config.initialisation == "identity":
+            initialise(self.network)
+        if config.start_from is not None:
+            started = torch.load(config.start_from, map_location="cpu", weights_only=True)
+            self.network.load_state_dict(started["average"])
+        self.network.to(device).to(memory_format=torch.channels_last)
+        self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+        self.average.load_state_dict(self.network.state_dict())
+        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        averaged = dict(self.average.named_parameters())
+        self.averaged = {name: averaged[name] for name in self.trained}
+        self.optimiser = torch.optim.AdamW(
+            self.trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.step, self.seconds = 0, 0.0
+        out.mkdir(parents=True, exist_ok=True)
+        self._resume()
 
-def train(arguments: argparse.Namespace) -> None:
-    """Runs or resumes a training; the state lies in `arguments.out`."""
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    photographs = CleanPhotographs.load(arguments.data, validation=False)
-    held_out = CleanPhotographs.load(arguments.data, validation=True)
-    log.info("%d photographs for training, %d for validation", len(photographs.images), len(held_out.images))
-    bank = orthogonal_bank()
-    network = DFPIR(COMPACT)
-    initialise(network)
-    network.to(memory_format=torch.channels_last)
-    average = DFPIR(COMPACT).to(memory_format=torch.channels_last).requires_grad_(False)
-    average.load_state_dict(network.state_dict())
-    trained: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
-    by_name = dict(average.named_parameters())
-    averaged: list[Tensor] = [by_name[name] for name, p in network.named_parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
-    step, seconds = 0, 0.0
-    if arguments.out.exists():
-        state = torch.load(arguments.out, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-        log.info("resumed at step %d", step)
+    @property
+    def progress(self) -> float:
+        """How much of the training is over, 0..1."""
+        return self.config.progress(self.step, self.seconds)
 
-    def checkpoint() -> dict[str, Any]:
-        states = {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        return states | {"step": step, "seconds": seconds}
+    def _resume(self) -> None:
+        if (path := self.out / CHECKPOINT).exists():
+            state = load_state(path, as_plain(self.config))
+            self.network.load_state_dict(state["network"])
+            self.average.load_state_dict(state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            torch.set_rng_state(state["rng"])
+        elif (path := self.out / PORTABLE).exists():
+            state = load_state(path, as_plain(self.config))
+            with torch.no_grad():
+                for mine, stored in ((self.trained, state["network"]), (self.averaged, state["average"])):
+                    for name, parameter in mine.items():
+                        parameter.copy_(stored[name])
+        else:
+            return
+        self.step, self.seconds = state["step"], state["seconds"]
+        log.info("resumed at step %d from %s", self.step, path)
 
-    started, last_save, losses = time.monotonic(), time.monotonic(), []
-    before = seconds
-    while step < arguments.steps:
-        seconds = before + time.monotonic() - started
-        progress = max(step / arguments.steps, seconds / 60 / arguments.max_minutes)
-        if progress >= 1:
-            break
-        phase = [p for p in PHASES if p.start <= progress][-1]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, peak=arguments.lr)
-        rng = np.random.default_rng([arguments.seed, step])
-        shares = np.array(list(phase.tasks.values()))
-        labels = rng.choice(list(phase.tasks), size=phase.batch, p=shares / shares.sum())
-        samples = [draw_sample(photographs, rng, label=Degradation(label), side_px=phase.patch_px) for label in labels]
-        degraded, clean = to_batch([s.degraded for s in samples]), to_batch([s.clean for s in samples])
-        prompts = bank.embeddings[bank.indices([s.prompt for s in samples])]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            restored = network(degraded, prompts)
-        loss = relative_l1(restored, clean)
-        optimizer.zero_grad(set_to_none=True)
+    def save(self) -> None:
+        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16."""
+        common = {"config": as_plain(self.config), "step": self.step, "seconds": self.seconds}
+        whole = {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        save_atomically(common | whole, self.out / CHECKPOINT)
+        light = {"network": halved(dict(self.trained)), "average": halved(dict(self.averaged))}
+        save_atomically(common | light, self.out / PORTABLE)
+
+    def learn(self, samples: Sequence[Sample]) -> float:
+        """One step; returns the loss.
+
+        Raises:
+            TrainingError: loss or gradient is not finite; weights and checkpoint are as they were.
+        """
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.progress, peak=self.config.learning_rate, warm_up=self.config.warm_up)
+        clean = to_batch([sample.clean for sample in samples], self.device)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = LOSSES[self.config.loss](self._restored(self.network, samples), clean)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(trained, 2.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm)
         if not torch.isfinite(norm):
-            raise RuntimeError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
-        optimizer.step()
-        step += 1
-        decay = min(0.999, step / (step + 20))
+            batch = ", ".join(f"{sample.name} ({sample.prompt})" for sample in samples)
+            raise TrainingError(
+                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}, batch {batch}; "
+                f"last good checkpoint: {self.out / CHECKPOINT}"
+            )
+        self.optimiser.step()
+        self.step += 1
+        decay = min(self.config.average_decay, self.step / (self.step + 20))
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
-        losses.append(float(loss.detach()))
-        if step % 50 == 0:
-            log.info(
-                "step %d, %.1f min, %d px, loss %.4f, gradient %.2f",
-                step, seconds / 60, phase.patch_px, np.mean(losses[-50:]), float(norm),
-            )  # fmt: skip
-        if time.monotonic() - last_save > arguments.save_every_s:
-            last_save = time.monotonic()
-            save_atomically(checkpoint(), arguments.out)
-            log.info("validation gain in dB: %s", {k: round(v, 2) for k, v in validate(average, held_out).items()})
-    save_atomically(checkpoint(), arguments.out)
-    log.info("ended at step %d after %.1f min", step, seconds / 60)
-    log.info("validation gain in dB: %s", {k: round(v, 2) for k, v in validate(average, held_out, count=24).items()})
+            torch._foreach_lerp_(list(self.averaged.values()), list(self.trained.values()), 1 - decay)
+        return float(loss.detach())
+
+    def _restored(self, network: DFPIR, samples: Sequence[Sample]) -> Tensor:
+        degraded = to_batch([sample.degraded for sample in samples], self.device)
+        prompts = self.embeddings[self.bank.indices([sample.prompt for sample in samples])]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            restored: Tensor = network(degraded, prompts)
+        return restored
+
+    @torch.no_grad()
+    def validate(self, held_out: Sources, *, count: int) -> tuple[dict[str, tuple[float, float]], FloatImage]:
+        """Mean PSNR (dB) before and after by label on fixed patches, and a sheet: degraded, restored, clean."""
+        labels = dict.fromkeys(label for phase in self.config.phases for label in phase.tasks)
+        found, rows = {}, []
+        for label in labels:
+            rng = np.random.default_rng(7)
+            psnr = []
+            for number in range(count):
+                sample = held_out.draw(rng, label=label, side_px=VALIDATION_PX, jpeg_share=self.config.jpeg_share)
+                restored = self._restored(self.average, [sample])[0].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+                errors = [float(np.square(image - sample.clean).mean()) for image in (sample.degraded, restored)]
+                psnr.append([-10 * math.log10(max(error, 1e-10)) for error in errors])
+                if number == 0:
+                    rows.append(np.concatenate([sample.degraded, restored, sample.clean], axis=1))
+            before, after = np.mean(psnr, axis=0)
+            found[str(label)] = float(before), float(after)
+        return found, np.concatenate(rows)
 
 
-def main() -> None:
-    """Command line of the training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of clean photographs")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint (.pt) to write and to resume from")
-    parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--max-minutes", type=float, default=100.0)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+class Diary:
+    """What a training writes for people: the log, TensorBoard's where that is installed, and sheets of samples."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.losses = out, list[float]()
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.info("TensorBoard is not installed: its logs are not written")
+        else:
+            self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def step(self, training: Training, loss: float) -> None:
+        """Notes a step, and every fiftieth the mean since the last time."""
+        self.losses.append(loss)
+        if training.step % 50:
+            return
+        mean, rate = float(np.mean(self.losses)), training.optimiser.param_groups[0]["lr"]
+        log.info(
+            "step %d, %.1f min, %.1f %%, loss %.4f", training.step, training.seconds / 60, 100 * training.progress, mean
+        )
+        self.losses.clear()
+        if self.board is not None:
+            self.board.add_scalar("loss", mean, training.step)
+            self.board.add_scalar("learning rate", rate, training.step)
+
+    def validation(self, training: Training, found: Mapping[str, tuple[float, float]], sheet: FloatImage) -> None:
+        """Notes PSNR by label, and writes the sheet."""
+        log.info("validation in dB: %s", ", ".join(f"{k} {a:.2f} ({a - b:+.2f})" for k, (b, a) in found.items()))
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(to_uint8(sheet)).save(folder / f"step-{training.step:07d}.png")
+        if self.board is not None:
+            for label, (_, after) in found.items():
+                self.board.add_scalar(f"PSNR/{label}", after, training.step)
+            self.board.add_image("samples", sheet, training.step, dataformats="HWC")
+            self.board.flush()
+
+
+def train(
+    config: RestorerTraining,
+    out: Path,
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    max_minutes: float = math.inf,
+    save_every_s: float = 300.0,
+) -> Training:
+    """Begins a training or goes on with it, until its end or for `max_minutes`.
+
+    Args:
+        config: what is trained.
+        out: the training's folder.
+        device: `cpu` or a CUDA device.
+        threads: of torch; 0 leaves its choice.
+        max_minutes: of this call.
+        save_every_s: seconds between checkpoints, each with a validation.
+
+    Raises:
+        ConfigError: the folder has a checkpoint of another configuration.
+        UsageError: too few photographs can be read.
+        TrainingError: the loss is not finite; the message names step, batch and last good checkpoint.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    training, diary = Training(config, out, torch.device(device)), Diary(out)
+    sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
+    for part, name in ((sources, "training"), (held_out, "validation")):
+        count = len(part.clean.names) if part.clean is not None else 0
+        log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
+    begun, before, last_save = time.monotonic(), training.seconds, time.monotonic()
+
+    def coming(step: int) -> Future[list[Sample]]:
+        phase = config.phase_at(config.progress(step, training.seconds))
+        return ahead.submit(sources.batch, config, phase, step)
+
+    with ThreadPoolExecutor(1, "synthesis") as ahead:
+        samples = coming(training.step)
+        while training.progress < 1 and time.monotonic() - begun < 60 * max_minutes:
+            batch, samples = samples.result(), coming(training.step + 1)
+            diary.step(training, training.learn(batch))
+            training.seconds = before + time.monotonic() - begun
+            if time.monotonic() - last_save > save_every_s:
+                training.save()
+                diary.validation(training, *training.validate(held_out, count=8))
+                last_save = time.monotonic()
+    training.save()
+    diary.validation(training, *training.validate(held_out, count=24))
+    log.info(
+        "%s at step %d, %.1f min", "over" if training.progress >= 1 else "stopped", training.step, training.seconds / 60
+    )
+    return training
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of a host that has none of the other commands' libraries."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="configuration (.toml)")
+    parser.add_argument("out", type=Path, help="folder of the training: checkpoints, logs, samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
     parser.add_argument("--save-every-s", type=float, default=300.0)
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(parser.parse_args())
+    options = {k: v for k, v in vars(arguments).items() if k not in ("config", "out")}
+    train(read_config(RestorerTraining, arguments.config), arguments.out, **options)
 
 
 if __name__ == "__main__":

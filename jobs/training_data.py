@@ -1,7 +1,8 @@
-"""Clean photographs in memory, cut into training patches."""
+"""Photographs in memory, clean ones and pairs, cut into training patches."""
 
 import hashlib
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from jobs.errors import UsageError
 from pipeline.synthesis import FloatImage, resize
 
 log = logging.getLogger(__name__)
@@ -16,58 +18,121 @@ log = logging.getLogger(__name__)
 VALIDATION_PERCENT = 8
 """Share of the photographs held out for calibration and model choice."""
 
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+SMALLEST_SIDE_PX = 160
+"""Smaller photographs are left out."""
+
 
 def is_validation(name: str) -> bool:
     """Whether a photograph belongs to the fixed validation split, by a hash of its file name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
+def photographs_in(folders: Iterable[Path], *, validation: bool) -> list[Path]:
+    """The photographs of some folders that belong to the training or to the validation part, by name."""
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in SUFFIXES and is_validation(path.name) == validation
+    ]
+
+
+def read_rgb(paths: Sequence[Path], *, least_readable: float) -> dict[Path, NDArray[np.uint8]]:
+    """H x W x 3 uint8 pixels of every readable file; the others are named in the log.
+
+    Raises UsageError if fewer than this share can be read, or none is left that is large enough.
+    """
+    images, unreadable = {}, []
+    for path in paths:
+        try:
+            images[path] = np.asarray(Image.open(path).convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            log.warning("skipped %s: %s", path, error)
+            unreadable.append(path.name)
+    if len(images) < least_readable * len(paths):
+        raise UsageError(
+            f"only {len(images)} of {len(paths)} photographs can be read, less than {least_readable:.0%}; "
+            f"unreadable are {', '.join(unreadable[:5])}{' and others' if len(unreadable) > 5 else ''}"
+        )
+    return {path: image for path, image in images.items() if min(image.shape[:2]) >= SMALLEST_SIDE_PX}
+
+
 @dataclass(frozen=True)
-class CleanPhotographs:
-    """Photographs as H x W x 3 uint8 arrays, with their file names."""
+class Photographs:
+    """Photographs as versions of one scene, each a tuple of H x W x 3 uint8 arrays of one size, with their names.
+
+    Clean photographs have one version, pairs two: degraded and reference.
+    """
 
     names: tuple[str, ...]
-    images: tuple[NDArray[np.uint8], ...]
+    scenes: tuple[tuple[NDArray[np.uint8], ...], ...]
+
+    @property
+    def images(self) -> list[NDArray[np.uint8]]:
+        """The first version of every scene."""
+        return [versions[0] for versions in self.scenes]
 
     @classmethod
-    def load(cls, folder: Path, *, validation: bool, min_side_px: int = 160) -> "CleanPhotographs":
-        """Reads the training or the validation part of a folder.
+    def clean(cls, folders: Iterable[Path], *, validation: bool, least_readable: float = 0.9) -> "Photographs":
+        """Reads the training or the validation part of some folders.
 
-        Unreadable files are named in the log and skipped; raises ValueError if nothing is left.
+        Raises UsageError if too few files can be read, or nothing is left.
         """
-        names, images = [], []
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() not in {".jpg", ".jpeg", ".png"} or is_validation(path.name) != validation:
-                continue
-            try:
-                image = np.asarray(Image.open(path).convert("RGB"))
-            except OSError as error:
-                log.warning("skipped %s: %s", path, error)
-                continue
-            if min(image.shape[:2]) >= min_side_px:
-                names.append(path.name)
-                images.append(image)
+        folders = list(folders)
+        images = read_rgb(photographs_in(folders, validation=validation), least_readable=least_readable)
         if not images:
-            raise ValueError(f"no usable photograph in {folder}")
-        return cls(tuple(names), tuple(images))
+            raise UsageError(f"no usable photograph in {', '.join(map(str, folders))}")
+        return cls(tuple(path.name for path in images), tuple((image,) for image in images.values()))
 
-    def patch(self, rng: np.random.Generator, *, side_px: int, smallest_scale: float) -> FloatImage:
-        """A random square patch, side_px x side_px x 3 in [0, 1], flipped and turned at random.
+    @classmethod
+    def pairs(cls, degraded: Path, reference: Path, *, validation: bool, least_readable: float = 0.9) -> "Photographs":
+        """Reads the training or the validation part of two folders whose files match by name without extension.
 
-        It is cut at a scale between `smallest_scale` and 1, log-uniform, and shrunk to size.
+        Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
-        image = self.images[rng.integers(len(self.images))]
+        references = {path.stem: path for path in reference.iterdir() if path.suffix.lower() in SUFFIXES}
+        paths = photographs_in([degraded], validation=validation)
+        for path in paths:
+            if path.stem not in references:
+                raise UsageError(f"{path} has no reference of that name in {reference}")
+        first = read_rgb(paths, least_readable=least_readable)
+        second = read_rgb([references[path.stem] for path in first], least_readable=least_readable)
+        scenes = {}
+        for path, image in first.items():
+            partner = second.get(references[path.stem])
+            if partner is None:
+                continue
+            if partner.shape != image.shape:
+                raise UsageError(f"{path} is of another size than its reference {references[path.stem]}")
+            scenes[path.name] = (image, partner)
+        if not scenes:
+            raise UsageError(f"no usable pair in {degraded} and {reference}")
+        return cls(tuple(scenes), tuple(scenes.values()))
+
+    def patches(
+        self, rng: np.random.Generator, *, side_px: int, smallest_scale: float
+    ) -> tuple[str, tuple[FloatImage, ...]]:
+        """One random square patch of every version of a scene, side_px x side_px x 3 in [0, 1], and the scene's name.
+
+        It is cut at a scale between `smallest_scale` and 1, log-uniform, shrunk to size, flipped and turned at random.
+        """
+        chosen = int(rng.integers(len(self.scenes)))
+        versions = self.scenes[chosen]
         scale = np.exp(rng.uniform(np.log(smallest_scale), 0))
         if rng.random() < 0.3:
             scale = 1.0
-        source_px = min(round(side_px / scale), *image.shape[:2])
-        top = rng.integers(image.shape[0] - source_px + 1)
-        left = rng.integers(image.shape[1] - source_px + 1)
-        crop = image[top : top + source_px, left : left + source_px].astype(np.float32) / np.float32(255)
-        if source_px != side_px:
-            crop = resize(crop, side_px, side_px)
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        if rng.random() < 0.3:
-            crop = np.rot90(crop, int(rng.integers(1, 4)))
-        return np.ascontiguousarray(crop)
+        height, width = versions[0].shape[:2]
+        source_px = min(round(side_px / scale), height, width)
+        top, left = rng.integers(height - source_px + 1), rng.integers(width - source_px + 1)
+        mirrored, turns = rng.random() < 0.5, int(rng.integers(1, 4)) if rng.random() < 0.3 else 0
+
+        def cut(image: NDArray[np.uint8]) -> FloatImage:
+            crop = image[top : top + source_px, left : left + source_px].astype(np.float32) / np.float32(255)
+            if source_px != side_px:
+                crop = resize(crop, side_px, side_px)
+            if mirrored:
+                crop = crop[:, ::-1]
+            return np.ascontiguousarray(np.rot90(crop, turns))
+
+        return self.names[chosen], tuple(cut(image) for image in versions)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from classifier.labels import CLEAN_LIMITS, Degradation
+from classifier.sigma import estimate_sigma
 
 FloatImage = NDArray[np.float32]
 
@@ -60,6 +61,19 @@ def smooth_field(height: int, width: int, rng: np.random.Generator, *, cells: in
     return (field - low) / max(high - low, 1e-6)
 
 
+def to_linear(image: FloatImage) -> FloatImage:
+    """The light that was there, from sRGB as displayed (IEC 61966-2-1)."""
+    dark, light = image / np.float32(12.92), ((image + np.float32(0.055)) / np.float32(1.055)) ** np.float32(2.4)
+    return np.where(image <= 0.04045, dark, light)
+
+
+def to_srgb(light: FloatImage) -> FloatImage:
+    """The inverse of `to_linear`, clipped to [0, 1]."""
+    light = _clip(light)
+    dark, bright = light * np.float32(12.92), np.float32(1.055) * light ** np.float32(1 / 2.4) - np.float32(0.055)
+    return np.where(light <= 0.0031308, dark, bright)
+
+
 def resize(image: FloatImage, height: int, width: int) -> FloatImage:
     """Resamples with a Lanczos filter that averages when it shrinks."""
     channels = [
@@ -75,6 +89,27 @@ def resize(image: FloatImage, height: int, width: int) -> FloatImage:
 def add_noise(image: FloatImage, rng: np.random.Generator, *, sigma_255: float) -> FloatImage:
     """White Gaussian noise of standard deviation `sigma_255` on the 0..255 scale."""
     return _clip(image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma_255 / 255))
+
+
+def add_camera_noise(image: FloatImage, rng: np.random.Generator, *, sigma_255: float) -> FloatImage:
+    """Noise of a sensor, seen through what a camera does to it, with a mean of `sigma_255` on the 0..255 scale.
+
+    In linear light a part whose variance grows with the signal and a constant one (Foi et al., "Practical
+    Poissonian-Gaussian noise modeling", 2008); then, as demosaicking and noise reduction leave it, smoothed by a
+    Gaussian of up to 0.8 px, and stronger by 1 to 2.5 in colour than in brightness in half of the cases.
+    """
+    light = to_linear(image)
+    constant = rng.uniform(0.02, 0.3)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.sqrt(light + np.float32(constant**2))
+    if rng.random() < 0.7:
+        noise = convolve(noise, gaussian_kernel(float(rng.uniform(0.3, 0.8))))
+    if rng.random() < 0.5:
+        brightness = noise.mean(axis=2, keepdims=True)
+        noise = brightness + np.float32(rng.uniform(1, 2.5)) * (noise - brightness)
+    # The slope of the display curve turns noise in light into noise on the 0..255 scale.
+    slope = 1 / np.maximum(2.4 / 1.055 * ((image + 0.055) / 1.055) ** 1.4, 1 / 12.92)
+    seen = noise * slope.astype(np.float32)
+    return _clip(image + seen * np.float32(sigma_255 / 255 / max(float(seen.std()), 1e-6)))
 
 
 def draw_noise_sigma(rng: np.random.Generator) -> float:
@@ -101,11 +136,13 @@ def line_kernel(length_px: float, angle_deg: float, width_px: float, *, taper: f
 
 
 def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
-    """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a thin veil.
+    """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a veil.
 
     Per layer: streak length 8..80 px, width 0.8..6 px and at most a fifth of the length, sharp or tapering ends,
     0.2 to 4 drops per 1000 pixels (fewer when they are large), brightness 0.1..0.9. Streaks are blended towards a
     near-white of their own, or in half of the layers added, as light that reaches the sensor besides the scene's.
+    Three in ten have a veil of up to a tenth, one in ten of up to 0.4, thicker with `pseudo_depth`: distant drops that
+    are too small to be seen as streaks (Li et al., "Heavy rain image restoration", CVPR 2019).
     """
     height, width = image.shape[:2]
     wind_deg = rng.uniform(-45, 45)
@@ -122,9 +159,13 @@ def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float =
             out = out + 0.6 * opacity
         else:
             out = out + opacity * (np.float32(rng.uniform(0.7, 1.0)) - out).clip(0)
-    if rng.random() < 0.3:
+    kind = rng.random()
+    if kind < 0.3:
         veil = np.float32(rng.uniform(0.0, 0.1))
         out = out * (1 - veil) + veil * np.float32(0.8)
+    elif kind < 0.4:
+        thickness = np.float32(rng.uniform(0.1, 0.4)) * (0.4 + 0.6 * pseudo_depth(height, width, rng))[:, :, None]
+        out = out * (1 - thickness) + thickness * np.float32(rng.uniform(0.5, 0.9))
     return _clip(out)
 
 
@@ -145,15 +186,28 @@ def pseudo_depth(height: int, width: int, rng: np.random.Generator) -> FloatImag
     return depth.astype(np.float32)
 
 
+def sky(image: FloatImage) -> FloatImage:
+    """How much each pixel is like sky, 0..1, H x W: bright, smooth, and joined to the top through such pixels."""
+    blurred = convolve(image, gaussian_kernel(2.0))
+    luminance = blurred.mean(axis=2)
+    rough = convolve(np.abs(image - blurred).mean(axis=2, keepdims=True), gaussian_kernel(2.0))[:, :, 0]
+    like = np.clip((luminance - 0.45) / 0.2, 0, 1) * np.clip((0.03 - rough) / 0.015, 0, 1)
+    joined = np.minimum.accumulate(like, axis=0)
+    soft = convolve(joined[:, :, None].astype(np.float32), gaussian_kernel(2.0))[:, :, 0]
+    return cast(FloatImage, np.clip(soft, 0, 1))
+
+
 def add_haze(image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04) -> FloatImage:
     """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
 
-    d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth; beta is
-    0.4..2.4; the airlight A is 0.65..1 with a tint of up to `tint` per channel.
+    d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth, and in half of the
+    cases 1 where there is `sky`; beta is 0.4..2.4; the airlight A is 0.65..1 with a tint of up to `tint` per channel.
     """
     height, width = image.shape[:2]
     near = rng.uniform(0.2, 0.7)
     depth = near + (1 - near) * pseudo_depth(height, width, rng)
+    if rng.random() < 0.5:
+        depth = np.maximum(depth, sky(image))
     transmission = np.exp(-rng.uniform(0.4, 2.4) * depth)[:, :, None]
     airlight = np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-tint, tint, 3), 0, 1)
     return _clip(image * transmission + airlight * (1 - transmission))
@@ -203,13 +257,22 @@ def add_motion_blur(
 ) -> FloatImage:
     """Blur along a random camera trajectory from 6 px long, with sensor noise of sigma 0..2 on the 0..255 scale.
 
+    In three of ten cases light is summed instead of displayed values, with highlights up to four times brighter than
+    the photograph could hold: lamps draw their path (Rim et al., "Realistic blur synthesis", ECCV 2022).
     Paths that wind so much that they spread little beyond what counts as clean (`CleanLimits.blur_px`) are drawn again.
     """
     while True:
         length_px = float(np.exp(rng.uniform(np.log(6), np.log(longest_px))))
         kernel = trajectory_kernel(rng, length_px=length_px, wander=wander)
         if spread_px(kernel) >= 1.4 * CLEAN_LIMITS.blur_px:
-            return add_noise(convolve(image, kernel), rng, sigma_255=float(rng.uniform(0, 2)))
+            break
+    if rng.random() < 0.3:
+        light = to_linear(image)
+        over = np.clip((image.min(axis=2, keepdims=True) - 0.94) / 0.06, 0, 1)
+        blurred = to_srgb(convolve(light * (1 + np.float32(rng.uniform(0, 3)) * over), kernel))
+    else:
+        blurred = convolve(image, kernel)
+    return add_noise(blurred, rng, sigma_255=float(rng.uniform(0, 2)))
 
 
 # Low light
@@ -218,10 +281,13 @@ def add_motion_blur(
 def add_lowlight(image: FloatImage, rng: np.random.Generator, *, lowest_gain: float = 0.12) -> FloatImage:
     """Under-exposure: gamma 1.2..3, gain up to 0.9 with a result below 0.55 of the brightness, sensor noise.
 
-    The noise has a part that grows with the root of the signal and a constant one, each with sigma up to 4
-    on the 0..255 scale.
+    In half of the cases white balance is off too, towards warm or cold, by up to a tenth in red and blue. The noise
+    has a part that grows with the root of the signal and a constant one, each with sigma up to 4 on the 0..255 scale.
     """
     dark = image ** np.float32(rng.uniform(1.2, 3.0))
+    if rng.random() < 0.5:
+        warm = rng.uniform(-0.1, 0.1)
+        dark = dark * np.array([1 + warm, 1, 1 - warm], dtype=np.float32)
     brightest = 0.55 * float(image.mean()) / max(float(dark.mean()), 1e-6)
     dark = dark * np.float32(min(np.exp(rng.uniform(np.log(lowest_gain), np.log(0.9))), brightest))
     sigma = rng.uniform(0, 4) / 255 * np.sqrt(dark) + rng.uniform(0, 4) / 255 * rng.random()
@@ -314,15 +380,22 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
         black = rng.uniform(0, 0.14) * rng.uniform(0.4, 1, 3)
         out = black.astype(np.float32) + (1 - black.astype(np.float32)) * out
     if rng.random() < 0.4:
-        out = add_noise(out, rng, sigma_255=float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)))
+        grain = add_noise if rng.random() < 0.5 else add_camera_noise
+        out = grain(_clip(out), rng, sigma_255=float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)))
     return _clip(out)
 
 
 def degrade(image: FloatImage, label: Degradation, rng: np.random.Generator) -> tuple[FloatImage, float | None]:
-    """A degraded version of a clean image under `label`, and the noise sigma (0..255 scale) where it is `noise`."""
+    """A degraded version of a clean image under `label`, and the noise sigma (0..255 scale) where it is `noise`.
+
+    A quarter of the noise is a camera's, whose sigma is what the estimator makes of it.
+    """
     match label:
         case Degradation.NOISE:
             sigma_255 = draw_noise_sigma(rng)
+            if rng.random() < 0.25:
+                noisy = add_camera_noise(image, rng, sigma_255=sigma_255)
+                return noisy, estimate_sigma(to_uint8(noisy))
             return add_noise(image, rng, sigma_255=sigma_255), sigma_255
         case Degradation.RAIN:
             return add_rain(image, rng), None

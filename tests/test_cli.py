@@ -246,3 +246,40 @@ def test_models_lists_hash_licence_and_quality() -> None:
         assert records[name]["licence"]
         assert records[name]["quality"]
     assert "dfpir-compact" in invoke("models")[1]
+
+
+TRAINING = """
+steps = 1
+[data]
+clean = ["{folder}"]
+[model]
+dim = 8
+num_blocks = [1, 1, 1, 1]
+num_refinement_blocks = 1
+unshuffle_factor = 2
+[[phases]]
+start = 0.0
+patch_px = 32
+batch = 1
+tasks = {{ noise = 1.0 }}
+"""
+
+
+def test_a_restorer_is_trained_from_a_configuration(tmp_path: Path) -> None:
+    folder, config, out = tmp_path / "clean", tmp_path / "some.toml", tmp_path / "out"
+    folder.mkdir()
+    for number in range(30):
+        Image.fromarray(np.roll(data.coffee(), 20 * number, axis=1)[:200, :200]).save(folder / f"photo-{number}.png")
+    config.write_text(TRAINING.format(folder=folder))
+    command = ("train", "restorer", config, out, "--device", "cpu", "--threads", 1)
+    assert invoke(*command)[0] == 0
+    assert (out / "checkpoint.pt").exists()
+    assert list((out / "samples").iterdir())
+    config.write_text(TRAINING.format(folder=folder).replace("batch = 1", "batch = 2"))
+    code, _, said = invoke(*command)
+    assert code == 2
+    assert "belongs to another training" in said
+    config.write_text("steps = 1")
+    code, _, said = invoke(*command)
+    assert code == 2
+    assert f"{config}: data is missing" in said

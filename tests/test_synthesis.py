@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from classifier.labels import CLEAN_LIMITS, LABELS, Degradation
 from pipeline import synthesis
 from pipeline.synthesis import (
+    add_camera_noise,
     add_deep_shadow,
     add_haze,
     add_jpeg,
@@ -21,8 +22,11 @@ from pipeline.synthesis import (
     line_kernel,
     pseudo_depth,
     resize,
+    sky,
     smooth_field,
     spread_px,
+    to_linear,
+    to_srgb,
     to_uint8,
     trajectory_kernel,
     vary_clean,
@@ -117,6 +121,22 @@ def test_noise_has_the_sigma_asked_for():
         assert float(noise.std()) * 255 == pytest.approx(sigma_255, rel=0.02)
 
 
+def test_camera_noise_has_the_sigma_asked_for_and_grows_with_the_light():
+    halves = np.full((200, 200, 3), 0.2, np.float32)
+    halves[:, 100:] = 0.7
+    for seed in range(6):
+        noisy = add_camera_noise(halves, np.random.default_rng(seed), sigma_255=10)
+        assert float((noisy - halves).std()) * 255 == pytest.approx(10, rel=0.05)
+        light = to_linear(noisy)
+        assert light[:, 110:].std() > 1.3 * light[:, :90].std()
+
+
+def test_light_and_display_are_each_others_inverse():
+    levels = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16, 1)
+    np.testing.assert_allclose(to_srgb(to_linear(levels)), levels, atol=1e-5)
+    assert to_linear(np.float32([0.5]))[0] == pytest.approx(0.214, abs=1e-3)
+
+
 def test_noise_is_drawn_beyond_the_clean_limit():
     rng = np.random.default_rng(0)
     drawn = [draw_noise_sigma(rng) for _ in range(500)]
@@ -148,6 +168,17 @@ def test_haze_lies_between_the_scene_and_its_airlight():
         hazy = add_haze(clean, np.random.default_rng(seed))
         assert hazy.std() < clean.std()
         assert hazy.mean() > clean.mean()
+
+
+def test_sky_is_bright_smooth_and_reaches_the_top():
+    scene = np.full((90, 90, 3), 0.2, np.float32)
+    scene[:40] = 0.9
+    scene[:40, 60:] += np.random.default_rng(0).uniform(-0.3, 0.1, (40, 30, 3)).astype(np.float32)
+    scene[60:80, 10:50] = 0.9
+    found = sky(scene)
+    assert found[5:30, 10:50].min() > 0.9
+    assert found[5:30, 70:].max() < 0.1  # rough: leaves against the light
+    assert found[62:78, 12:48].max() < 0.1  # below dark ground: a white wall
 
 
 def test_a_tint_colours_the_airlight():
@@ -189,6 +220,14 @@ def test_low_light_is_darker_than_the_clean_limit():
     for seed in range(20):
         dark = add_lowlight(clean, np.random.default_rng(seed))
         assert dark.mean() < CLEAN_LIMITS.exposure * clean.mean()
+
+
+def test_low_light_may_shift_the_white_balance_by_a_tenth():
+    grey = np.full((60, 60, 3), 0.8, np.float32)
+    colours = [add_lowlight(grey, np.random.default_rng(seed)).mean(axis=(0, 1)) for seed in range(30)]
+    ratios = np.array([red / blue for red, _, blue in colours])
+    assert 0.78 < ratios.min() < 0.95
+    assert 1.05 < ratios.max() < 1.28
 
 
 def test_deep_shadow_keeps_the_lit_part_and_darkens_the_rest():

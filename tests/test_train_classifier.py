@@ -21,7 +21,7 @@ from jobs.classifier_samples import (
     vary_tone,
 )
 from jobs.train_classifier import main
-from jobs.training_data import CleanPhotographs, is_validation
+from jobs.training_data import Photographs, is_validation
 from jobs.training_state import learning_rate
 from pipeline.synthesis import smooth_field
 
@@ -58,7 +58,7 @@ def options(folder, out, *more):
 
 
 def test_scenes_lie_within_the_sizes_promised(folder):
-    photographs = CleanPhotographs.load(folder, validation=False)
+    photographs = Photographs.clean([folder], validation=False)
     rng = np.random.default_rng(0)
     scenes = [draw_scene(photographs, rng) for _ in range(60)]
     for scene in scenes:
@@ -69,7 +69,7 @@ def test_scenes_lie_within_the_sizes_promised(folder):
 
 
 def test_a_changed_tone_keeps_the_shapes(folder):
-    scene = draw_scene(CleanPhotographs.load(folder, validation=False), np.random.default_rng(0))
+    scene = draw_scene(Photographs.clean([folder], validation=False), np.random.default_rng(0))
     versions = [vary_tone(scene, np.random.default_rng(seed)) for seed in range(30)]
     assert sum(not np.array_equal(version, scene) for version in versions) > 20
     for version in versions:
@@ -78,7 +78,7 @@ def test_a_changed_tone_keeps_the_shapes(folder):
 
 
 def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
-    photographs = CleanPhotographs.load(folder, validation=False)
+    photographs = Photographs.clean([folder], validation=False)
     drawn = []
 
     def faint_at_first(image, label, rng):
@@ -92,7 +92,7 @@ def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
 
 
 def test_photographs_that_show_no_damage_are_refused(monkeypatch):
-    blank = CleanPhotographs(("blank.png",), (np.full((170, 180, 3), 128, np.uint8),))
+    blank = Photographs(("blank.png",), ((np.full((170, 180, 3), 128, np.uint8),),))
     monkeypatch.setattr(classifier_samples, "vary_tone", lambda scene, rng: scene)
     monkeypatch.setattr(classifier_samples, "damage", lambda image, label, rng: image)
     with pytest.raises(ValueError, match="blur shows on none of the photographs"):
@@ -116,7 +116,7 @@ def test_filed_images_stay_close_to_what_was_given():
 
 
 def test_the_pool_keeps_its_size_and_replaces_the_oldest(folder):
-    photographs = CleanPhotographs.load(folder, validation=False)
+    photographs = Photographs.clean([folder], validation=False)
     rng = np.random.default_rng(0)
     pool = Samples.empty(6, SMALL_VIEW)
     pool.add(Samples.synthesise(photographs, rng, count=5, view=SMALL_VIEW))
@@ -163,8 +163,8 @@ def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
     assert weights.with_suffix(".json").exists()
     classifier = load_classifier(weights)
     assert classifier.weights.provenance["steps"] == 5
-    assert classifier.network.state_dict().keys() == second["average"].keys()
-    for key, value in classifier.network.state_dict().items():
+    assert classifier.weights.network.state_dict().keys() == second["average"].keys()
+    for key, value in classifier.weights.network.state_dict().items():
         if key != "head.3.bias":  # holds the shares expected in use as well
             torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1

@@ -1,4 +1,5 @@
-import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,29 @@ from PIL import Image
 from skimage import data
 
 from classifier.labels import Degradation
-from jobs import train_restorer
-from jobs.train_restorer import COMPACT, TASKS, draw_sample, initialise, relative_l1, train
-from jobs.training_data import CleanPhotographs
+from jobs import train_restorer, training_state
+from jobs.errors import TrainingError, UsageError
+from jobs.train_restorer import (
+    CHECKPOINT,
+    PORTABLE,
+    Sources,
+    Training,
+    initialise,
+    plain_l1,
+    prompt_bank,
+    relative_l1,
+    train,
+)
+from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
+from pipeline import synthesis
+
+COMPACT = read_config(RestorerTraining, Path(__file__).parents[1] / "configs" / "compact.toml")
+TINY = DFPIRConfig(
+    dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, ffn_expansion_factor=1.5, unshuffle_factor=2
+)
+EVERYTHING = {label: 1.0 for label in Degradation if label not in (Degradation.CLEAN, Degradation.OTHER)}
 
 
 @pytest.fixture
@@ -27,25 +46,24 @@ def photographs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DFPIRConfig(
-        dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, ffn_expansion_factor=1.5, unshuffle_factor=2
-    )
-    monkeypatch.setattr(train_restorer, "COMPACT", config)
-    monkeypatch.setattr(train_restorer, "validate", lambda *args, **kwargs: {})
+def quick_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_restorer, "VALIDATION_PX", 32)
+    whole = Training.validate
+    monkeypatch.setattr(Training, "validate", lambda self, held_out, *, count: whole(self, held_out, count=1))
 
 
-def arguments(folder: Path, out: Path, **more: object) -> argparse.Namespace:
-    defaults: dict[str, object] = {
-        "data": folder, "out": out, "steps": 30, "max_minutes": 1e9, "lr": 2e-3, "seed": 0,
-        "threads": 1, "save_every_s": 1e9,
+def tiny(folder: Path, **more: object) -> RestorerTraining:
+    phase = Phase(start=0.0, patch_px=32, batch=2, tasks=EVERYTHING)
+    options: dict[str, object] = {
+        "data": Data(clean=(folder,)), "phases": (phase,), "model": TINY, "steps": 4, "initialisation": "identity",
+        "loss": "relative", "learning_rate": 2e-3, "betas": (0.9, 0.98), "clip_norm": 2.0,
     }  # fmt: skip
-    return argparse.Namespace(**(defaults | more))
+    return RestorerTraining(**(options | more))  # type: ignore[arg-type]
 
 
 def test_a_fresh_network_is_the_identity_and_tells_prompts_apart() -> None:
     torch.manual_seed(0)
-    network = DFPIR(COMPACT)
+    network = DFPIR(COMPACT.model)
     initialise(network)
     image, bank = torch.rand(1, 3, 32, 32), orthogonal_bank()
     with torch.no_grad():
@@ -55,62 +73,163 @@ def test_a_fresh_network_is_the_identity_and_tells_prompts_apart() -> None:
 
 
 def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs: Path) -> None:
-    clean = CleanPhotographs.load(photographs, validation=False)
+    sources = Sources.load(Data(clean=(photographs,)), validation=False)
     rng = np.random.default_rng(0)
     prompts = set()
-    for _ in range(8):
-        for label in TASKS:
-            sample = draw_sample(clean, rng, label=label, side_px=32)
+    for _ in range(12):
+        for label in EVERYTHING:
+            sample = sources.draw(rng, label=label, side_px=32, jpeg_share=0.5)
             assert np.allclose(sample.degraded * 255, np.rint(sample.degraded * 255), atol=1e-4)
             assert sample.prompt.rstrip("0123456789") == label
             prompts.add(sample.prompt)
     assert prompts == set(orthogonal_bank().keys)
 
 
-def test_the_loss_weighs_images_by_their_relative_error() -> None:
+def test_pairs_are_used_for_their_label_alone_in_the_share_asked_for(photographs: Path, tmp_path: Path) -> None:
+    degraded = tmp_path / "degraded"
+    degraded.mkdir()
+    for path in photographs.iterdir():
+        Image.new("RGB", (200, 200), "green").save(degraded / path.name)
+    pairs = (Pairs(Degradation.RAIN, degraded, photographs),)
+    rng = np.random.default_rng(0)
+
+    def share_of_pairs(label: Degradation, **options: object) -> float:
+        sources = Sources.load(Data(pairs=pairs, **options), validation=False)  # type: ignore[arg-type]
+        drawn = [sources.draw(rng, label=label, side_px=32, jpeg_share=0.0).degraded for _ in range(60)]
+        return float(np.mean([np.ptp(image.reshape(-1, 3), axis=0).max() == 0 for image in drawn]))
+
+    assert share_of_pairs(Degradation.RAIN) == 1
+    assert 0.05 < share_of_pairs(Degradation.RAIN, clean=(photographs,), pair_share=0.25) < 0.5
+    assert share_of_pairs(Degradation.HAZE, clean=(photographs,)) == 0
+    with pytest.raises(UsageError, match="neither clean photographs nor pairs for haze"):
+        share_of_pairs(Degradation.HAZE)
+
+
+def test_the_relative_loss_weighs_images_by_their_relative_error() -> None:
     clean = torch.zeros(2, 3, 4, 4)
     restored = torch.stack([torch.full((3, 4, 4), 0.5), torch.full((3, 4, 4), 0.05)]).requires_grad_()
     relative_l1(restored, clean).backward()
     weak, strong = (float(restored.grad[i].sum()) for i in range(2))  # type: ignore[index]
     assert 8 < strong / weak < 11
+    assert float(plain_l1(restored, clean).detach()) == pytest.approx(0.275)
 
 
-@pytest.mark.usefixtures("tiny")
-def test_a_resumed_training_equals_an_unbroken_one(photographs: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
-    train(arguments(photographs, whole, steps=4))
+def averages(out: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(out / CHECKPOINT, weights_only=True)["average"]
+    return found
 
-    real_save, saved = train_restorer.save_atomically, []
 
-    def save_and_break(state: dict[str, object], path: Path) -> None:
-        real_save(state, path)
-        saved.append(state["step"])
-        if len(saved) == 2:
+def break_at(step: int) -> Callable[..., float]:
+    whole = Training.learn
+
+    def learn(self: Training, samples: list[train_restorer.Sample]) -> float:
+        if self.step == step:
             raise KeyboardInterrupt
+        return whole(self, samples)
 
+    return learn
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_resumed_training_equals_an_unbroken_one(photographs: Path, tmp_path: Path) -> None:
+    phases = tuple(Phase(start=s, patch_px=p, batch=2, tasks=EVERYTHING) for s, p in ((0.0, 32), (0.5, 48)))
+    config = tiny(photographs, phases=phases)
+    train(config, tmp_path / "whole", threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_restorer, "save_atomically", save_and_break)
+        patch.setattr(Training, "learn", break_at(2))
         with pytest.raises(KeyboardInterrupt):
-            train(arguments(photographs, parts, steps=4, save_every_s=0.0))
-    assert saved == [1, 2]
-    train(arguments(photographs, parts, steps=4))
-    first, second = (torch.load(path, weights_only=True)["average"] for path in (whole, parts))
-    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+            train(config, tmp_path / "parts", threads=1, save_every_s=0.0)
+    assert train(config, tmp_path / "parts", threads=1).step == 4
+    first, second = averages(tmp_path / "whole"), averages(tmp_path / "parts")
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("quick_validation")
+def test_a_call_ends_after_its_minutes_and_the_next_goes_on(photographs: Path, tmp_path: Path) -> None:
+    config = tiny(photographs, steps=2)
+    assert train(config, tmp_path / "out", threads=1, max_minutes=0.0).step == 0
+    assert train(config, tmp_path / "out", threads=1).step == 2
+    assert train(config, tmp_path / "out", threads=1).step == 2
+    assert (tmp_path / "out" / "samples" / "step-0000002.png").exists()
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: Path, tmp_path: Path) -> None:
+    config = tiny(photographs)
+    here, there = tmp_path / "here", tmp_path / "there"
+    train(config, here, threads=1)
+    there.mkdir()
+    (there / PORTABLE).write_bytes((here / PORTABLE).read_bytes())
+    assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 4
+    resumed = Training(config, there, torch.device("cpu"))
+    assert resumed.step == 4
+    wanted = averages(here)
+    for key, value in resumed.average.state_dict().items():
+        assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_training_may_start_from_anothers_average(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs), tmp_path / "first", threads=1)
+    second = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT, seed=1)
+    begun = Training(second, tmp_path / "second", torch.device("cpu"))
+    wanted = averages(tmp_path / "first")
+    assert begun.step == 0
+    assert all(torch.equal(value, wanted[key]) for key, value in begun.network.state_dict().items())
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_another_configuration_is_refused_with_the_fields_that_differ(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs, steps=1), tmp_path / "out", threads=1)
+    with pytest.raises(ConfigError, match=r"learning_rate: was 0\.002, is now 0\.001"):
+        train(tiny(photographs, steps=1, learning_rate=1e-3), tmp_path / "out", threads=1)
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_loss_that_is_no_number_stops_with_step_batch_and_checkpoint(photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(tiny(photographs), out, threads=1, max_minutes=0.0)
+    before = (out / CHECKPOINT).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_restorer.LOSSES, "relative", lambda restored, clean: restored.sum() * math.nan)
+        with pytest.raises(TrainingError, match=r"loss nan.*step 0, batch photo-\d+\.png \(\w+\).*checkpoint\.pt"):
+            train(tiny(photographs), out, threads=1)
+    assert (out / CHECKPOINT).read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / CHECKPOINT
+    training_state.save_atomically({"step": 1}, path)
+
+    def half(state: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        training_state.save_atomically({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("quick_validation")
 def test_training_lowers_the_loss_on_noise(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    phase = train_restorer.Phase(0.0, {Degradation.NOISE: 1.0}, 32, 4)
-    monkeypatch.setattr(train_restorer, "PHASES", (phase,))
     monkeypatch.setattr("pipeline.synthesis.draw_noise_sigma", lambda rng: 40.0)
+    monkeypatch.setattr("pipeline.synthesis.add_camera_noise", synthesis.add_noise)
+    phase = Phase(start=0.0, patch_px=32, batch=4, tasks={Degradation.NOISE: 1.0})
     losses = []
+    whole = Training.learn
 
-    def recorded(restored: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        loss = relative_l1(restored, clean)
-        losses.append(float(loss.detach()))
-        return loss
+    def recorded(self: Training, samples: list[train_restorer.Sample]) -> float:
+        losses.append(whole(self, samples))
+        return losses[-1]
 
-    monkeypatch.setattr(train_restorer, "relative_l1", recorded)
-    train(arguments(photographs, tmp_path / "run.pt", steps=80, lr=5e-3))
+    monkeypatch.setattr(Training, "learn", recorded)
+    train(tiny(photographs, phases=(phase,), steps=80, learning_rate=5e-3), tmp_path / "out", threads=1)
     assert len(losses) == 80
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.1
+
+
+def test_banks_are_told_by_name() -> None:
+    assert torch.equal(prompt_bank("orthogonal").embeddings, orthogonal_bank().embeddings)
+    assert prompt_bank("dfpir-compact").keys == orthogonal_bank().keys

@@ -1,0 +1,171 @@
+"""The field's test sets as they are downloaded: which files belong together."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from classifier.labels import Degradation
+from jobs.errors import UsageError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+NOISE_SIGMAS_255 = (15, 25, 50)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of a test set with its reference; noise is added to the reference where `degraded` is None."""
+
+    name: str
+    reference: Path
+    degraded: Path | None
+    label: Degradation
+    sigma_255: int | None = None
+    seed: int = 0
+
+    def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The degraded image and its reference, H x W x 3 uint8 RGB.
+
+        Noise is Gaussian with the example's own seed, clipped and rounded to eight bits.
+
+        Raises:
+            UsageError: a file cannot be read, or the two are of different sizes.
+        """
+        reference = _read(self.reference)
+        if self.degraded is None:
+            assert self.sigma_255 is not None
+            noise = np.random.default_rng([self.sigma_255, self.seed]).normal(0, self.sigma_255, reference.shape)
+            return np.rint(np.clip(reference + noise, 0, 255)).astype(np.uint8), reference
+        degraded = _read(self.degraded)
+        if degraded.shape != reference.shape:
+            raise UsageError(f"{self.degraded} and its reference {self.reference} are of different sizes")
+        return degraded, reference
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """How a test set lies on disk.
+
+    Attributes:
+        label: what is wrong with its images.
+        folders: pairs of folders, degraded and reference, at the root or anywhere below it; the first that is there
+            counts. For noise, whose sets are clean, folders that may hold the images.
+        images: how many there are in the published protocol; 0: any number.
+        partner: the part of a degraded file's stem by which its reference is found.
+        reference_partner: the same for a reference's stem.
+    """
+
+    __test__ = False  # for pytest, which takes the name for one of its own
+
+    label: Degradation
+    folders: tuple[tuple[str, str], ...]
+    images: int = 0
+    partner: Callable[[str], str] = str
+    reference_partner: Callable[[str], str] = str
+
+
+def _number(stem: str) -> str:
+    """`rain-001`, `norain-001x2` and `1` belong together."""
+    found = re.search(r"\d+", stem)
+    return str(int(found.group())) if found else stem
+
+
+def _before_underscore(stem: str) -> str:
+    """`0001_0.8_0.2` is made from `0001`."""
+    return stem.partition("_")[0]
+
+
+CLEAN_FOLDERS = (("original_png", ""), ("original", ""), ("HR", ""), ("", ""))
+INPUT_TARGET = ("input", "target")
+PAIRS = TestSet(Degradation.CLEAN, (("degraded", "reference"), INPUT_TARGET))
+"""A user's own; the label is given beside it."""
+
+TEST_SETS: dict[str, TestSet] = {
+    "sots": TestSet(
+        Degradation.HAZE,
+        (("hazy", "gt"), ("hazy", "clear"), INPUT_TARGET),
+        images=500,
+        partner=_before_underscore,
+        reference_partner=_before_underscore,
+    ),
+    "rain100l": TestSet(
+        Degradation.RAIN,
+        (("rain", "norain"), ("rainy", "norain"), ("rainy", ""), ("rain/X2", "norain"), INPUT_TARGET),
+        images=100,
+        partner=_number,
+        reference_partner=_number,
+    ),
+    "gopro": TestSet(
+        Degradation.BLUR,
+        (("blur", "sharp"), INPUT_TARGET),
+        images=1111,
+    ),
+    "lol": TestSet(
+        Degradation.LOWLIGHT,
+        (("low", "high"), INPUT_TARGET),
+        images=15,
+    ),
+    "cbsd68": TestSet(Degradation.NOISE, CLEAN_FOLDERS, images=68),
+    "kodak24": TestSet(Degradation.NOISE, CLEAN_FOLDERS, images=24),
+    "urban100": TestSet(Degradation.NOISE, CLEAN_FOLDERS, images=100),
+}
+"""By the name that `dfpir evaluate --dataset` knows them under."""
+
+
+def examples(test_set: TestSet, root: Path) -> list[Example]:
+    """The images of a test set below a folder, by name.
+
+    Raises:
+        UsageError: no layout of the set is found, or a file has no reference; the message names it.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder")
+    found = list((_noisy if test_set.label is Degradation.NOISE else _paired)(test_set, root))
+    if not found:
+        layouts = " or ".join(f"{first or '.'}/ and {second or '.'}/" for first, second in test_set.folders)
+        raise UsageError(f"found no images under {root}; expected {layouts}, at any depth")
+    return found
+
+
+def _noisy(test_set: TestSet, root: Path) -> Iterator[Example]:
+    for name, _ in test_set.folders:
+        paths = _images(root / name)
+        if paths:
+            for sigma_255 in NOISE_SIGMAS_255:
+                for seed, path in enumerate(paths):
+                    yield Example(path.stem, path, None, Degradation.NOISE, sigma_255, seed)
+            return
+
+
+def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
+    """Pairs of the first layout that is there, in every folder that has it: GoPro has one for each film."""
+    parents = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    for first, second in test_set.folders:
+        places = [parent for parent in parents if _images(parent / first) and _images(parent / second)]
+        for parent in places:
+            references = {test_set.reference_partner(path.stem): path for path in _images(parent / second)}
+            for path in _images(parent / first):
+                reference = references.get(test_set.partner(path.stem))
+                if reference is None:
+                    raise UsageError(f"{path} has no reference in {parent / second}")
+                yield Example(str(path.relative_to(root).with_suffix("")), reference, path, test_set.label)
+        if places:
+            return
+
+
+def _images(folder: Path) -> Sequence[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error

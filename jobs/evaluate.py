@@ -1,0 +1,137 @@
+"""`dfpir evaluate`: a model on one of the field's test sets, by the published protocol.
+
+RGB, whole images, results in floating point and clipped to [0, 1], data range 1; PSNR and SSIM as scikit-image
+computes them by default (SSIM in uniform windows of 7 x 7 px), as for the published tables. Every image is restored
+twice: under the prompt of its true label, and under the one that the classifier predicts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.table import Table
+
+from classifier.base import Classifier
+from classifier.labels import Degradation
+from jobs.datasets import Example
+from models.registry import list_models
+from models.restorer import Restorer
+from pipeline.prompting import decide, noise_prompt
+
+SSIM_WINDOW_PX = 7
+
+
+@dataclass(frozen=True)
+class Result:
+    """One image of a test set: PSNR in dB, SSIM, of the input and of both restorations."""
+
+    name: str
+    label: str
+    sigma_255: int | None
+    height: int
+    width: int
+    predicted_label: str
+    predicted_prompt: str | None
+    """None: the image was left alone, and scores as its input."""
+    given_prompt: str
+    psnr_input_db: float
+    psnr_given_db: float
+    psnr_predicted_db: float
+    ssim_input: float
+    ssim_given: float
+    ssim_predicted: float
+
+
+def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[float, float]:
+    """PSNR (dB) and SSIM of two H x W x 3 images in [0, 1]; equal images have infinite PSNR."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    psnr = peak_signal_noise_ratio(reference, image, data_range=1)  # type: ignore[no-untyped-call]
+    ssim = structural_similarity(reference, image, data_range=1, channel_axis=2, win_size=SSIM_WINDOW_PX)  # type: ignore[no-untyped-call]
+    return float(psnr), float(ssim)
+
+
+def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> Iterator[Result]:
+    """Results in the order of the examples.
+
+    Raises:
+        UsageError: a file cannot be read.
+        KeyError: the model has no prompt for the label.
+    """
+    for example in examples:
+        degraded, reference = example.read()
+        image, truth = (pixels.astype(np.float32) / np.float32(255) for pixels in (degraded, reference))
+        prediction = classifier.predict([degraded])[0]
+        sigma_255 = prediction.noise_sigma_255 if example.sigma_255 is None else example.sigma_255
+        given = noise_prompt(sigma_255) if example.label is Degradation.NOISE else str(example.label)
+        decision = decide(prediction, prompts=restorer.prompts.keys)
+        by_prompt: dict[str | None, tuple[float, float]] = {None: scores(image, truth)}
+        for prompt in (given, decision.prompt):
+            if prompt is not None and prompt not in by_prompt:
+                by_prompt[prompt] = scores(restorer.restore([image], [prompt])[0], truth)
+        height, width = truth.shape[:2]
+        yield Result(
+            name=example.name,
+            label=str(example.label),
+            sigma_255=example.sigma_255,
+            height=height,
+            width=width,
+            predicted_label=str(prediction.label),
+            predicted_prompt=decision.prompt,
+            given_prompt=given,
+            psnr_input_db=by_prompt[None][0],
+            psnr_given_db=by_prompt[given][0],
+            psnr_predicted_db=by_prompt[decision.prompt][0],
+            ssim_input=by_prompt[None][1],
+            ssim_given=by_prompt[given][1],
+            ssim_predicted=by_prompt[decision.prompt][1],
+        )
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95 % confidence interval of a mean, by Student's t; not a number for fewer than two values."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def published(dataset: str, sigma_255: int | None) -> dict[str, float]:
+    """PSNR in dB that the paper reports on a test set, by model."""
+    noise = f"_noise{sigma_255}" if sigma_255 is not None else ""
+    key = f"published_{dataset}{noise}_db"
+    return {spec.name: spec.quality[key] for spec in list_models() if key in spec.quality}
+
+
+def table(dataset: str, results: Sequence[Result]) -> Table:
+    """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
+    shown = Table(box=None, padding=(0, 1, 0, 0))
+    for column in ("set", "images", "", "input", "label given", "predicted", "published"):
+        shown.add_column(column, justify="left" if column in ("set", "published") else "right")
+    for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):
+        group = [result for result in results if result.sigma_255 == sigma_255]
+        right = sum(result.predicted_label == result.label for result in group)
+        name = dataset if sigma_255 is None else f"{dataset} {sigma_255}"
+        reported = ", ".join(f"{model} {psnr:.2f}" for model, psnr in published(dataset, sigma_255).items())
+
+        def cells(measure: str, digits: int, group: list[Result] = group) -> list[str]:
+            kinds = ("input", "given", "predicted")
+            unit = "_db" if measure == "psnr" else ""
+            columns = [[getattr(result, f"{measure}_{kind}{unit}") for result in group] for kind in kinds]
+            return [f"{np.mean(values):.{digits}f} ±{interval(values):.{digits}f}" for values in columns]
+
+        shown.add_row(name, str(len(group)), "PSNR", *cells("psnr", 2), reported)
+        shown.add_row("", f"{right} right", "SSIM", *cells("ssim", 4), "")
+    return shown
+
+
+def write(results: Sequence[Result], path: Path, provenance: dict[str, str]) -> None:
+    """One row per image as Parquet, with what made them in the file's metadata."""
+    rows = pa.Table.from_pylist([asdict(result) for result in results])
+    pq.write_table(rows.replace_schema_metadata(provenance), path)

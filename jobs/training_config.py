@@ -1,0 +1,206 @@
+"""Training configurations: TOML files, read strictly into dataclasses with the standard library alone."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from classifier.labels import Degradation
+from jobs.errors import UsageError
+from models.dfpir import DFPIRConfig
+
+Kind = TypeVar("Kind")
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be used; the message names the file and the key."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A folder of degraded photographs and one of their references under the same names, for one label."""
+
+    label: Degradation
+    degraded: Path
+    reference: Path
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on; relative paths start at the working directory."""
+
+    clean: tuple[Path, ...] = ()
+    """Folders of clean photographs, which are degraded by synthesis."""
+    pairs: tuple[Pairs, ...] = ()
+    least_readable: float = 0.9
+    """Training stops before it begins where a smaller share of the files can be read."""
+    pair_share: float = 0.5
+    """Of the samples of a label that has pairs, this share are pairs and the rest synthesised."""
+    smallest_scale: Mapping[Degradation, float] = field(default_factory=dict)
+    """Photographs are shrunk by down to this; half if a label is not named."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least_readable <= 1 or not 0 <= self.pair_share <= 1:
+            raise ValueError("least_readable and pair_share are shares, from 0 to 1")
+        if not self.clean and not self.pairs:
+            raise ValueError("names neither clean photographs nor pairs")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training from `start`, a share of the whole: shares of the tasks, patch and batch size."""
+
+    start: float
+    patch_px: int
+    batch: int
+    tasks: Mapping[Degradation, float]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1 or self.patch_px < 16 or self.batch < 1:
+            raise ValueError("start lies in 0..1, patch_px from 16 and batch from 1 up")
+        if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
+            raise ValueError("tasks needs positive shares")
+        if Degradation.CLEAN in self.tasks or Degradation.OTHER in self.tasks:
+            raise ValueError("there is no prompt for clean or other")
+
+
+@dataclass(frozen=True)
+class RestorerTraining:
+    """All that decides what a training of the restorer gives."""
+
+    data: Data
+    phases: tuple[Phase, ...]
+    model: DFPIRConfig = field(default_factory=DFPIRConfig)
+    steps: int = 0
+    """The training ends after so many steps; 0: after `minutes`, by which learning rate and phases then go as well."""
+    minutes: float = 0.0
+    seed: int = 0
+    prompts: str = "orthogonal"
+    """`orthogonal`: a fixed table; `clip:PATH`: the sentences' embeddings by a CLIP checkpoint; or a model's name or
+    weights file, whose bank is used."""
+    initialisation: str = "published"
+    """`published`, or `identity`: `jobs.train_restorer.initialise`, for trainings of hours rather than days."""
+    start_from: Path | None = None
+    """A checkpoint whose averaged weights are taken up, with a new optimiser."""
+    loss: str = "l1"
+    """`l1` as published, or `relative`: the logarithm of each image's L1."""
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    warm_up: float = 0.02
+    """Share of the training in which the learning rate rises to its peak, from which it falls as a cosine."""
+    clip_norm: float = 1.0
+    average_decay: float = 0.999
+    """Of the moving average of the weights, which is what is validated and exported."""
+    jpeg_share: float = 0.0
+    """Share of the degraded patches that go through JPEG of quality 70 to 95, as files come."""
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.minutes > 0):
+            raise ValueError("one of steps and minutes says how long to train")
+        if not self.phases or self.phases[0].start != 0:
+            raise ValueError("the first of phases starts at 0")
+        if [p.start for p in self.phases] != sorted(p.start for p in self.phases):
+            raise ValueError("phases come in the order of their start")
+        if self.initialisation not in ("published", "identity") or self.loss not in ("l1", "relative"):
+            raise ValueError("initialisation is published or identity, loss is l1 or relative")
+        for phase in self.phases:
+            if phase.patch_px % self.model.size_multiple:
+                raise ValueError(f"patch_px must be a multiple of {self.model.size_multiple}, not {phase.patch_px}")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the training is over, 0..1."""
+        return min(step / self.steps if self.steps else seconds / 60 / self.minutes, 1.0)
+
+    def phase_at(self, progress: float) -> Phase:
+        """The phase that `progress` lies in."""
+        return [phase for phase in self.phases if phase.start <= progress][-1]
+
+
+def as_plain(value: Any) -> Any:
+    """A configuration as nested dicts, lists, strings and numbers, to be stored and compared."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(each) for each in value]
+    return str(value) if isinstance(value, Path | StrEnum) else value
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """One line for each field in which two plain configurations differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if old == new else [f"{where}: was {old!r}, is now {new!r}"]
+
+
+def read_config(kind: type[Kind], path: Path) -> Kind:
+    """Reads a TOML file as a configuration of this kind.
+
+    Raises:
+        ConfigError: the file cannot be read, names an unknown key, lacks one, or gives a value that cannot be.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return typing.cast(Kind, _convert(kind, table, ""))
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """A value of TOML as what a field is annotated with."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return _convert(inner[0], value, where)  # `X | None`: None is what is not written
+    if dataclasses.is_dataclass(kind):
+        return _convert_table(kind, _checked(dict, value, where), where)
+    if origin is tuple:
+        items = _checked(list, value, where)
+        kinds = [inner[0]] * len(items) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) != len(items):
+            raise ValueError(f"{where} needs {len(kinds)} entries, not {len(items)}")
+        return tuple(
+            _convert(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, items, strict=True))
+        )
+    if origin is Mapping:
+        table = _checked(dict, value, where)
+        return {
+            _convert(inner[0], key, where): _convert(inner[1], item, f"{where}.{key}") for key, item in table.items()
+        }
+    if kind is float:
+        return float(_checked(int | float, value, where))
+    if kind is Path or issubclass(kind, StrEnum):
+        return kind(_checked(str, value, where))
+    return _checked(kind, value, where)
+
+
+def _convert_table(kind: Any, table: dict[str, Any], where: str) -> Any:
+    fields, prefix = dataclasses.fields(kind), f"{where}." if where else ""
+    if unknown := sorted(table.keys() - {f.name for f in fields}):
+        known = ", ".join(f.name for f in fields)
+        raise ValueError(f"unknown key {prefix}{unknown[0]}; known are {known}")
+    for f in fields:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in table:
+            raise ValueError(f"{prefix}{f.name} is missing")
+    hints = typing.get_type_hints(kind)
+    values = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in table.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where} cannot be {value!r}")
+    return value

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from classifier.labels import Degradation
+from jobs.training_config import ConfigError, RestorerTraining, as_plain, differences, read_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+SMALL = """
+steps = 100
+[data]
+clean = ["photographs"]
+[model]
+num_blocks = [1, 1, 1, 1]
+[[phases]]
+start = 0.0
+patch_px = 64
+batch = 4
+tasks = { noise = 2, rain = 1.0 }
+[[phases]]
+start = 0.5
+patch_px = 128
+batch = 2
+tasks = { haze = 1.0 }
+"""
+
+
+def read(tmp_path: Path, text: str) -> RestorerTraining:
+    path = tmp_path / "some.toml"
+    path.write_text(text)
+    return read_config(RestorerTraining, path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_that_come_with_the_project_can_be_read(path: Path) -> None:
+    assert read_config(RestorerTraining, path).phases
+
+
+def test_values_become_what_their_fields_say(tmp_path: Path) -> None:
+    config = read(tmp_path, SMALL)
+    assert config.data.clean == (Path("photographs"),)
+    assert config.model.num_blocks == (1, 1, 1, 1)
+    assert config.phases[0].tasks == {Degradation.NOISE: 2.0, Degradation.RAIN: 1.0}
+    assert config.start_from is None
+
+
+def test_phases_follow_the_progress(tmp_path: Path) -> None:
+    config = read(tmp_path, SMALL)
+    assert [config.phase_at(config.progress(step, 0)).patch_px for step in (0, 49, 50, 99)] == [64, 64, 128, 128]
+    by_time = read(tmp_path, SMALL.replace("steps = 100", "minutes = 10"))
+    assert by_time.progress(10**9, 300) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps = 100", "steps = 100\nstep = 1", "unknown key step; known are .*steps"),
+        ("steps = 100", "steps = true", "steps cannot be True"),
+        ("steps = 100", "steps = 1\nminutes = 1.0", "one of steps and minutes"),
+        ("steps = 100", "", "one of steps and minutes"),
+        ('clean = ["photographs"]', "", "data: names neither clean photographs nor pairs"),
+        ('clean = ["photographs"]', "clean = [3]", r"data.clean\[0\] cannot be 3"),
+        ("patch_px = 64", "", r"phases\[0\].patch_px is missing"),
+        ("patch_px = 64", "patch_px = 60", "multiple of 8, not 60"),
+        ("noise = 2", "fog = 2", "'fog' is not a valid Degradation"),
+        ("noise = 2", "clean = 2", "no prompt for clean"),
+        ("start = 0.0", "start = 0.1", "the first of phases starts at 0"),
+        ("num_blocks = [1, 1, 1, 1]", "num_blocks = [1, 1]", "model.num_blocks needs 4 entries, not 2"),
+        ("[data]", "[data", "some.toml"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tmp_path, SMALL.replace(old, new))
+    assert "some.toml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml"):
+        read_config(RestorerTraining, tmp_path / "none.toml")
+
+
+def test_differences_name_the_fields(tmp_path: Path) -> None:
+    old, new = (as_plain(read(tmp_path, text)) for text in (SMALL, SMALL.replace("noise = 2", "noise = 3")))
+    assert differences(old, old) == []
+    assert len(lines := differences(old, new)) == 1
+    assert lines[0].startswith("phases: was")
