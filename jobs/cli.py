@@ -211,6 +211,39 @@ def demo(
         run_demo(out, engine=engine or "ray", messages=messages, results=results)
 
 
+@app.command()
+def evaluate(
+    dataset: Annotated[
+        str, typer.Option(help="sots, rain100l, cbsd68, gopro, lol, kodak24, urban100, or pairs: your own.")
+    ],
+    root: Annotated[Path, typer.Option(help="Folder of the set as downloaded; pairs: degraded/, reference/.")],
+    label: Annotated[str | None, typer.Option(help="With pairs: noise, rain, haze, blur or lowlight.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file, a row per image; default: DATASET.parquet.")] = None,
+    model: Model = None,
+    classifier: ClassifierName = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    limit: Limit = None,
+) -> None:
+    """Measures a model on a test set by the published protocol, with the label given and with it predicted."""
+    with _faults_explained():
+        from rich.progress import track
+
+        from jobs import evaluate as evaluation
+        from jobs.config import read_options
+        from jobs.datasets import find_examples
+
+        given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
+        examples = find_examples(dataset, root, label=label)[:limit]
+        stages = evaluation.load(read_options(None, given), examples)
+        found = evaluation.evaluate(examples, *stages)
+        rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
+        target = out or Path(f"{dataset}.parquet")
+        evaluation.write(rows, target, evaluation.provenance(dataset, *stages))
+        results.print(evaluation.table(dataset, rows))
+        results.print(f"one row per image: {target}", soft_wrap=True)
+
+
 train = typer.Typer(help="Trains a restorer from a configuration.", no_args_is_help=True)
 app.add_typer(train, name="train")
 

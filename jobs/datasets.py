@@ -11,6 +11,7 @@ from PIL import Image
 
 from classifier.labels import Degradation
 from jobs.errors import UsageError
+from pipeline.prompting import FORCED_LABELS
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NOISE_SIGMAS_255 = (15, 25, 50)
@@ -79,10 +80,9 @@ def _before_underscore(stem: str) -> str:
     return stem.partition("_")[0]
 
 
-CLEAN_FOLDERS = (("original_png", ""), ("original", ""), ("HR", ""), ("", ""))
+CLEAN_FOLDERS = (("original_png", ""), ("original", ""), ("HR", ""), ("image_SRF_4", ""), ("", ""))
 INPUT_TARGET = ("input", "target")
-PAIRS = TestSet(Degradation.CLEAN, (("degraded", "reference"), INPUT_TARGET))
-"""A user's own; the label is given beside it."""
+PAIR_FOLDERS = (("degraded", "reference"), INPUT_TARGET)
 
 TEST_SETS: dict[str, TestSet] = {
     "sots": TestSet(
@@ -116,25 +116,55 @@ TEST_SETS: dict[str, TestSet] = {
 """By the name that `dfpir evaluate --dataset` knows them under."""
 
 
-def examples(test_set: TestSet, root: Path) -> list[Example]:
+def find_examples(dataset: str, root: Path, *, label: str | None = None) -> list[Example]:
     """The images of a test set below a folder, by name.
 
+    Args:
+        dataset: a key of `TEST_SETS`, or `pairs` for folders of one's own, `degraded` and `reference`.
+        root: the folder.
+        label: of `pairs`, and of nothing else.
+
     Raises:
-        UsageError: no layout of the set is found, or a file has no reference; the message names it.
+        UsageError: the set is unknown or not there, a file of it is missing, or a file has no reference; the message
+            names it.
     """
+    if dataset == "pairs":
+        if label not in FORCED_LABELS:
+            raise UsageError(f"pairs need --label: {', '.join(FORCED_LABELS)}")
+        test_set = TestSet(Degradation(label), PAIR_FOLDERS)
+    elif dataset not in TEST_SETS:
+        raise UsageError(f"unknown test set {dataset!r}; known are {', '.join(TEST_SETS)} and pairs")
+    elif label is not None:
+        raise UsageError(f"--label is for pairs; {dataset} has its own")
+    else:
+        test_set = TEST_SETS[dataset]
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder")
-    found = list((_noisy if test_set.label is Degradation.NOISE else _paired)(test_set, root))
+    added = test_set.label is Degradation.NOISE and dataset != "pairs"
+    found = list((_noisy if added else _paired)(test_set, root))
+    count = len(found) // len(NOISE_SIGMAS_255) if added else len(found)
+    if found and test_set.images and count != test_set.images:
+        raise UsageError(
+            f"{root} has {count} images; {dataset} has {test_set.images}: {_missing(found, test_set.images)}"
+        )
     if not found:
         layouts = " or ".join(f"{first or '.'}/ and {second or '.'}/" for first, second in test_set.folders)
         raise UsageError(f"found no images under {root}; expected {layouts}, at any depth")
     return found
 
 
+def _missing(found: Sequence[Example], images: int) -> str:
+    """Which numbers are missing in a set whose names count, as far as can be told."""
+    numbers = sorted({int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()})
+    gaps = sorted(set(range(numbers[0], numbers[0] + images)) - set(numbers)) if numbers else []
+    named = ", ".join(map(str, gaps[:5])) + (" and others" if len(gaps) > 5 else "")
+    return f"number {named} is not there" if gaps and len(numbers) + len(gaps) == images else "look for what is missing"
+
+
 def _noisy(test_set: TestSet, root: Path) -> Iterator[Example]:
     for name, _ in test_set.folders:
-        paths = _images(root / name)
-        if paths:
+        # Urban100 has its low-resolution versions in the same folder.
+        if paths := [path for path in _images(root / name) if not path.stem.endswith("_LR")]:
             for sigma_255 in NOISE_SIGMAS_255:
                 for seed, path in enumerate(paths):
                     yield Example(path.stem, path, None, Degradation.NOISE, sigma_255, seed)

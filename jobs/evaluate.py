@@ -13,15 +13,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from rich.table import Table
+from scipy.stats import t
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from classifier import load_classifier
 from classifier.base import Classifier
+from classifier.errors import ClassifierWeightsError
 from classifier.labels import Degradation
+from jobs.config import RestoreOptions
 from jobs.datasets import Example
+from jobs.errors import UsageError
+from jobs.restore import code_version, resolve_device, resolve_dtype
+from models import Restorer, load_restorer
+from models.errors import WeightsError
 from models.registry import list_models
-from models.restorer import Restorer
-from pipeline.prompting import decide, noise_prompt
+from pipeline.prompting import decide, noise_prompt, prompts_for
 
 SSIM_WINDOW_PX = 7
 
@@ -49,11 +58,44 @@ class Result:
 
 def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[float, float]:
     """PSNR (dB) and SSIM of two H x W x 3 images in [0, 1]; equal images have infinite PSNR."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-    psnr = peak_signal_noise_ratio(reference, image, data_range=1)  # type: ignore[no-untyped-call]
+    with np.errstate(divide="ignore"):
+        psnr = peak_signal_noise_ratio(reference, image, data_range=1)  # type: ignore[no-untyped-call]
     ssim = structural_similarity(reference, image, data_range=1, channel_axis=2, win_size=SSIM_WINDOW_PX)  # type: ignore[no-untyped-call]
     return float(psnr), float(ssim)
+
+
+def load(options: RestoreOptions, examples: Sequence[Example]) -> tuple[Restorer, Classifier]:
+    """The model and the classifier that the options name.
+
+    Raises:
+        UsageError: weights are at fault, or the model has no prompt for the examples' damage.
+    """
+    device = resolve_device(options.device)
+    dtype = getattr(torch, resolve_dtype(options.dtype, device))
+    try:
+        restorer = load_restorer(options.model, device=device, dtype=dtype)
+        classifier = load_classifier(options.classifier, device=device, dtype=dtype)
+    except (WeightsError, ClassifierWeightsError) as error:
+        raise UsageError(str(error)) from error
+    for label in {example.label for example in examples}:
+        if not set(prompts_for(label)) & set(restorer.prompts.keys):
+            raise UsageError(f"{options.model} has no prompt for {label}, only {', '.join(restorer.prompts.keys)}")
+    return restorer, classifier
+
+
+def provenance(dataset: str, restorer: Restorer, classifier: Classifier) -> dict[str, str]:
+    """What made the results: test set, weights, precision, versions."""
+    return {
+        "dataset": dataset,
+        "model": restorer.name,
+        "weights_sha256": restorer.sha256,
+        "classifier": classifier.name,
+        "classifier_sha256": classifier.sha256,
+        "device": str(restorer.device),
+        "dtype": str(restorer.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "code_version": code_version(),
+    }
 
 
 def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> Iterator[Result]:
@@ -95,8 +137,6 @@ def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classi
 
 def interval(values: Sequence[float]) -> float:
     """Half of the 95 % confidence interval of a mean, by Student's t; not a number for fewer than two values."""
-    from scipy.stats import t
-
     if len(values) < 2:
         return math.nan
     return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))

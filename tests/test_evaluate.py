@@ -1,0 +1,144 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from scipy import stats
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from synthetic_classifier import write_tiny_classifier
+from synthetic_weights import write_tiny_model
+from typer.testing import CliRunner
+
+from classifier.base import Prediction
+from classifier.labels import LABELS, Degradation
+from jobs import evaluate as evaluation
+from jobs.cli import app
+from jobs.datasets import TEST_SETS, find_examples
+from models import Restorer, load_restorer
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def kodak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(TEST_SETS, "kodak24", type(TEST_SETS["kodak24"])(**{**vars(TEST_SETS["kodak24"]), "images": 2}))
+    folder = tmp_path / "kodak"
+    folder.mkdir()
+    Image.fromarray(data.astronaut()[:64, :80]).save(folder / "kodim01.png")
+    Image.fromarray(data.coffee()[:72, :64]).save(folder / "kodim02.png")
+    return folder
+
+
+class Oracle:
+    """A classifier that says what it is told to, surely."""
+
+    name, sha256 = "oracle", ""
+
+    def __init__(self, label: Degradation, sigma_255: float = 0.0) -> None:
+        self.label, self.sigma_255 = label, sigma_255
+
+    def predict(self, images: list[np.ndarray]) -> list[Prediction]:
+        shares = {label: float(label is self.label) for label in LABELS}
+        return [Prediction(self.label, 1.0, 1.0, True, shares, self.sigma_255) for _ in images]
+
+    def probabilities(self, image: np.ndarray) -> dict[Degradation, float]:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def restorer(tmp_path: Path) -> Restorer:
+    return load_restorer(write_tiny_model(tmp_path / "model.safetensors"))
+
+
+def test_results_are_those_of_scikit_image_on_unrounded_pixels(kodak: Path, restorer: Restorer) -> None:
+    examples = find_examples("kodak24", kodak)
+    results = list(evaluation.evaluate(examples, restorer, Oracle(Degradation.NOISE, 50.0)))
+    for example, result in zip(examples, results, strict=True):
+        degraded, reference = (pixels.astype(np.float32) / 255 for pixels in example.read())
+        options = {"data_range": 1, "channel_axis": 2}
+        for kind, image in (
+            ("input", degraded),
+            ("given", restorer.restore([degraded], [f"noise{example.sigma_255}"])[0]),
+            ("predicted", restorer.restore([degraded], ["noise50"])[0]),
+        ):
+            psnr = peak_signal_noise_ratio(reference, image, data_range=1)
+            assert getattr(result, f"psnr_{kind}_db") == pytest.approx(psnr, abs=1e-4)
+            assert getattr(result, f"ssim_{kind}") == pytest.approx(
+                structural_similarity(reference, image, **options), abs=1e-4
+            )
+    assert {result.predicted_prompt for result in results} == {"noise50"}
+    assert [result.given_prompt for result in results] == ["noise15"] * 2 + ["noise25"] * 2 + ["noise50"] * 2
+
+
+def test_what_is_taken_for_clean_scores_as_its_input(kodak: Path, restorer: Restorer) -> None:
+    for result in evaluation.evaluate(find_examples("kodak24", kodak), restorer, Oracle(Degradation.CLEAN)):
+        assert result.predicted_prompt is None
+        assert result.psnr_predicted_db == result.psnr_input_db != result.psnr_given_db
+        assert result.ssim_predicted == result.ssim_input
+
+
+def test_intervals_are_students() -> None:
+    values = [3.0, 4.0, 8.0]
+    low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values))
+    assert evaluation.interval(values) == pytest.approx((high - low) / 2)
+    assert math.isnan(evaluation.interval([1.0]))
+
+
+def test_published_figures_stand_beside_the_same_protocol() -> None:
+    assert evaluation.published("cbsd68", 25) == {"dfpir-3tasks": 31.47, "dfpir-5tasks": 31.29}
+    assert evaluation.published("gopro", None) == {"dfpir-5tasks": 28.82}
+    assert evaluation.published("kodak24", 25) == {}
+
+
+def test_the_command_prints_a_table_and_writes_a_row_per_image(kodak: Path, tmp_path: Path) -> None:
+    model, classifier = write_tiny_model(tmp_path / "m.safetensors"), write_tiny_classifier(tmp_path / "c.safetensors")
+    out = tmp_path / "rows.parquet"
+    command = ["evaluate", "--dataset", "kodak24", "--root", str(kodak), "--out", str(out), "--device", "cpu"]
+    weights = ["--model", str(model), "--classifier", str(classifier), "--dtype", "float32"]
+    result = runner.invoke(app, [*command, *weights])
+    assert result.exit_code == 0, result.output
+    assert all(f"kodak24 {sigma}" in result.stdout for sigma in (15, 25, 50))
+    rows = pq.read_table(out)
+    assert rows.num_rows == 6
+    assert rows.schema.metadata[b"dataset"] == b"kodak24"
+    assert rows.schema.metadata[b"weights_sha256"].decode() == load_restorer(model).sha256
+    result = runner.invoke(app, [*command[:4], str(kodak / "none"), *weights])
+    assert result.exit_code == 2
+    assert "is not a folder" in result.stderr
+
+
+def test_a_label_that_the_model_has_no_prompt_for_is_refused(tmp_path: Path) -> None:
+    for name in ("degraded", "reference"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
+    from synthetic_weights import tiny_network
+
+    from models.prompts import PromptBank, orthogonal_bank
+    from models.weights import save_checkpoint
+
+    whole = orthogonal_bank()
+    bank = PromptBank(whole.keys[:3], whole.sentences[:3], whole.embeddings[:3])
+    save_checkpoint(tmp_path / "n.safetensors", tiny_network(3), bank, licence="", provenance={})
+    command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path)]
+    result = runner.invoke(app, [*command, "--model", str(tmp_path / "n.safetensors"), "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "no prompt for haze, only noise15" in result.stderr
+
+
+def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
+    results = list(evaluation.evaluate(find_examples("kodak24", kodak), restorer, Oracle(Degradation.NOISE, 20.0)))
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(evaluation.table("cbsd68", results))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "31.29" in "".join(lines)
+
+
+def test_equal_images_have_infinite_psnr() -> None:
+    image = torch.rand(16, 16, 3).numpy()
+    assert evaluation.scores(image, image) == (math.inf, 1.0)
