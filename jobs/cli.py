@@ -1,6 +1,8 @@
 """The `dfpir` command."""
 
 import json
+import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -244,31 +246,51 @@ def evaluate(
         results.print(f"one row per image: {target}", soft_wrap=True)
 
 
-train = typer.Typer(help="Trains a restorer from a configuration.", no_args_is_help=True)
+train = typer.Typer(help="Trains a restorer or a classifier from a configuration.", no_args_is_help=True)
 app.add_typer(train, name="train")
+TrainingConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]
+TrainingFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder: checkpoints, logs, samples.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
+MaxMinutes = Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")]
 
 
-@train.command()
-def restorer(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the training: checkpoints, logs, samples.")],
+@train.command("restorer")
+def train_restorer(
+    config: TrainingConfig,
+    out: TrainingFolder,
     device: Device = None,
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")] = 0,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    threads: Threads = 0,
+    max_minutes: MaxMinutes = math.inf,
 ) -> None:
     """Trains a DFPIR restorer, or goes on with it where the last call stopped."""
     with _faults_explained():
-        import logging
-        import math
-
         from jobs.restore import resolve_device
         from jobs.train_restorer import train as run
         from jobs.training_config import RestorerTraining, read_config
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(device or "auto")
-        limit = math.inf if max_minutes is None else max_minutes
-        run(read_config(RestorerTraining, config), out, device=chosen, threads=threads, max_minutes=limit)
+        run(read_config(RestorerTraining, config), out, device=chosen, threads=threads, max_minutes=max_minutes)
+
+
+@train.command("classifier")
+def train_classifier(
+    config: TrainingConfig,
+    out: TrainingFolder,
+    threads: Threads = 0,
+    max_minutes: MaxMinutes = math.inf,
+    export: Annotated[Path | None, typer.Option(help="Calibrated weights (.safetensors) to write at the end.")] = None,
+) -> None:
+    """Trains a classifier on the CPU, or goes on with it where the last call stopped."""
+    with _faults_explained():
+        from jobs.train_classifier import export as write_weights
+        from jobs.train_classifier import train as run
+        from jobs.training_config import ClassifierTraining, read_config
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        trained = run(read_config(ClassifierTraining, config), out, threads=threads, max_minutes=max_minutes)
+        if export is not None:
+            messages.print_json(json.dumps(write_weights(trained, export)))
 
 
 @app.command()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from jobs.train_restorer import CHECKPOINT, prompt_bank
+from jobs.train_restorer import prompt_bank
+from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.registry import write_card
 from models.weights import save_checkpoint

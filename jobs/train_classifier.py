@@ -1,14 +1,15 @@
-"""Trains the classifier that ships with the project: `python -m jobs.train_classifier --help`.
+"""Trains a classifier: `dfpir train classifier CONFIG.toml`, or `python -m jobs.train_classifier --help`.
 
 One process, without network access. Views of degraded photographs are kept in a pool of which every step renews
-a little, because synthesis costs more than a training step. A run stops after `--max-minutes` and goes on from
-its last checkpoint when started again; `--export` then calibrates it on held-out photographs and writes the
-weights file with its card.
+a little, because synthesis costs more than a training step. A training ends where its configuration says, a call after
+`--max-minutes` at the latest, and the same call goes on; `--export` then calibrates it on held-out photographs and
+writes the weights file with its card.
 """
 
 import argparse
 import copy
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,8 +29,9 @@ from classifier.view import ViewSettings
 from classifier.weights import save_classifier, write_card
 from jobs.classifier_samples import SHARES, Samples
 from jobs.errors import TrainingError
+from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
-from jobs.training_state import learning_rate, save_atomically
+from jobs.training_state import CHECKPOINT, averaged_weights, load_state, save_atomically
 
 log = logging.getLogger("train_classifier")
 
@@ -37,6 +39,8 @@ LICENCE = "CC-BY-SA-4.0"
 """The strictest of the training photographs' licences is kept for what was learned from them."""
 
 VIEW = ViewSettings()
+LOG_EVERY = 50
+"""Steps between two lines of the log."""
 
 
 def flipped(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -87,67 +91,89 @@ class Trained:
     minutes: float
 
 
-def train(arguments: argparse.Namespace) -> Trained:
-    """Runs or resumes a training, whose state lies in `arguments.out`."""
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    photographs = Photographs.clean([arguments.data], validation=False)
+def train(
+    config: ClassifierTraining,
+    out: Path,
+    *,
+    threads: int = 0,
+    max_minutes: float = math.inf,
+    save_every_s: float = 240.0,
+) -> Trained:
+    """Begins a training or goes on with it, until its end or for `max_minutes`, on the CPU.
+
+    Weights, their average, optimiser and step go on exactly; the pool is filled anew with samples not drawn before.
+
+    Raises:
+        ConfigError: the folder has a checkpoint of another configuration.
+        UsageError: too few photographs can be read.
+        TrainingError: the gradient is not finite; the message names step and last good checkpoint.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / CHECKPOINT
+    options: dict[str, Any] = {"least_readable": config.data.least_readable}
+    photographs = Photographs.clean(config.data.clean, validation=False, **options)
     held_out = Samples.synthesise(
-        Photographs.clean([arguments.data], validation=True),
+        Photographs.clean(config.data.clean, validation=True, **options),
         np.random.default_rng(7),
-        count=arguments.validation_samples,
+        count=config.validation_samples,
         view=VIEW,
     )
-    network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px).to(memory_format=torch.channels_last)
+    network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
+    if config.start_from is not None:
+        network.load_state_dict(averaged_weights(config.start_from))
+    network.to(memory_format=torch.channels_last)
     average = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.lr, weight_decay=0.02, fused=True)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
     step, seconds, synthesised = 0, 0.0, 0
-    if arguments.out.exists():
-        state = torch.load(arguments.out, weights_only=True)
+    if checkpoint.exists():
+        state = load_state(checkpoint, as_plain(config))
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimiser.load_state_dict(state["optimiser"])
         step, seconds, synthesised = state["step"], state["seconds"], state["samples"]
         log.info("resumed at step %d", step)
-    pool = Samples.empty(arguments.pool, VIEW)
-    rng, synthesis_rng = (np.random.default_rng([arguments.seed, step, purpose]) for purpose in range(2))
-    begun, last_save, losses = time.monotonic() - seconds, time.monotonic(), []
+    pool = Samples.empty(config.pool, VIEW)
+    rng, synthesis_rng = (np.random.default_rng([config.seed, step, purpose]) for purpose in range(2))
+    begun, before, last_save, losses = time.monotonic(), seconds, time.monotonic(), []
 
     def save() -> None:
-        state = {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"network": network.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
         progress = {"step": step, "seconds": seconds, "samples": synthesised + pool.written}
-        save_atomically({**state, **progress}, arguments.out)
+        save_atomically({"config": as_plain(config), **state, **progress}, checkpoint)
 
     def fresh() -> Samples:
-        count = max(arguments.fresh, arguments.first_fill - pool.filled)
+        count = max(config.fresh, config.first_fill - pool.filled)
         return Samples.synthesise(photographs, synthesis_rng, count=count, view=VIEW)
 
     with ThreadPoolExecutor(1, "synthesis") as ahead:
         coming: Future[Samples] | None = None
-        while (progress := max(step / max(arguments.steps, 1), seconds / 60 / arguments.max_minutes)) < 1:
+        while config.progress(step, seconds) < 1 and time.monotonic() - begun < 60 * max_minutes:
             pool.add((coming or ahead.submit(fresh)).result())
             coming = ahead.submit(fresh)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress, peak=arguments.lr)
-            crops, thumbnails, labels = pool.batch(rng.integers(pool.filled, size=arguments.batch))
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate_at(config.progress(step, seconds))
+            crops, thumbnails, labels = pool.batch(rng.integers(pool.filled, size=config.batch))
             crops, thumbnails = flipped(crops, thumbnails, rng)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = network(crops, thumbnails)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
-            optimizer.zero_grad(set_to_none=True)
+            optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             if not torch.isfinite(norm):
-                raise TrainingError(f"the gradient is not finite at step {step}; last good checkpoint: {arguments.out}")
-            optimizer.step()
+                raise TrainingError(f"the gradient is not finite at step {step}; last good checkpoint: {checkpoint}")
+            optimiser.step()
             step += 1
-            follow(average, network, decay=min(0.995, step / (step + 20)))
+            follow(average, network, decay=min(config.average_decay, step / (step + 20)))
             losses.append(float(loss.detach()))
-            seconds = time.monotonic() - begun
-            if step % arguments.log_every == 0:
-                loss_now = np.mean(losses[-arguments.log_every :])
+            seconds = before + time.monotonic() - begun
+            if step % LOG_EVERY == 0:
+                loss_now = np.mean(losses[-LOG_EVERY:])
                 log.info("step %d, %.1f min, pool of %d, loss %.4f", step, seconds / 60, pool.filled, loss_now)
-            if time.monotonic() - last_save > arguments.save_every_s:
+            if time.monotonic() - last_save > save_every_s:
                 last_save = time.monotonic()
                 save()
                 log.info("validation: %s", validate(average, held_out))
@@ -157,7 +183,7 @@ def train(arguments: argparse.Namespace) -> Trained:
     return Trained(
         network=average,
         held_out=held_out,
-        photographs=len(photographs.images),
+        photographs=len(photographs.names),
         step=step,
         samples=synthesised + pool.written,
         minutes=seconds / 60,
@@ -217,26 +243,17 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of the training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of clean photographs")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint (.pt) to write and to resume from")
+    """Command line of a host that has none of the other commands' libraries."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="configuration (.toml)")
+    parser.add_argument("out", type=Path, help="folder of the training")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
     parser.add_argument("--export", type=Path, help="weights file (.safetensors) to write at the end")
-    parser.add_argument("--max-minutes", type=float, default=45.0)
-    parser.add_argument("--steps", type=int, default=1_000_000, help="or that many steps, if they end sooner")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--pool", type=int, default=16_000, help="samples kept in memory")
-    parser.add_argument("--first-fill", type=int, default=1500, help="samples made before the first step")
-    parser.add_argument("--fresh", type=int, default=6, help="samples renewed every step")
-    parser.add_argument("--validation-samples", type=int, default=700)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--log-every", type=int, default=50, help="steps between two lines of the log")
-    parser.add_argument("--save-every-s", type=float, default=240.0)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = parser.parse_args(argv)
-    trained = train(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = read_config(ClassifierTraining, arguments.config)
+    trained = train(config, arguments.out, threads=arguments.threads, max_minutes=arguments.max_minutes)
     if arguments.export is not None:
         log.info("wrote %s; validation: %s", arguments.export, export(trained, arguments.export))
 

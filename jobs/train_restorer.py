@@ -27,7 +27,7 @@ from classifier.sigma import estimate_sigma
 from jobs.errors import TrainingError, UsageError
 from jobs.training_config import Data, Phase, RestorerTraining, as_plain, read_config
 from jobs.training_data import Photographs
-from jobs.training_state import halved, learning_rate, load_state, save_atomically
+from jobs.training_state import CHECKPOINT, averaged_weights, halved, load_state, save_atomically
 from models.dfpir import DFPIR, PerturbationBlock
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
@@ -38,7 +38,7 @@ from pipeline.synthesis import FloatImage, add_jpeg, degrade, to_uint8
 log = logging.getLogger("train_restorer")
 
 VALIDATION_PX = 192
-CHECKPOINT, PORTABLE = "checkpoint.pt", "portable.pt"
+PORTABLE = "portable.pt"
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ class Training:
         if config.initialisation == "identity":
             initialise(self.network)
         if config.start_from is not None:
-            started = torch.load(config.start_from, map_location="cpu", weights_only=True)
-            self.network.load_state_dict(started["average"])
+            self.network.load_state_dict(averaged_weights(config.start_from))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
@@ -228,7 +227,7 @@ class Training:
             TrainingError: loss or gradient is not finite; weights and checkpoint are as they were.
         """
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.progress, peak=self.config.learning_rate, warm_up=self.config.warm_up)
+            group["lr"] = self.config.learning_rate_at(self.progress)
         clean = to_batch([sample.clean for sample in samples], self.device)
         self.optimiser.zero_grad(set_to_none=True)
         loss = LOSSES[self.config.loss](self._restored(self.network, samples), clean)

@@ -1,6 +1,7 @@
 """Training configurations: TOML files, read strictly into dataclasses with the standard library alone."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -69,40 +70,60 @@ class Phase:
             raise ValueError("there is no prompt for clean or other")
 
 
-@dataclass(frozen=True)
-class RestorerTraining:
-    """All that decides what a training of the restorer gives."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What trainings have in common."""
 
     data: Data
-    phases: tuple[Phase, ...]
-    model: DFPIRConfig = field(default_factory=DFPIRConfig)
     steps: int = 0
     """The training ends after so many steps; 0: after `minutes`, by which learning rate and phases then go as well."""
     minutes: float = 0.0
     seed: int = 0
+    start_from: Path | None = None
+    """A checkpoint whose averaged weights are taken up, with a new optimiser."""
+    learning_rate: float = 2e-4
+    """The peak, after a warm-up, from which it falls as a cosine."""
+    warm_up: float = 0.02
+    """Share of the training."""
+    weight_decay: float = 1e-4
+    average_decay: float = 0.999
+    """Of the moving average of the weights, which is what is validated and exported."""
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.minutes > 0):
+            raise ValueError("one of steps and minutes says how long to train")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the training is over, 0..1."""
+        return min(step / self.steps if self.steps else seconds / 60 / self.minutes, 1.0)
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Linear warm-up, then a cosine to a hundredth of the peak."""
+        if progress < self.warm_up:
+            return self.learning_rate * (progress / self.warm_up + 0.01)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorerTraining(TrainingConfig):
+    """All that decides what a training of the restorer gives."""
+
+    phases: tuple[Phase, ...]
+    model: DFPIRConfig = field(default_factory=DFPIRConfig)
     prompts: str = "orthogonal"
     """`orthogonal`: a fixed table; `clip:PATH`: the sentences' embeddings by a CLIP checkpoint; or a model's name or
     weights file, whose bank is used."""
     initialisation: str = "published"
     """`published`, or `identity`: `jobs.train_restorer.initialise`, for trainings of hours rather than days."""
-    start_from: Path | None = None
-    """A checkpoint whose averaged weights are taken up, with a new optimiser."""
     loss: str = "l1"
     """`l1` as published, or `relative`: the logarithm of each image's L1."""
-    learning_rate: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    warm_up: float = 0.02
-    """Share of the training in which the learning rate rises to its peak, from which it falls as a cosine."""
     clip_norm: float = 1.0
-    average_decay: float = 0.999
-    """Of the moving average of the weights, which is what is validated and exported."""
     jpeg_share: float = 0.0
     """Share of the degraded patches that go through JPEG of quality 70 to 95, as files come."""
 
     def __post_init__(self) -> None:
-        if (self.steps > 0) == (self.minutes > 0):
-            raise ValueError("one of steps and minutes says how long to train")
+        super().__post_init__()
         if not self.phases or self.phases[0].start != 0:
             raise ValueError("the first of phases starts at 0")
         if [p.start for p in self.phases] != sorted(p.start for p in self.phases):
@@ -113,13 +134,30 @@ class RestorerTraining:
             if phase.patch_px % self.model.size_multiple:
                 raise ValueError(f"patch_px must be a multiple of {self.model.size_multiple}, not {phase.patch_px}")
 
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the training is over, 0..1."""
-        return min(step / self.steps if self.steps else seconds / 60 / self.minutes, 1.0)
-
     def phase_at(self, progress: float) -> Phase:
         """The phase that `progress` lies in."""
         return [phase for phase in self.phases if phase.start <= progress][-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTraining(TrainingConfig):
+    """All that decides what a training of the classifier gives; its photographs are clean ones."""
+
+    batch: int = 48
+    pool: int = 16_000
+    """Samples kept in memory: synthesis costs more than a training step."""
+    first_fill: int = 1500
+    """Samples made before the first step."""
+    fresh: int = 8
+    """Samples renewed every step."""
+    validation_samples: int = 1600
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batch, self.pool, self.validation_samples) < 1 or min(self.first_fill, self.fresh) < 0:
+            raise ValueError("batch, pool and validation_samples are at least 1, first_fill and fresh at least 0")
+        if not self.data.clean:
+            raise ValueError("data.clean names no photographs")
 
 
 def as_plain(value: Any) -> Any:

@@ -1,6 +1,5 @@
-"""What trainings share: the course of the learning rate, and checkpoints that a failure cannot spoil."""
+"""Checkpoints that a failure cannot spoil, and that only the training they belong to takes up again."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,8 @@ from torch import Tensor
 
 from jobs.training_config import ConfigError, differences
 
-
-def learning_rate(progress: float, *, peak: float, warm_up: float = 0.02) -> float:
-    """Linear warm-up over a share of `progress` (0..1), then a cosine to a hundredth of the peak."""
-    if progress < warm_up:
-        return peak * (progress / warm_up + 0.01)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+CHECKPOINT = "checkpoint.pt"
+"""In a training's folder."""
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -30,6 +25,12 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def averaged_weights(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training's checkpoint, for another training to start from."""
+    found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    return found
 
 
 def load_state(path: Path, config: dict[str, Any]) -> dict[str, Any]:

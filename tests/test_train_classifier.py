@@ -20,9 +20,10 @@ from jobs.classifier_samples import (
     draw_scene,
     vary_tone,
 )
-from jobs.train_classifier import main
+from jobs.train_classifier import export, train
+from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
-from jobs.training_state import learning_rate
+from jobs.training_state import CHECKPOINT
 from pipeline.synthesis import smooth_field
 
 # With views of 32 or 64 px the last strided convolution ends at 1 x 1, for which oneDNN's bfloat16 weight gradient
@@ -49,9 +50,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train_classifier, "Architecture", lambda: TINY)
 
 
-def options(folder, out, *more):
-    small = ["--batch", "4", "--pool", "12", "--first-fill", "8", "--fresh", "2", "--validation-samples", "42"]
-    return ["--data", str(folder), "--out", str(out), *small, *map(str, more)]
+def small(folder, **more):
+    options = {"batch": 4, "pool": 12, "first_fill": 8, "fresh": 2, "validation_samples": 42}
+    return ClassifierTraining(data=Data(clean=(folder,)), weight_decay=0.02, **(options | more))
 
 
 # Samples
@@ -142,8 +143,9 @@ def test_every_label_has_a_share():
 # Training
 
 
-def test_the_learning_rate_warms_up_and_ends_low():
-    rates = [learning_rate(progress, peak=1.0) for progress in np.linspace(0, 1, 201).tolist()]
+def test_the_learning_rate_warms_up_and_ends_low(folder):
+    config = small(folder, steps=1, learning_rate=1.0)
+    rates = [config.learning_rate_at(progress) for progress in np.linspace(0, 1, 201).tolist()]
     assert rates[0] < 0.1
     assert max(rates) == pytest.approx(1, abs=0.01)
     assert rates[-1] == pytest.approx(0.01)
@@ -152,11 +154,22 @@ def test_the_learning_rate_warms_up_and_ends_low():
 
 @pytest.mark.usefixtures("tiny")
 def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
-    out, weights = tmp_path / "state.pt", tmp_path / "own.safetensors"
-    main(options(folder, out, "--steps", 3))
-    first = torch.load(out, weights_only=True)
-    main(options(folder, out, "--steps", 5, "--export", weights))
-    second = torch.load(out, weights_only=True)
+    config, out, weights = small(folder, steps=5), tmp_path / "out", tmp_path / "own.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        follow, done = train_classifier.follow, []
+
+        def third(*arguments, **options):
+            follow(*arguments, **options)
+            done.append(1)
+            if len(done) == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(train_classifier, "follow", third)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out, threads=1, save_every_s=0.0)
+    first = torch.load(out / CHECKPOINT, weights_only=True)
+    export(train(config, out, threads=1), weights)
+    second = torch.load(out / CHECKPOINT, weights_only=True)
     assert (first["step"], second["step"]) == (3, 5)
     assert second["seconds"] > first["seconds"]
     assert second["samples"] > first["samples"]
@@ -171,11 +184,24 @@ def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_few_steps_lower_the_loss(folder, tmp_path, caplog):
+def test_another_configuration_is_refused_and_its_average_may_be_taken_up(folder, tmp_path):
+    out = tmp_path / "out"
+    train(small(folder, steps=1), out, threads=1)
+    with pytest.raises(ConfigError, match="batch: was 4, is now 5"):
+        train(small(folder, steps=1, batch=5), out, threads=1)
+    other = small(folder, steps=1, batch=5, start_from=out / CHECKPOINT)
+    taken = train(other, tmp_path / "other", threads=1, max_minutes=0.0)
+    wanted = torch.load(out / CHECKPOINT, weights_only=True)["average"]
+    assert all(torch.equal(value, wanted[key]) for key, value in taken.network.state_dict().items())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_few_steps_lower_the_loss(folder, tmp_path, caplog, monkeypatch):
     """On a pool that never changes, the network learns its samples by heart."""
-    fixed = ["--pool", "8", "--first-fill", "8", "--fresh", "0", "--batch", "8", "--lr", "2e-2", "--log-every", "10"]
+    config = small(folder, steps=30, pool=8, first_fill=8, fresh=0, batch=8, learning_rate=2e-2)
+    monkeypatch.setattr(train_classifier, "LOG_EVERY", 10)
     with caplog.at_level("INFO"):
-        main([*options(folder, tmp_path / "state.pt"), *fixed, "--steps", "30"])
+        train(config, tmp_path / "out", threads=1)
     losses = [float(r.getMessage().rsplit("loss ", 1)[1]) for r in caplog.records if "loss " in r.getMessage()]
     assert len(losses) == 3
     assert losses[2] < 0.8 * losses[0]

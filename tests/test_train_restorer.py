@@ -12,7 +12,6 @@ from classifier.labels import Degradation
 from jobs import train_restorer, training_state
 from jobs.errors import TrainingError, UsageError
 from jobs.train_restorer import (
-    CHECKPOINT,
     PORTABLE,
     Sources,
     Training,
@@ -23,6 +22,7 @@ from jobs.train_restorer import (
     train,
 )
 from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
+from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
 from pipeline import synthesis
