@@ -56,8 +56,7 @@ class TestSet:
         folders: pairs of folders, degraded and reference, at the root or anywhere below it; the first that is there
             counts. For noise, whose sets are clean, folders that may hold the images.
         images: how many there are in the published protocol; 0: any number.
-        partner: the part of a degraded file's stem by which its reference is found.
-        reference_partner: the same for a reference's stem.
+        match: a key of `PARTNERS`.
     """
 
     __test__ = False  # for pytest, which takes the name for one of its own
@@ -65,8 +64,7 @@ class TestSet:
     label: Degradation
     folders: tuple[tuple[str, str], ...]
     images: int = 0
-    partner: Callable[[str], str] = str
-    reference_partner: Callable[[str], str] = str
+    match: str = "name"
 
 
 def _number(stem: str) -> str:
@@ -80,6 +78,9 @@ def _before_underscore(stem: str) -> str:
     return stem.partition("_")[0]
 
 
+PARTNERS: dict[str, Callable[[str], str]] = {"name": str, "number": _number, "before_underscore": _before_underscore}
+"""The part of a file's stem that a degraded image shares with its reference."""
+
 CLEAN_FOLDERS = (("original_png", ""), ("original", ""), ("HR", ""), ("image_SRF_4", ""), ("", ""))
 INPUT_TARGET = ("input", "target")
 PAIR_FOLDERS = (("degraded", "reference"), INPUT_TARGET)
@@ -89,15 +90,13 @@ TEST_SETS: dict[str, TestSet] = {
         Degradation.HAZE,
         (("hazy", "gt"), ("hazy", "clear"), INPUT_TARGET),
         images=500,
-        partner=_before_underscore,
-        reference_partner=_before_underscore,
+        match="before_underscore",
     ),
     "rain100l": TestSet(
         Degradation.RAIN,
         (("rain", "norain"), ("rainy", "norain"), ("rainy", ""), ("rain/X2", "norain"), INPUT_TARGET),
         images=100,
-        partner=_number,
-        reference_partner=_number,
+        match="number",
     ),
     "gopro": TestSet(
         Degradation.BLUR,
@@ -177,9 +176,10 @@ def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
     for first, second in test_set.folders:
         places = [parent for parent in parents if _images(parent / first) and _images(parent / second)]
         for parent in places:
-            references = {test_set.reference_partner(path.stem): path for path in _images(parent / second)}
+            partner = PARTNERS[test_set.match]
+            references = {partner(path.stem): path for path in _images(parent / second)}
             for path in _images(parent / first):
-                reference = references.get(test_set.partner(path.stem))
+                reference = references.get(partner(path.stem))
                 if reference is None:
                     raise UsageError(f"{path} has no reference in {parent / second}")
                 yield Example(str(path.relative_to(root).with_suffix("")), reference, path, test_set.label)

@@ -33,7 +33,7 @@ from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
 from pipeline.prompting import noise_prompt
-from pipeline.synthesis import FloatImage, add_jpeg, degrade, to_uint8
+from pipeline.synthesis import FloatImage, add_jpeg, add_noise, degrade, to_uint8
 
 log = logging.getLogger("train_restorer")
 
@@ -62,8 +62,13 @@ class Sources:
     @classmethod
     def load(cls, data: Data, *, validation: bool) -> "Sources":
         """Reads the training or the validation part; raises UsageError as `Photographs` does."""
-        options: dict[str, Any] = {"validation": validation, "least_readable": data.least_readable}
-        pairs = {each.label: Photographs.pairs(each.degraded, each.reference, **options) for each in data.pairs}
+        options: dict[str, Any] = {
+            "validation": validation, "least_readable": data.least_readable, "on_disk": data.on_disk,
+        }  # fmt: skip
+        pairs = {
+            each.label: Photographs.pairs(each.degraded, each.reference, match=each.match, **options)
+            for each in data.pairs
+        }
         return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)
 
     def draw(self, rng: np.random.Generator, *, label: Degradation, side_px: int, jpeg_share: float) -> Sample:
@@ -73,18 +78,24 @@ class Sources:
         """
         pairs = self.pairs.get(label)
         sigma_255: float | None
+        prompt = str(label)
         if pairs is not None and (self.clean is None or rng.random() < self.data.pair_share):
             name, (degraded, clean) = pairs.patches(rng, side_px=side_px, smallest_scale=1.0)
             sigma_255 = estimate_sigma(to_uint8(degraded)) if label is Degradation.NOISE else None
         elif self.clean is not None:
             scale = self.data.smallest_scale.get(label, 0.5)
             name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
-            degraded, sigma_255 = degrade(clean, label, rng)
+            if label is Degradation.NOISE and self.data.noise_sigmas_255:
+                exact = float(rng.choice(self.data.noise_sigmas_255))
+                degraded, sigma_255, prompt = add_noise(clean, rng, sigma_255=exact), None, noise_prompt(exact)
+            else:
+                degraded, sigma_255 = degrade(clean, label, rng)
             if rng.random() < jpeg_share:
                 degraded = add_jpeg(degraded, quality=int(rng.integers(70, 96)))
         else:
             raise UsageError(f"there are neither clean photographs nor pairs for {label}")
-        prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1)) if sigma_255 is not None else str(label)
+        if sigma_255 is not None:
+            prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1))
         return Sample(to_uint8(degraded).astype(np.float32) / np.float32(255), clean, prompt, name)
 
     def batch(self, config: RestorerTraining, phase: Phase, step: int) -> list[Sample]:
@@ -232,7 +243,7 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         loss = LOSSES[self.config.loss](self._restored(self.network, samples), clean)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
             batch = ", ".join(f"{sample.name} ({sample.prompt})" for sample in samples)
             raise TrainingError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from classifier.labels import Degradation
+from jobs.datasets import PARTNERS
 from jobs.errors import UsageError
 from models.dfpir import DFPIRConfig
 
@@ -24,11 +25,18 @@ class ConfigError(UsageError):
 
 @dataclass(frozen=True)
 class Pairs:
-    """A folder of degraded photographs and one of their references under the same names, for one label."""
+    """A folder of degraded photographs and one of their references, for one label."""
 
     label: Degradation
     degraded: Path
     reference: Path
+    match: str = "name"
+    """How files find their reference: by `name` without extension, by the `number` in it, or by what stands
+    `before_underscore`."""
+
+    def __post_init__(self) -> None:
+        if self.match not in PARTNERS:
+            raise ValueError(f"match is one of {', '.join(PARTNERS)}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,11 @@ class Data:
     pair_share: float = 0.5
     """Of the samples of a label that has pairs, this share are pairs and the rest synthesised."""
     smallest_scale: Mapping[Degradation, float] = field(default_factory=dict)
-    """Photographs are shrunk by down to this; half if a label is not named."""
+    """Clean photographs are shrunk by down to this; half if a label is not named. Pairs never are."""
+    noise_sigmas_255: tuple[float, ...] = ()
+    """Noise is white, of one of these standard deviations on the 0..255 scale; none named: as `degrade` draws it."""
+    on_disk: bool = False
+    """Photographs are read for every patch, since they do not fit into memory."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.least_readable <= 1 or not 0 <= self.pair_share <= 1:
@@ -118,7 +130,8 @@ class RestorerTraining(TrainingConfig):
     loss: str = "l1"
     """`l1` as published, or `relative`: the logarithm of each image's L1."""
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = 1.0
+    clip_norm: float = 0.0
+    """The gradient's norm is cut to this; 0: never."""
     jpeg_share: float = 0.0
     """Share of the degraded patches that go through JPEG of quality 70 to 95, as files come."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from jobs.datasets import PARTNERS
 from jobs.errors import UsageError
 from pipeline.synthesis import FloatImage, resize
 
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 VALIDATION_PERCENT = 8
 """Share of the photographs held out for calibration and model choice."""
+
+Picture = NDArray[np.uint8] | Path
+"""H x W x 3 pixels, or the file that has them."""
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 SMALLEST_SIDE_PX = 160
@@ -38,74 +42,102 @@ def photographs_in(folders: Iterable[Path], *, validation: bool) -> list[Path]:
     ]
 
 
-def read_rgb(paths: Sequence[Path], *, least_readable: float) -> dict[Path, NDArray[np.uint8]]:
-    """H x W x 3 uint8 pixels of every readable file; the others are named in the log.
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """H x W x 3 uint8; raises what Pillow raises."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
-    Raises UsageError if fewer than this share can be read, or none is left that is large enough.
+
+def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = False) -> dict[Path, Picture]:
+    """The pixels of every readable file that is large enough, or with `on_disk` its path; others are named in the log.
+
+    Raises UsageError if fewer than this share can be read.
     """
-    images, unreadable = {}, []
+    found: dict[Path, Picture] = {}
+    unreadable = []
     for path in paths:
         try:
-            images[path] = np.asarray(Image.open(path).convert("RGB"))
+            pixels = read_rgb(path)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             log.warning("skipped %s: %s", path, error)
             unreadable.append(path.name)
-    if len(images) < least_readable * len(paths):
+            continue
+        if min(pixels.shape[:2]) >= SMALLEST_SIDE_PX:
+            found[path] = path if on_disk else pixels
+    if len(unreadable) > (1 - least_readable) * len(paths):
         raise UsageError(
-            f"only {len(images)} of {len(paths)} photographs can be read, less than {least_readable:.0%}; "
-            f"unreadable are {', '.join(unreadable[:5])}{' and others' if len(unreadable) > 5 else ''}"
+            f"only {len(paths) - len(unreadable)} of {len(paths)} photographs can be read, less than "
+            f"{least_readable:.0%}; unreadable are {', '.join(unreadable[:5])}{' and others' if unreadable[5:] else ''}"
         )
-    return {path: image for path, image in images.items() if min(image.shape[:2]) >= SMALLEST_SIDE_PX}
+    return found
+
+
+def _pixels(picture: Picture) -> NDArray[np.uint8]:
+    return read_rgb(picture) if isinstance(picture, Path) else picture
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Photographs as versions of one scene, each a tuple of H x W x 3 uint8 arrays of one size, with their names.
+    """Photographs as versions of one scene, each a tuple of pictures of one size, with their names.
 
     Clean photographs have one version, pairs two: degraded and reference.
     """
 
     names: tuple[str, ...]
-    scenes: tuple[tuple[NDArray[np.uint8], ...], ...]
+    scenes: tuple[tuple[Picture, ...], ...]
 
     @property
     def images(self) -> list[NDArray[np.uint8]]:
         """The first version of every scene."""
-        return [versions[0] for versions in self.scenes]
+        return [_pixels(versions[0]) for versions in self.scenes]
 
     @classmethod
-    def clean(cls, folders: Iterable[Path], *, validation: bool, least_readable: float = 0.9) -> "Photographs":
+    def clean(
+        cls, folders: Iterable[Path], *, validation: bool, least_readable: float = 0.9, on_disk: bool = False
+    ) -> "Photographs":
         """Reads the training or the validation part of some folders.
 
         Raises UsageError if too few files can be read, or nothing is left.
         """
         folders = list(folders)
-        images = read_rgb(photographs_in(folders, validation=validation), least_readable=least_readable)
-        if not images:
+        paths = photographs_in(folders, validation=validation)
+        found = read_all(paths, least_readable=least_readable, on_disk=on_disk)
+        if not found:
             raise UsageError(f"no usable photograph in {', '.join(map(str, folders))}")
-        return cls(tuple(path.name for path in images), tuple((image,) for image in images.values()))
+        return cls(tuple(path.name for path in found), tuple((picture,) for picture in found.values()))
 
     @classmethod
-    def pairs(cls, degraded: Path, reference: Path, *, validation: bool, least_readable: float = 0.9) -> "Photographs":
-        """Reads the training or the validation part of two folders whose files match by name without extension.
+    def pairs(
+        cls,
+        degraded: Path,
+        reference: Path,
+        *,
+        validation: bool,
+        match: str = "name",
+        least_readable: float = 0.9,
+        on_disk: bool = False,
+    ) -> "Photographs":
+        """Reads the training or the validation part of two folders; `match` is a key of `jobs.datasets.PARTNERS`.
 
         Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
-        references = {path.stem: path for path in reference.iterdir() if path.suffix.lower() in SUFFIXES}
+        partner = PARTNERS[match]
+        references = {partner(path.stem): path for path in reference.iterdir() if path.suffix.lower() in SUFFIXES}
         paths = photographs_in([degraded], validation=validation)
         for path in paths:
-            if path.stem not in references:
+            if partner(path.stem) not in references:
                 raise UsageError(f"{path} has no reference of that name in {reference}")
-        first = read_rgb(paths, least_readable=least_readable)
-        second = read_rgb([references[path.stem] for path in first], least_readable=least_readable)
+        first = read_all(paths, least_readable=least_readable, on_disk=on_disk)
+        wanted = dict.fromkeys(references[partner(path.stem)] for path in first)
+        second = read_all(list(wanted), least_readable=least_readable, on_disk=on_disk)
         scenes = {}
-        for path, image in first.items():
-            partner = second.get(references[path.stem])
-            if partner is None:
+        for path, picture in first.items():
+            other = second.get(references[partner(path.stem)])
+            if other is None:
                 continue
-            if partner.shape != image.shape:
-                raise UsageError(f"{path} is of another size than its reference {references[path.stem]}")
-            scenes[path.name] = (image, partner)
+            if _pixels(other).shape != _pixels(picture).shape:
+                raise UsageError(f"{path} is of another size than its reference {references[partner(path.stem)]}")
+            scenes[path.name] = (picture, other)
         if not scenes:
             raise UsageError(f"no usable pair in {degraded} and {reference}")
         return cls(tuple(scenes), tuple(scenes.values()))
@@ -118,7 +150,7 @@ class Photographs:
         It is cut at a scale between `smallest_scale` and 1, log-uniform, shrunk to size, flipped and turned at random.
         """
         chosen = int(rng.integers(len(self.scenes)))
-        versions = self.scenes[chosen]
+        versions = [_pixels(picture) for picture in self.scenes[chosen]]
         scale = np.exp(rng.uniform(np.log(smallest_scale), 0))
         if rng.random() < 0.3:
             scale = 1.0

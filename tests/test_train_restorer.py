@@ -85,6 +85,17 @@ def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs:
     assert prompts == set(orthogonal_bank().keys)
 
 
+def test_noise_may_be_of_the_published_strengths_alone(photographs: Path) -> None:
+    sources = Sources.load(Data(clean=(photographs,), noise_sigmas_255=(15.0, 50.0)), validation=False)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        sample = sources.draw(rng, label=Degradation.NOISE, side_px=64, jpeg_share=0.0)
+        inside = (sample.clean > 0.45) & (sample.clean < 0.55)
+        spread = float((sample.degraded - sample.clean)[inside].std()) * 255
+        assert inside.sum() < 100 or abs(spread - int(sample.prompt.removeprefix("noise"))) < 6
+        assert sample.prompt in ("noise15", "noise50")
+
+
 def test_pairs_are_used_for_their_label_alone_in_the_share_asked_for(photographs: Path, tmp_path: Path) -> None:
     degraded = tmp_path / "degraded"
     degraded.mkdir()

@@ -90,3 +90,30 @@ def test_a_pair_without_reference_or_of_two_sizes_is_named(pairs: tuple[Path, Pa
     (reference / name).unlink()
     with pytest.raises(UsageError, match=f"{name} has no reference"):
         Photographs.pairs(degraded, reference, validation=False)
+
+
+def test_photographs_left_on_disk_give_the_same_patches(pairs: tuple[Path, Path]) -> None:
+    held, read = (Photographs.pairs(*pairs, validation=False, on_disk=on_disk) for on_disk in (False, True))
+    assert all(isinstance(picture, Path) for scene in read.scenes for picture in scene)
+    for seed in range(5):
+        first, second = (
+            each.patches(np.random.default_rng(seed), side_px=40, smallest_scale=1.0) for each in (held, read)
+        )
+        assert first[0] == second[0]
+        assert all(np.array_equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_references_are_found_by_what_names_share(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "clear", 12)
+    for number in range(12):
+        source = tmp_path / "clear" / f"photo-{number}.png"
+        for strength in ("0.8", "0.9"):
+            target = tmp_path / "hazy" / f"{number:04}_{strength}.png"
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    found = [
+        Photographs.pairs(tmp_path / "hazy", tmp_path / "clear", validation=part, match="number")
+        for part in (False, True)
+    ]
+    assert sum(len(part.names) for part in found) == 24
+    assert all(np.array_equal(*scene) for part in found for scene in part.scenes)
