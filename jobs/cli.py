@@ -246,6 +246,39 @@ def evaluate(
         results.print(f"one row per image: {target}", soft_wrap=True)
 
 
+@app.command()
+def figures(
+    photographs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PHOTOGRAPHS",
+            help="Folder with a folder of pictures for each label, or of clean photographs, which are then degraded.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the figures, PNG and SVG.")],
+    per_label: Annotated[int, typer.Option(help="Pictures of each label.")] = 30,
+    model: Model = None,
+    classifier: ClassifierName = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Draws confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after."""
+    with _faults_explained():
+        from jobs import evaluate as evaluation
+        from jobs import figures as drawing
+        from jobs.config import read_options
+        from models.registry import resolve
+        from models.weights import load_checkpoint
+
+        given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
+        options = read_options(None, given)
+        stages = evaluation.load(options)
+        found = drawing.pictures(photographs, per_label=per_label)
+        drawn = drawing.draw(found, *stages, load_checkpoint(resolve(options.model).path))
+        for path in drawing.save(drawn, out):
+            results.print(str(path), soft_wrap=True)
+
+
 train = typer.Typer(help="Trains a restorer or a classifier from a configuration.", no_args_is_help=True)
 app.add_typer(train, name="train")
 TrainingConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]

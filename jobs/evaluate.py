@@ -64,11 +64,11 @@ def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[
     return float(psnr), float(ssim)
 
 
-def load(options: RestoreOptions, examples: Sequence[Example]) -> tuple[Restorer, Classifier]:
+def load(options: RestoreOptions, examples: Sequence[Example] = ()) -> tuple[Restorer, Classifier]:
     """The model and the classifier that the options name.
 
     Raises:
-        UsageError: weights are at fault, or the model has no prompt for the examples' damage.
+        UsageError: weights are at fault, or the model has no prompt for an example's damage.
     """
     device = resolve_device(options.device)
     dtype = getattr(torch, resolve_dtype(options.dtype, device))

@@ -32,13 +32,13 @@ def is_validation(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
-def photographs_in(folders: Iterable[Path], *, validation: bool) -> list[Path]:
-    """The photographs of some folders that belong to the training or to the validation part, by name."""
+def photographs_in(folders: Iterable[Path], *, validation: bool | None) -> list[Path]:
+    """The photographs of some folders that belong to the training or to the validation part (None: all), by name."""
     return [
         path
         for folder in folders
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and is_validation(path.name) == validation
+        if path.suffix.lower() in SUFFIXES and validation in (None, is_validation(path.name))
     ]
 
 
@@ -93,9 +93,9 @@ class Photographs:
 
     @classmethod
     def clean(
-        cls, folders: Iterable[Path], *, validation: bool, least_readable: float = 0.9, on_disk: bool = False
+        cls, folders: Iterable[Path], *, validation: bool | None, least_readable: float = 0.9, on_disk: bool = False
     ) -> "Photographs":
-        """Reads the training or the validation part of some folders.
+        """Reads the training or the validation part of some folders, or all of them (None).
 
         Raises UsageError if too few files can be read, or nothing is left.
         """

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from synthetic_classifier import write_tiny_classifier
+from synthetic_weights import write_tiny_model
+from test_evaluate import Oracle
+from typer.testing import CliRunner
+
+from classifier.base import Prediction
+from classifier.labels import LABELS, Degradation
+from jobs import figures
+from jobs.cli import app
+from jobs.errors import UsageError
+from models import load_restorer
+from models.weights import load_checkpoint
+
+
+def surely(label: Degradation, confidence: float = 1.0) -> Prediction:
+    rest = (1 - confidence) / (len(LABELS) - 1)
+    shares = {each: confidence if each is label else rest for each in LABELS}
+    return Prediction(label, confidence, confidence - rest, True, shares, 20.0)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    folder = tmp_path / "labelled"
+    for label in (Degradation.NOISE, Degradation.RAIN, Degradation.CLEAN):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.roll(data.astronaut(), 40 * number, axis=1)[:72, :80]
+            Image.fromarray(pixels).save(folder / str(label) / f"{number}.png")
+    return folder
+
+
+def test_a_confusion_matrix_counts_what_was_taken_for_what() -> None:
+    truth = [Degradation.NOISE, Degradation.NOISE, Degradation.RAIN]
+    figure = figures.confusion(
+        truth, [surely(label) for label in (Degradation.NOISE, Degradation.HAZE, Degradation.RAIN)]
+    )
+    (axes,) = figure.axes
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    rows = [text.get_text() for text in axes.get_yticklabels()]
+    place = {
+        (LABELS.index(Degradation.NOISE), 0),
+        (LABELS.index(Degradation.HAZE), 0),
+        (LABELS.index(Degradation.RAIN), 1),
+    }
+    assert rows == ["noise", "rain"]
+    assert counts == dict.fromkeys(place, "1")
+    assert axes.get_title() == "2 of 3 right"
+
+
+def test_a_reliability_diagram_shows_shares_of_right_ones_by_confidence() -> None:
+    truth = [Degradation.NOISE] * 4
+    predictions = [surely(Degradation.NOISE, 0.95)] * 3 + [surely(Degradation.RAIN, 0.95)]
+    (axes,) = figures.reliability(truth, predictions).axes
+    (bar,) = axes.patches
+    assert (bar.get_x(), bar.get_height()) == (pytest.approx(0.9), 0.75)
+    assert axes.texts[0].get_text() == "4"
+    assert axes.get_title() == "expected calibration error 0.200"
+
+
+def test_latent_features_are_means_that_the_prompt_changes(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(write_tiny_model(tmp_path / "model.safetensors"))
+    picture = figures.Labelled(data.coffee()[:72, :80], Degradation.RAIN)
+    features = figures.latent_features(checkpoint, [(picture, "rain"), (picture, "haze")])
+    channels = 8 * checkpoint.network.config.dim
+    assert features["before"].shape == features["after"].shape == (2, channels)
+    assert np.allclose(features["before"][0], features["before"][1])
+    assert not np.allclose(features["after"][0], features["after"][1], atol=1e-4)
+
+
+def test_the_sheet_shows_what_restore_would_leave(labelled: Path, tmp_path: Path) -> None:
+    restorer = load_restorer(write_tiny_model(tmp_path / "model.safetensors"))
+    found = figures.pictures(labelled, per_label=1)
+    oracle = Oracle(Degradation.RAIN)
+    sheet = figures.sheet([(picture, oracle.predict([picture.pixels])[0]) for picture in found], restorer)
+    titles = [axes.get_title() for axes in sheet.axes]
+    assert [*titles[:3], *titles[3:]] == ["noise", "rain", "clean", "rain", "rain", "rain"]
+    shown = [axes.images[0].get_array() for axes in sheet.axes]
+    assert np.array_equal(shown[0], found[0].pixels)
+    assert np.array_equal(shown[3], restorer.restore([found[0].pixels], ["rain"])[0])
+
+
+def test_the_command_writes_every_figure_twice(labelled: Path, tmp_path: Path) -> None:
+    model, classifier = write_tiny_model(tmp_path / "m.safetensors"), write_tiny_classifier(tmp_path / "c.safetensors")
+    weights = ["--model", str(model), "--classifier", str(classifier), "--device", "cpu"]
+    result = CliRunner().invoke(app, ["figures", str(labelled), str(tmp_path / "out"), *weights])
+    assert result.exit_code == 0, result.output
+    names = {"confusion", "reliability", "before-after", "latent"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{n}.{k}" for n in names for k in ("png", "svg")}
+    for path in (tmp_path / "out").glob("*.png"):
+        assert np.asarray(Image.open(path).convert("L")).std() > 5, path
+
+
+def test_clean_photographs_are_degraded_under_every_label(tmp_path: Path) -> None:
+    for number in range(3):
+        pixels = np.roll(data.astronaut(), 90 * number, axis=0)[:300, :300]
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    first, again = (figures.pictures(tmp_path, per_label=2) for _ in range(2))
+    assert [picture.label for picture in first] == [label for label in LABELS for _ in range(2)]
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
+    with pytest.raises(UsageError, match="is not a folder"):
+        figures.pictures(tmp_path / "none", per_label=2)
