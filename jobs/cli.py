@@ -294,6 +294,8 @@ def train_restorer(
     device: Device = None,
     threads: Threads = 0,
     max_minutes: MaxMinutes = math.inf,
+    workers: Annotated[int, typer.Option(help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
+    address: Address = None,
 ) -> None:
     """Trains a DFPIR restorer, or goes on with it where the last call stopped."""
     with _faults_explained():
@@ -303,7 +305,14 @@ def train_restorer(
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(device or "auto")
-        run(read_config(RestorerTraining, config), out, device=chosen, threads=threads, max_minutes=max_minutes)
+        training = read_config(RestorerTraining, config)
+        if workers == 1 and address is None:
+            run(training, out, device=chosen, threads=threads, max_minutes=max_minutes)
+            return
+        from jobs.ray_train import train_on_ray
+
+        on_ray: dict[str, Any] = {"workers": workers, "threads": threads or 1, "address": address}
+        train_on_ray(training, out, device=chosen, max_minutes=max_minutes, **on_ray)
 
 
 @train.command("classifier")

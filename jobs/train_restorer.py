@@ -10,106 +10,32 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from classifier.labels import Degradation
-from classifier.sigma import estimate_sigma
 from jobs.errors import TrainingError, UsageError
-from jobs.training_config import Data, Phase, RestorerTraining, as_plain, read_config
-from jobs.training_data import Photographs
+from jobs.restorer_samples import Sample, Sources, to_batch
+from jobs.training_config import RestorerTraining, as_plain, read_config
 from jobs.training_state import CHECKPOINT, averaged_weights, halved, load_state, save_atomically
 from models.dfpir import DFPIR, PerturbationBlock
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
-from pipeline.prompting import noise_prompt
-from pipeline.synthesis import FloatImage, add_jpeg, add_noise, degrade, to_uint8
+from pipeline.synthesis import FloatImage, to_uint8
 
 log = logging.getLogger("train_restorer")
 
 VALIDATION_PX = 192
 PORTABLE = "portable.pt"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training pair, H x W x 3 float32 in [0, 1], its prompt, and where it is from."""
-
-    degraded: FloatImage
-    clean: FloatImage
-    prompt: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The photographs of a configuration: clean ones, and the pairs of each label that has some."""
-
-    data: Data
-    clean: Photographs | None
-    pairs: Mapping[Degradation, Photographs]
-
-    @classmethod
-    def load(cls, data: Data, *, validation: bool) -> "Sources":
-        """Reads the training or the validation part; raises UsageError as `Photographs` does."""
-        options: dict[str, Any] = {
-            "validation": validation, "least_readable": data.least_readable, "on_disk": data.on_disk,
-        }  # fmt: skip
-        pairs = {
-            each.label: Photographs.pairs(each.degraded, each.reference, match=each.match, **options)
-            for each in data.pairs
-        }
-        return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)
-
-    def draw(self, rng: np.random.Generator, *, label: Degradation, side_px: int, jpeg_share: float) -> Sample:
-        """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
-
-        Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error.
-        """
-        pairs = self.pairs.get(label)
-        sigma_255: float | None
-        prompt = str(label)
-        if pairs is not None and (self.clean is None or rng.random() < self.data.pair_share):
-            name, (degraded, clean) = pairs.patches(rng, side_px=side_px, smallest_scale=1.0)
-            sigma_255 = estimate_sigma(to_uint8(degraded)) if label is Degradation.NOISE else None
-        elif self.clean is not None:
-            scale = self.data.smallest_scale.get(label, 0.5)
-            name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
-            if label is Degradation.NOISE and self.data.noise_sigmas_255:
-                exact = float(rng.choice(self.data.noise_sigmas_255))
-                degraded, sigma_255, prompt = add_noise(clean, rng, sigma_255=exact), None, noise_prompt(exact)
-            else:
-                degraded, sigma_255 = degrade(clean, label, rng)
-            if rng.random() < jpeg_share:
-                degraded = add_jpeg(degraded, quality=int(rng.integers(70, 96)))
-        else:
-            raise UsageError(f"there are neither clean photographs nor pairs for {label}")
-        if sigma_255 is not None:
-            prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1))
-        return Sample(to_uint8(degraded).astype(np.float32) / np.float32(255), clean, prompt, name)
-
-    def batch(self, config: RestorerTraining, phase: Phase, step: int) -> list[Sample]:
-        """The samples of a step: the same whenever they are drawn."""
-        rng = np.random.default_rng([config.seed, step])
-        shares = np.array(list(phase.tasks.values()))
-        labels = rng.choice(list(phase.tasks), size=phase.batch, p=shares / shares.sum())
-        options: dict[str, Any] = {"side_px": phase.patch_px, "jpeg_share": config.jpeg_share}
-        return [self.draw(rng, label=Degradation(label), **options) for label in labels]
-
-
-def to_batch(images: Sequence[FloatImage], device: torch.device) -> Tensor:
-    """Stacks H x W x 3 images into B x 3 x H x W, channels last in memory."""
-    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
 
 
 def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
@@ -168,12 +94,47 @@ def initialise(network: DFPIR) -> None:
             depthwise.weight[:, :, 1, 1] += 1.0
 
 
+class Group:
+    """The processes that train together, each on its part of every batch: this one alone unless torch has others."""
+
+    def __init__(self, device: torch.device) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.device = device
+
+    @property
+    def part(self) -> slice:
+        """Of each batch."""
+        return slice(self.rank, None, self.size)
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Leaves every process with the mean of all gradients."""
+        if self.size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            sizes = [gradient.numel() for gradient in gradients]
+            for gradient, mean in zip(gradients, torch.split(flat / self.size, sizes), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def first_says(self, value: float) -> float:
+        """The value that the first process has: clocks differ."""
+        if self.size == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        return float(told)
+
+
 class Training:
     """A network in training with its moving average and optimiser, in a folder."""
 
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
-        self.config, self.out, self.device = config, out, device
+        self.config, self.out, self.device, self.group = config, out, device, Group(device)
+        for phase in config.phases:
+            if phase.batch % self.group.size:
+                raise UsageError(f"a batch of {phase.batch} cannot be shared among {self.group.size} workers equally")
         torch.manual_seed(config.seed)
         self.bank = prompt_bank(config.prompts)
         self.embeddings = self.bank.embeddings.to(device)
@@ -243,6 +204,7 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         loss = LOSSES[self.config.loss](self._restored(self.network, samples), clean)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.group.average_gradients(self.trained.values())
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
             batch = ", ".join(f"{sample.name} ({sample.prompt})" for sample in samples)
@@ -350,8 +312,10 @@ def train(
     """
     if threads:
         torch.set_num_threads(threads)
-    training, diary = Training(config, out, torch.device(device)), Diary(out)
+    training = Training(config, out, torch.device(device))
+    group = training.group
     sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
+    diary = Diary(out) if group.rank == 0 else None
     for part, name in ((sources, "training"), (held_out, "validation")):
         count = len(part.clean.names) if part.clean is not None else 0
         log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
@@ -359,23 +323,27 @@ def train(
 
     def coming(step: int) -> Future[list[Sample]]:
         phase = config.phase_at(config.progress(step, training.seconds))
-        return ahead.submit(sources.batch, config, phase, step)
+        return ahead.submit(sources.batch, config, phase, step, part=group.part)
+
+    def keep(*, validation_count: int) -> None:
+        if diary is not None:
+            training.save()
+            diary.validation(training, *training.validate(held_out, count=validation_count))
 
     with ThreadPoolExecutor(1, "synthesis") as ahead:
         samples = coming(training.step)
-        while training.progress < 1 and time.monotonic() - begun < 60 * max_minutes:
+        while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:
             batch, samples = samples.result(), coming(training.step + 1)
-            diary.step(training, training.learn(batch))
-            training.seconds = before + time.monotonic() - begun
+            loss = training.learn(batch)
+            training.seconds = before + group.first_says(time.monotonic() - begun)
+            if diary is not None:
+                diary.step(training, loss)
             if time.monotonic() - last_save > save_every_s:
-                training.save()
-                diary.validation(training, *training.validate(held_out, count=8))
+                keep(validation_count=8)
                 last_save = time.monotonic()
-    training.save()
-    diary.validation(training, *training.validate(held_out, count=24))
-    log.info(
-        "%s at step %d, %.1f min", "over" if training.progress >= 1 else "stopped", training.step, training.seconds / 60
-    )
+    keep(validation_count=24)
+    how = "over" if training.progress >= 1 else "stopped"
+    log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
     return training
 
 

@@ -11,9 +11,9 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
 from jobs.errors import TrainingError, UsageError
+from jobs.restorer_samples import Sample, Sources
 from jobs.train_restorer import (
     PORTABLE,
-    Sources,
     Training,
     initialise,
     plain_l1,
@@ -133,7 +133,7 @@ def averages(out: Path) -> dict[str, torch.Tensor]:
 def break_at(step: int) -> Callable[..., float]:
     whole = Training.learn
 
-    def learn(self: Training, samples: list[train_restorer.Sample]) -> float:
+    def learn(self: Training, samples: list[Sample]) -> float:
         if self.step == step:
             raise KeyboardInterrupt
         return whole(self, samples)
@@ -231,7 +231,7 @@ def test_training_lowers_the_loss_on_noise(photographs: Path, tmp_path: Path, mo
     losses = []
     whole = Training.learn
 
-    def recorded(self: Training, samples: list[train_restorer.Sample]) -> float:
+    def recorded(self: Training, samples: list[Sample]) -> float:
         losses.append(whole(self, samples))
         return losses[-1]
 

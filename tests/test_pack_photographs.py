@@ -1,0 +1,44 @@
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from jobs.errors import UsageError
+from jobs.pack_photographs import main, pack
+from jobs.training_data import Photographs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "photographs"
+    place.mkdir()
+    for number in range(30):
+        Image.fromarray(np.roll(data.coffee(), 20 * number, axis=1)[:300, :330]).save(place / f"photo-{number}.png")
+    (place / "notes.txt").write_text("none")
+    return place
+
+
+def test_a_packed_folder_fits_and_is_what_it_was(folder: Path, tmp_path: Path) -> None:
+    target, unpacked = tmp_path / "packed.zip", tmp_path / "unpacked"
+    main([str(folder), str(target), "--megabytes", "1.5"])
+    assert target.stat().st_size <= 1.5e6
+    zipfile.ZipFile(target).extractall(unpacked)
+    for validation in (False, True):
+        before, after = (Photographs.clean([place], validation=validation) for place in (folder, unpacked))
+        assert before.names == after.names
+        for one, other in zip(before.images, after.images, strict=True):
+            assert one.shape == other.shape
+            assert np.abs(one.astype(float) - other).mean() < 4
+
+
+def test_the_quality_falls_with_the_room_until_there_is_none(folder: Path, tmp_path: Path) -> None:
+    qualities = [pack(folder, tmp_path / "a.zip", megabytes=room, longest_px=330) for room in (100, 1.2, 0.9)]
+    assert qualities == sorted(qualities, reverse=True)
+    assert qualities[0] > qualities[-1]
+    with pytest.raises(UsageError, match=r"30 photographs do not fit into 0\.01 MB"):
+        pack(folder, tmp_path / "b.zip", megabytes=0.01, longest_px=330)
+    assert not (tmp_path / "b.zip").exists()
+    assert pack(folder, tmp_path / "c.zip", megabytes=0.3, longest_px=100) >= 50
