@@ -31,9 +31,16 @@ WINDOW_IMAGES = 16
 """Decoded images among which batches are formed."""
 WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
-READERS, WRITERS = 2, 2
 
 OnOutcomes = Callable[[list[Outcome]], None]
+
+
+def codec_threads(device: str, cpus: int) -> int:
+    """Threads that read and decode, and as many that encode and write, for a worker that has so many CPUs.
+
+    Beside a network on the CPU two keep ahead of it. A GPU is faster than two encoders of PNG, and leaves CPUs idle.
+    """
+    return 2 if device == "cpu" else max(2, cpus // 2)
 
 
 class Ledger:
@@ -120,7 +127,8 @@ class Worker:
 
     def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger) -> None:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
-        with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(WRITERS, "write") as writers:
+        threads = codec_threads(self._context.device, self._context.threads)
+        with ThreadPoolExecutor(threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
             finishing: deque[Future[Item]] = deque()
             try:
                 for window in self._windows(refs, base, readers):

@@ -18,7 +18,7 @@ from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
 from pipeline.records import Outcome, Shard, Status
 from pipeline.sink import done
-from pipeline.worker import Worker
+from pipeline.worker import Worker, codec_threads
 
 
 class Brightener:
@@ -375,3 +375,8 @@ def test_label_auto_without_a_classifier_is_refused(tmp_path: Path) -> None:
     write_pictures(tmp_path / "src", ["a.png"])
     with pytest.raises(ValueError, match="classifier"):
         Worker(plan(tmp_path).context, restorer=Brightener(), classifier=None, worker_id="w")
+
+
+@pytest.mark.parametrize(("device", "cpus", "threads"), [("cpu", 16, 2), ("cuda", 1, 2), ("cuda", 16, 8)])
+def test_codecs_use_the_cpus_that_a_gpu_leaves_idle(device: str, cpus: int, threads: int) -> None:
+    assert codec_threads(device, cpus) == threads
