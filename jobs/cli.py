@@ -293,6 +293,7 @@ def train_restorer(
     out: TrainingFolder,
     device: Device = None,
     threads: Threads = 0,
+    loaders: Annotated[int, typer.Option(help="Processes that make samples ahead, for each worker.")] = 0,
     max_minutes: MaxMinutes = math.inf,
     workers: Annotated[int, typer.Option(help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
     address: Address = None,
@@ -307,11 +308,11 @@ def train_restorer(
         chosen = resolve_device(device or "auto")
         training = read_config(RestorerTraining, config)
         if workers == 1 and address is None:
-            run(training, out, device=chosen, threads=threads, max_minutes=max_minutes)
+            run(training, out, device=chosen, threads=threads, loaders=loaders, max_minutes=max_minutes)
             return
         from jobs.ray_train import train_on_ray
 
-        on_ray: dict[str, Any] = {"workers": workers, "threads": threads or 1, "address": address}
+        on_ray: dict[str, Any] = {"workers": workers, "threads": threads or 1, "loaders": loaders, "address": address}
         train_on_ray(training, out, device=chosen, max_minutes=max_minutes, **on_ray)
 
 

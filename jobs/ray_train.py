@@ -23,6 +23,7 @@ def train_on_ray(
     workers: int,
     device: str,
     threads: int = 1,
+    loaders: int = 0,
     max_minutes: float,
     save_every_s: float = 300.0,
     address: str | None = None,
@@ -39,15 +40,16 @@ def train_on_ray(
         "config": config,
         "out": out.resolve(),
         "threads": threads,
+        "loaders": loaders,
         "max_minutes": max_minutes,
         "save_every_s": save_every_s,
     }
-    with connected(address, threads=workers * threads):
+    with connected(address, threads=workers * (threads + loaders)):
         trainer = ray.train.torch.TorchTrainer(
             _work,
             train_loop_config=options,
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"CPU": threads}
+                num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"CPU": threads + loaders}
             ),
             run_config=ray.train.RunConfig(name="ray", storage_path=str(out.resolve())),
         )

@@ -1,12 +1,13 @@
 """Training samples of the restorer: patches of photographs, degraded by synthesis or taken from pairs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from classifier.labels import Degradation
 from classifier.sigma import estimate_sigma
@@ -91,6 +92,41 @@ class Sources:
         ]
 
 
-def to_batch(images: Sequence[FloatImage], device: torch.device) -> Tensor:
-    """Stacks H x W x 3 images into B x 3 x H x W, channels last in memory."""
-    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
+@dataclass(frozen=True)
+class Batch:
+    """Samples stacked: B x H x W x 3, degraded uint8 and clean float32 in [0, 1], with their prompts and names."""
+
+    degraded: Tensor
+    clean: Tensor
+    prompts: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Batch":
+        """Stacks samples of one size."""
+        return cls(
+            degraded=torch.from_numpy(np.stack([to_uint8(sample.degraded) for sample in samples])),
+            clean=torch.from_numpy(np.stack([sample.clean for sample in samples])),
+            prompts=tuple(sample.prompt for sample in samples),
+            names=tuple(sample.name for sample in samples),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU reads by itself; called by torch's loader."""
+        return replace(self, degraded=self.degraded.pin_memory(), clean=self.clean.pin_memory())
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Degraded and clean images, B x 3 x H x W float32 in [0, 1], channels last in memory."""
+        degraded, clean = (pixels.to(device, non_blocking=True) for pixels in (self.degraded, self.clean))
+        return degraded.permute(0, 3, 1, 2).float() / 255, clean.permute(0, 3, 1, 2)
+
+
+class Batches(Dataset[Batch]):
+    """The part of every step's samples that one process trains on, by (step, phase)."""
+
+    def __init__(self, sources: Sources, config: RestorerTraining, part: slice) -> None:
+        self.sources, self.config, self.part = sources, config, part
+
+    def __getitem__(self, place: tuple[int, Phase]) -> Batch:
+        step, phase = place
+        return Batch.of(self.sources.batch(self.config, phase, step, part=self.part))

@@ -7,30 +7,30 @@ the configuration counts steps, the result does not depend on where it was cut.
 """
 
 import argparse
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from jobs.errors import TrainingError, UsageError
-from jobs.restorer_samples import Sample, Sources, to_batch
-from jobs.training_config import RestorerTraining, as_plain, read_config
+from jobs.restorer_samples import Batch, Batches, Sources
+from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
+from jobs.training_diary import Diary
+from jobs.training_group import Group
 from jobs.training_state import CHECKPOINT, averaged_weights, halved, load_state, save_atomically
 from models.dfpir import DFPIR, PerturbationBlock
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
-from pipeline.synthesis import FloatImage, to_uint8
+from pipeline.synthesis import FloatImage
 
 log = logging.getLogger("train_restorer")
 
@@ -92,38 +92,6 @@ def initialise(network: DFPIR) -> None:
         for depthwise in (attention.q_dwconv, attention.kv_dwconv):
             depthwise.weight *= 0.1
             depthwise.weight[:, :, 1, 1] += 1.0
-
-
-class Group:
-    """The processes that train together, each on its part of every batch: this one alone unless torch has others."""
-
-    def __init__(self, device: torch.device) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        self.device = device
-
-    @property
-    def part(self) -> slice:
-        """Of each batch."""
-        return slice(self.rank, None, self.size)
-
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Leaves every process with the mean of all gradients."""
-        if self.size > 1:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            sizes = [gradient.numel() for gradient in gradients]
-            for gradient, mean in zip(gradients, torch.split(flat / self.size, sizes), strict=True):
-                gradient.copy_(mean.view_as(gradient))
-
-    def first_says(self, value: float) -> float:
-        """The value that the first process has: clocks differ."""
-        if self.size == 1:
-            return value
-        told = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(told, 0)
-        return float(told)
 
 
 class Training:
@@ -192,7 +160,7 @@ class Training:
         light = {"network": halved(dict(self.trained)), "average": halved(dict(self.averaged))}
         save_atomically(common | light, self.out / PORTABLE)
 
-    def learn(self, samples: Sequence[Sample]) -> float:
+    def learn(self, batch: Batch) -> float:
         """One step; returns the loss.
 
         Raises:
@@ -200,16 +168,16 @@ class Training:
         """
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate_at(self.progress)
-        clean = to_batch([sample.clean for sample in samples], self.device)
         self.optimiser.zero_grad(set_to_none=True)
-        loss = LOSSES[self.config.loss](self._restored(self.network, samples), clean)
+        degraded, clean = batch.to(self.device)
+        loss = LOSSES[self.config.loss](self._restored(self.network, degraded, batch.prompts), clean)
         loss.backward()  # type: ignore[no-untyped-call]
         self.group.average_gradients(self.trained.values())
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
-            batch = ", ".join(f"{sample.name} ({sample.prompt})" for sample in samples)
+            named = ", ".join(f"{name} ({prompt})" for name, prompt in zip(batch.names, batch.prompts, strict=True))
             raise TrainingError(
-                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}, batch {batch}; "
+                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}, batch {named}; "
                 f"last good checkpoint: {self.out / CHECKPOINT}"
             )
         self.optimiser.step()
@@ -219,11 +187,9 @@ class Training:
             torch._foreach_lerp_(list(self.averaged.values()), list(self.trained.values()), 1 - decay)
         return float(loss.detach())
 
-    def _restored(self, network: DFPIR, samples: Sequence[Sample]) -> Tensor:
-        degraded = to_batch([sample.degraded for sample in samples], self.device)
-        prompts = self.embeddings[self.bank.indices([sample.prompt for sample in samples])]
+    def _restored(self, network: DFPIR, degraded: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            restored: Tensor = network(degraded, prompts)
+            restored: Tensor = network(degraded, self.embeddings[self.bank.indices(prompts)])
         return restored
 
     @torch.no_grad()
@@ -236,7 +202,9 @@ class Training:
             psnr = []
             for number in range(count):
                 sample = held_out.draw(rng, label=label, side_px=VALIDATION_PX, jpeg_share=self.config.jpeg_share)
-                restored = self._restored(self.average, [sample])[0].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+                degraded, _ = Batch.of([sample]).to(self.device)
+                output = self._restored(self.average, degraded, [sample.prompt])[0].float().clamp(0, 1)
+                restored = output.permute(1, 2, 0).cpu().numpy()
                 errors = [float(np.square(image - sample.clean).mean()) for image in (sample.degraded, restored)]
                 psnr.append([-10 * math.log10(max(error, 1e-10)) for error in errors])
                 if number == 0:
@@ -246,52 +214,13 @@ class Training:
         return found, np.concatenate(rows)
 
 
-class Diary:
-    """What a training writes for people: the log, TensorBoard's where that is installed, and sheets of samples."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.losses = out, list[float]()
-        self.board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            log.info("TensorBoard is not installed: its logs are not written")
-        else:
-            self.board = SummaryWriter(str(out / "tensorboard"))
-
-    def step(self, training: Training, loss: float) -> None:
-        """Notes a step, and every fiftieth the mean since the last time."""
-        self.losses.append(loss)
-        if training.step % 50:
-            return
-        mean, rate = float(np.mean(self.losses)), training.optimiser.param_groups[0]["lr"]
-        log.info(
-            "step %d, %.1f min, %.1f %%, loss %.4f", training.step, training.seconds / 60, 100 * training.progress, mean
-        )
-        self.losses.clear()
-        if self.board is not None:
-            self.board.add_scalar("loss", mean, training.step)
-            self.board.add_scalar("learning rate", rate, training.step)
-
-    def validation(self, training: Training, found: Mapping[str, tuple[float, float]], sheet: FloatImage) -> None:
-        """Notes PSNR by label, and writes the sheet."""
-        log.info("validation in dB: %s", ", ".join(f"{k} {a:.2f} ({a - b:+.2f})" for k, (b, a) in found.items()))
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(to_uint8(sheet)).save(folder / f"step-{training.step:07d}.png")
-        if self.board is not None:
-            for label, (_, after) in found.items():
-                self.board.add_scalar(f"PSNR/{label}", after, training.step)
-            self.board.add_image("samples", sheet, training.step, dataformats="HWC")
-            self.board.flush()
-
-
 def train(
     config: RestorerTraining,
     out: Path,
     *,
     device: str = "cpu",
     threads: int = 0,
+    loaders: int = 0,
     max_minutes: float = math.inf,
     save_every_s: float = 300.0,
 ) -> Training:
@@ -302,6 +231,7 @@ def train(
         out: the training's folder.
         device: `cpu` or a CUDA device.
         threads: of torch; 0 leaves its choice.
+        loaders: processes that make samples ahead; 0: none, samples are made between steps.
         max_minutes: of this call.
         save_every_s: seconds between checkpoints, each with a validation.
 
@@ -321,26 +251,34 @@ def train(
         log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
     begun, before, last_save = time.monotonic(), training.seconds, time.monotonic()
 
-    def coming(step: int) -> Future[list[Sample]]:
-        phase = config.phase_at(config.progress(step, training.seconds))
-        return ahead.submit(sources.batch, config, phase, step, part=group.part)
+    def places() -> Iterator[tuple[int, Phase]]:
+        """Step by step, looked at as far ahead as the loader goes."""
+        for step in itertools.count(training.step):
+            yield step, config.phase_at(config.progress(step, training.seconds))
+
+    batches = DataLoader(
+        Batches(sources, config, group.part),
+        batch_size=None,
+        sampler=places(),
+        num_workers=loaders,
+        pin_memory=training.device.type == "cuda",
+    )
 
     def keep(*, validation_count: int) -> None:
         if diary is not None:
             training.save()
-            diary.validation(training, *training.validate(held_out, count=validation_count))
+            diary.validation(training.step, *training.validate(held_out, count=validation_count))
 
-    with ThreadPoolExecutor(1, "synthesis") as ahead:
-        samples = coming(training.step)
-        while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:
-            batch, samples = samples.result(), coming(training.step + 1)
-            loss = training.learn(batch)
-            training.seconds = before + group.first_says(time.monotonic() - begun)
-            if diary is not None:
-                diary.step(training, loss)
-            if time.monotonic() - last_save > save_every_s:
-                keep(validation_count=8)
-                last_save = time.monotonic()
+    coming = iter(batches)
+    while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:
+        loss = training.learn(next(coming))
+        training.seconds = before + group.first_says(time.monotonic() - begun)
+        if diary is not None:
+            rate = training.optimiser.param_groups[0]["lr"]
+            diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
+        if time.monotonic() - last_save > save_every_s:
+            keep(validation_count=8)
+            last_save = time.monotonic()
     keep(validation_count=24)
     how = "over" if training.progress >= 1 else "stopped"
     log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
@@ -354,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder of the training: checkpoints, logs, samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that make samples ahead")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
     parser.add_argument("--save-every-s", type=float, default=300.0)
     arguments = parser.parse_args(argv)

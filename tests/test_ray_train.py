@@ -34,7 +34,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
     def three(self: object, device: torch.device) -> None:
         self.rank, self.size, self.device = 0, 3, device  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("jobs.train_restorer.Group.__init__", three)
+    monkeypatch.setattr("jobs.training_group.Group.__init__", three)
     with pytest.raises(UsageError, match="a batch of 2 cannot be shared among 3 workers"):
         Training(tiny(photographs), tmp_path, torch.device("cpu"))
 

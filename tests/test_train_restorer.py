@@ -11,7 +11,7 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
 from jobs.errors import TrainingError, UsageError
-from jobs.restorer_samples import Sample, Sources
+from jobs.restorer_samples import Batch, Sources
 from jobs.train_restorer import (
     PORTABLE,
     Training,
@@ -133,10 +133,10 @@ def averages(out: Path) -> dict[str, torch.Tensor]:
 def break_at(step: int) -> Callable[..., float]:
     whole = Training.learn
 
-    def learn(self: Training, samples: list[Sample]) -> float:
+    def learn(self: Training, batch: Batch) -> float:
         if self.step == step:
             raise KeyboardInterrupt
-        return whole(self, samples)
+        return whole(self, batch)
 
     return learn
 
@@ -152,6 +152,15 @@ def test_a_resumed_training_equals_an_unbroken_one(photographs: Path, tmp_path: 
             train(config, tmp_path / "parts", threads=1, save_every_s=0.0)
     assert train(config, tmp_path / "parts", threads=1).step == 4
     first, second = averages(tmp_path / "whole"), averages(tmp_path / "parts")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_samples_made_ahead_by_other_processes_change_nothing(photographs: Path, tmp_path: Path) -> None:
+    config = tiny(photographs, steps=3)
+    train(config, tmp_path / "between", threads=1)
+    train(config, tmp_path / "ahead", threads=1, loaders=2)
+    first, second = averages(tmp_path / "between"), averages(tmp_path / "ahead")
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -231,8 +240,8 @@ def test_training_lowers_the_loss_on_noise(photographs: Path, tmp_path: Path, mo
     losses = []
     whole = Training.learn
 
-    def recorded(self: Training, samples: list[Sample]) -> float:
-        losses.append(whole(self, samples))
+    def recorded(self: Training, batch: Batch) -> float:
+        losses.append(whole(self, batch))
         return losses[-1]
 
     monkeypatch.setattr(Training, "learn", recorded)

@@ -1,0 +1,51 @@
+"""What a training writes for people."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.synthesis import FloatImage, to_uint8
+
+log = logging.getLogger("train_restorer")
+
+
+class Diary:
+    """What a training writes for people: the log, TensorBoard's where that is installed, and sheets of samples."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.losses = out, list[float]()
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.info("TensorBoard is not installed: its logs are not written")
+        else:
+            self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def step(self, step: int, *, loss: float, rate: float, seconds: float, progress: float) -> None:
+        """Notes a step, and every fiftieth the mean loss since the last time."""
+        self.losses.append(loss)
+        if step % 50:
+            return
+        mean = float(np.mean(self.losses))
+        log.info("step %d, %.1f min, %.1f %%, loss %.4f", step, seconds / 60, 100 * progress, mean)
+        self.losses.clear()
+        if self.board is not None:
+            self.board.add_scalar("loss", mean, step)
+            self.board.add_scalar("learning rate", rate, step)
+
+    def validation(self, step: int, found: Mapping[str, tuple[float, float]], sheet: FloatImage) -> None:
+        """Notes PSNR by label, and writes the sheet."""
+        log.info("validation in dB: %s", ", ".join(f"{k} {a:.2f} ({a - b:+.2f})" for k, (b, a) in found.items()))
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(to_uint8(sheet)).save(folder / f"step-{step:07d}.png")
+        if self.board is not None:
+            for label, (_, after) in found.items():
+                self.board.add_scalar(f"PSNR/{label}", after, step)
+            self.board.add_image("samples", sheet, step, dataformats="HWC")
+            self.board.flush()

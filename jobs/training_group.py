@@ -1,0 +1,39 @@
+"""Processes that train one network together."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group:
+    """The processes that train together, each on its part of every batch: this one alone unless torch has others."""
+
+    def __init__(self, device: torch.device) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.device = device
+
+    @property
+    def part(self) -> slice:
+        """Of each batch."""
+        return slice(self.rank, None, self.size)
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Leaves every process with the mean of all gradients."""
+        if self.size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            sizes = [gradient.numel() for gradient in gradients]
+            for gradient, mean in zip(gradients, torch.split(flat / self.size, sizes), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def first_says(self, value: float) -> float:
+        """The value that the first process has: clocks differ."""
+        if self.size == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        return float(told)
