@@ -76,12 +76,13 @@ def initialise(network: DFPIR) -> None:
     for block in network.modules():
         if not isinstance(block, PerturbationBlock):
             continue
-        channels = block.conv_out.out_channels
+        channels, wide = block.conv1x1.in_channels, block.conv1x1.out_channels
+        kept = wide // 2
         unit = torch.eye(channels)[:, :, None, None]
-        block.linear_layer3.bias[:channels] = torch.arange(channels, 0, -1) * 1000.0
-        block.conv1x1.weight[:channels] = unit
-        block.conv_out.weight[:, :channels] = unit
-        block.conv_out.weight[:, channels:] *= 0.5
+        block.linear_layer3.bias[:kept] = torch.arange(kept, 0, -1) * 1000.0
+        block.conv1x1.weight[:kept] = unit[:kept]
+        block.conv_out.weight[:, :kept] = unit[:, :kept]
+        block.conv_out.weight[:, kept:] *= 0.5
         attention = block.select_attn
         attention.temperature.fill_(8.0)
         attention.attn4.fill_(1.0)

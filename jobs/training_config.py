@@ -195,16 +195,29 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def read_config(kind: type[Kind], path: Path) -> Kind:
-    """Reads a TOML file as a configuration of this kind.
+    """Reads a TOML file as a configuration of this kind; a key `extends` names a file beside it that is read before.
 
     Raises:
         ConfigError: the file cannot be read, names an unknown key, lacks one, or gives a value that cannot be.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = _read_table(path)
         return typing.cast(Kind, _convert(kind, table, ""))
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    base = table.pop("extends", None)
+    return _merged(_read_table(path.parent / base), table) if base is not None else table
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Tables key by key; anything else is replaced."""
+    both = old.keys() & new.keys()
+    nested = {k: _merged(old[k], new[k]) for k in both if isinstance(old[k], dict) and isinstance(new[k], dict)}
+    return old | new | nested
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -46,5 +46,11 @@ def load_state(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in float16, for a portable checkpoint."""
-    return {name: tensor.detach().to("cpu", torch.float16) for name, tensor in tensors.items()}
+    """Tensors in float16, for a portable checkpoint; guidance layers, if trained, stay as they are.
+
+    A rounded guidance reorders channels.
+    """
+    return {
+        name: tensor.detach().to("cpu", tensor.dtype if "linear_layer" in name else torch.float16)
+        for name, tensor in tensors.items()
+    }

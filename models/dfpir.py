@@ -27,6 +27,13 @@ class DFPIRConfig:
     """gamma: the share of each attention row that survives in CAAPM."""
     shuffle_expansion: int = 2
     """Channels of DGCPM's shuffle, as a multiple of its input's."""
+    channel_perturbation: bool = True
+    """Whether there is DGCPM; False is an ablation, which the inference form does not run."""
+    attention_perturbation: bool = True
+    """Whether there is CAAPM; False is an ablation, which the inference form does not run."""
+    trained_guidance: bool = False
+    """Whether gradients reach the guidance layers, as if a channel's place in the order were its strength
+    (straight-through); as published they keep their initial values. The outputs are the same."""
     unshuffle_factor: int = 1
     """Pixel-unshuffle before the stem (and shuffle after the output): 1 as published, 2 for compact models."""
 
@@ -200,7 +207,7 @@ class PerturbationBlock(nn.Module):
     """DGPB: channels shuffled by the prompt (DGCPM), then attention perturbed by them (CAAPM), paper section 3.
 
     The prompt acts through the order of a sort alone, so no gradient reaches `linear_layer1` and
-    `linear_layer3`: they keep their initial values.
+    `linear_layer3`: they keep their initial values, unless `trained_guidance` lets a gradient through.
     """
 
     def __init__(self, channels: int, heads: int, config: DFPIRConfig) -> None:
@@ -208,8 +215,9 @@ class PerturbationBlock(nn.Module):
         wide = channels * config.shuffle_expansion
         self.linear_layer1 = nn.Linear(TEXT_DIM, TEXT_DIM)
         self.linear_layer3 = nn.Linear(TEXT_DIM, wide)
+        self.config = config
         for layer in (self.linear_layer1, self.linear_layer3):
-            layer.requires_grad_(False)
+            layer.requires_grad_(config.trained_guidance)
         self.conv1x1 = _conv1x1(channels, wide, bias=True)
         self.conv_out = _conv1x1(wide, channels, bias=True)
         self.norm1 = ChannelLayerNorm(channels)
@@ -218,21 +226,32 @@ class PerturbationBlock(nn.Module):
         self.select_attn = PerturbedAttention(channels, heads, config.kept_fraction)
         self.ffn = GatedFeedForward(channels, config.ffn_expansion_factor)
 
+    def _guidance(self, text_embedding: Tensor) -> Tensor:
+        with torch.autocast(text_embedding.device.type, enabled=False):
+            guidance: Tensor = self.linear_layer3(self.linear_layer1(text_embedding.float()))
+        return guidance
+
     def permutations(self, text_embedding: Tensor) -> Tensor:
         """The channel order that each prompt stands for: B x 512 float32 -> B x (expansion C) int64."""
-        with torch.autocast(text_embedding.device.type, enabled=False):
-            return channel_order(self.linear_layer3(self.linear_layer1(text_embedding.float())))
+        return channel_order(self._guidance(text_embedding))
 
-    def shuffle(self, x: Tensor, order: Tensor) -> Tensor:
-        """DGCPM: widen, reorder the channels, narrow. B C H W in and out; `order` is B x (expansion C)."""
+    def shuffle(self, x: Tensor, text_embedding: Tensor) -> Tensor:
+        """DGCPM: widen, reorder the channels, narrow. B C H W in and out; the embedding is B x 512 float32."""
         wide = self.conv1x1(x)
+        guidance = self._guidance(text_embedding)
+        order = channel_order(guidance)
+        if self.config.trained_guidance:
+            # A factor of 1 whose gradient is the guidance's: a channel that should be stronger moves forward.
+            wide = wide * (1 + guidance - guidance.detach()).to(wide.dtype)[:, :, None, None]
         index = order[:, :, None, None].expand(-1, -1, *wide.shape[2:])
         out: Tensor = self.conv_out(wide.gather(1, index))
         return out
 
     def forward(self, x: Tensor, text_embedding: Tensor) -> Tensor:
-        shuffled = self.shuffle(x, self.permutations(text_embedding))
-        attended = self.select_attn(self.norm1(shuffled), self.norm2(x))
+        shuffled = self.shuffle(x, text_embedding) if self.config.channel_perturbation else x
+        attended = shuffled
+        if self.config.attention_perturbation:
+            attended = self.select_attn(self.norm1(shuffled), self.norm2(x))
         out: Tensor = attended + self.ffn(self.norm3(attended))
         return out
 

@@ -226,6 +226,8 @@ class InferenceDFPIR(nn.Module):
 
     def __init__(self, network: DFPIR, bank: PromptBank, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        if not (network.config.channel_perturbation and network.config.attention_perturbation):
+            raise ValueError("a network without DGCPM or CAAPM is an ablation, and runs in its plain form alone")
         self.config = network.config
         self.dtype = dtype
         orders = bank.permutations or prompt_permutations(network, bank.embeddings)

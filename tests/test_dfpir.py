@@ -5,8 +5,9 @@ import pytest
 import torch
 from synthetic_weights import GOLDEN, golden_state, tiny_network
 
-from models import build_model
+from models import build_model, orthogonal_bank
 from models.dfpir import DFPIR, DFPIRConfig, channel_order, keep_largest
+from models.inference import InferenceDFPIR
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,38 @@ def test_a_configuration_out_of_range_is_refused(field, message):
 def test_an_unknown_architecture_is_refused_naming_the_known_one():
     with pytest.raises(ValueError, match="known: 'dfpir'"):
         build_model("restormer")
+
+
+# Ablations
+
+
+def outputs(**changes):
+    torch.manual_seed(0)
+    network = DFPIR(DFPIRConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, **changes))
+    torch.manual_seed(1)
+    image, embedding = torch.rand(1, 3, 16, 16), torch.randn(2, 512)
+    return network, [network(image, embedding[i : i + 1]) for i in range(2)]
+
+
+def test_trained_guidance_changes_the_gradient_and_nothing_else():
+    _, expected = outputs()
+    network, found = outputs(trained_guidance=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    found[0].square().mean().backward()
+    guidance = [p.grad for name, p in network.named_parameters() if "linear_layer" in name]
+    assert len(guidance) == 16
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in guidance)
+
+
+def test_without_channel_perturbation_the_prompt_changes_nothing():
+    _, (first, second) = outputs(channel_perturbation=False)
+    assert torch.equal(first, second)
+    _, (first, second) = outputs(attention_perturbation=False)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("field", ["channel_perturbation", "attention_perturbation"])
+def test_the_inference_form_refuses_what_it_does_not_compute(field):
+    network, _ = outputs(**{field: False})
+    with pytest.raises(ValueError, match="without DGCPM or CAAPM is an ablation"):
+        InferenceDFPIR(network, orthogonal_bank())

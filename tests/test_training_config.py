@@ -5,7 +5,7 @@ import pytest
 from classifier.labels import Degradation
 from jobs.training_config import ClassifierTraining, ConfigError, RestorerTraining, as_plain, differences, read_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
 SMALL = """
 steps = 100
@@ -44,6 +44,17 @@ def test_values_become_what_their_fields_say(tmp_path: Path) -> None:
     assert config.model.num_blocks == (1, 1, 1, 1)
     assert config.phases[0].tasks == {Degradation.NOISE: 2.0, Degradation.RAIN: 1.0}
     assert config.start_from is None
+
+
+def test_a_configuration_may_extend_another(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(SMALL)
+    config = read(tmp_path, 'extends = "base.toml"\nseed = 3\n[model]\nkept_fraction = 0.5\n')
+    base = read(tmp_path, SMALL)
+    assert differences(as_plain(base), as_plain(config)) == [
+        "model.kept_fraction: was 0.9, is now 0.5", "seed: was 0, is now 3",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        read(tmp_path, 'extends = "nowhere.toml"')
 
 
 def test_phases_follow_the_progress(tmp_path: Path) -> None:

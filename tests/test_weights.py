@@ -3,7 +3,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -11,7 +10,6 @@ from safetensors import safe_open
 from synthetic_weights import GOLDEN, TINY, golden_state, tiny_network, write_tiny_model
 
 from jobs import export_restorer
-from jobs.train_restorer import COMPACT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import orthogonal_bank, prompt_permutations
@@ -368,17 +366,19 @@ def test_shipped_weights_are_those_of_their_cards():
 
 
 def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
-    network = DFPIR(COMPACT)
-    checkpoint, out = tmp_path / "run.pt", tmp_path / "shipped" / "new.safetensors"
+    network = tiny_network()
+    training, out = tmp_path / "run", tmp_path / "shipped" / "new.safetensors"
+    training.mkdir()
     out.parent.mkdir()
-    state = {"average": network.state_dict(), "step": 7, "seconds": 90.0, "optimizer": {"lr": np.float64(0.5)}}
-    torch.save(state, checkpoint)
+    config = {"model": network.config.as_dict(), "prompts": "orthogonal"}
+    state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
+    torch.save(state, training / "checkpoint.pt")
     (tmp_path / "provenance.json").write_text('{"data": "made up"}')
     options = ["--licence", "Apache-2.0", "--provenance", tmp_path / "provenance.json", "--description", "new"]
-    monkeypatch.setattr(sys, "argv", ["export_restorer", *map(str, [checkpoint, out, *options])])
+    monkeypatch.setattr(sys, "argv", ["export_restorer", *map(str, [training, out, *options])])
     export_restorer.main()
     loaded = load_checkpoint(out)
-    assert loaded.network.config == COMPACT
+    assert loaded.network.config == network.config
     assert torch.equal(loaded.network.output.weight, network.output.weight.half().float())
     assert loaded.provenance == {"data": "made up", "steps": 7, "training_minutes": 1.5}
     assert resolve("new", out.parent).spec.description == "new"
