@@ -236,13 +236,15 @@ def evaluate(
         from jobs.datasets import find_examples
 
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
-        examples = find_examples(dataset, root, label=label)[:limit]
-        stages = evaluation.load(read_options(None, given), examples)
+        options = read_options(None, given | {"limit": limit})
+        examples = find_examples(dataset, root, label=label, limit=options.limit)
+        stages = evaluation.load(options, examples)
+        target = out or Path(f"{dataset}.parquet")
+        target.parent.mkdir(parents=True, exist_ok=True)
         found = evaluation.evaluate(examples, *stages)
         rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
-        target = out or Path(f"{dataset}.parquet")
-        evaluation.write(rows, target, evaluation.provenance(dataset, *stages))
         results.print(evaluation.table(dataset, rows))
+        evaluation.write(rows, target, evaluation.provenance(dataset, *stages))
         results.print(f"one row per image: {target}", soft_wrap=True)
 
 
@@ -295,23 +297,25 @@ def train_restorer(
     threads: Threads = 0,
     loaders: Annotated[int, typer.Option(help="Processes that make samples ahead, for each worker.")] = 0,
     max_minutes: MaxMinutes = math.inf,
-    workers: Annotated[int, typer.Option(help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
     address: Address = None,
 ) -> None:
     """Trains a DFPIR restorer, or goes on with it where the last call stopped."""
     with _faults_explained():
+        from jobs.config import read_options
         from jobs.restore import resolve_device
         from jobs.train_restorer import train as run
         from jobs.training_config import RestorerTraining, read_config
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        chosen = resolve_device(device or "auto")
+        chosen = read_options(None, {"device": device}).device
         training = read_config(RestorerTraining, config)
         if workers == 1 and address is None:
-            run(training, out, device=chosen, threads=threads, loaders=loaders, max_minutes=max_minutes)
+            run(training, out, device=resolve_device(chosen), threads=threads, loaders=loaders, max_minutes=max_minutes)
             return
         from jobs.ray_train import train_on_ray
 
+        messages.print(f"the workers' log: {out / 'training.log'}", soft_wrap=True)
         on_ray: dict[str, Any] = {"workers": workers, "threads": threads or 1, "loaders": loaders, "address": address}
         train_on_ray(training, out, device=chosen, max_minutes=max_minutes, **on_ray)
 

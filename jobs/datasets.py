@@ -115,13 +115,14 @@ TEST_SETS: dict[str, TestSet] = {
 """By the name that `dfpir evaluate --dataset` knows them under."""
 
 
-def find_examples(dataset: str, root: Path, *, label: str | None = None) -> list[Example]:
+def find_examples(dataset: str, root: Path, *, label: str | None = None, limit: int | None = None) -> list[Example]:
     """The images of a test set below a folder, by name.
 
     Args:
         dataset: a key of `TEST_SETS`, or `pairs` for folders of one's own, `degraded` and `reference`.
         root: the folder.
         label: of `pairs`, and of nothing else.
+        limit: at most so many images, each of a noise set at every strength.
 
     Raises:
         UsageError: the set is unknown or not there, a file of it is missing, or a file has no reference; the message
@@ -149,11 +150,14 @@ def find_examples(dataset: str, root: Path, *, label: str | None = None) -> list
     if not found:
         layouts = " or ".join(f"{first or '.'}/ and {second or '.'}/" for first, second in test_set.folders)
         raise UsageError(f"found no images under {root}; expected {layouts}, at any depth")
-    return found
+    kept = {example.reference if added else example for example in found[:limit]}
+    return [example for example in found if (example.reference if added else example) in kept]
 
 
 def _missing(found: Sequence[Example], images: int) -> str:
-    """Which numbers are missing in a set whose names count, as far as can be told."""
+    """What is wrong with the number of images: which are missing where names count, or that there are too many."""
+    if len(found) > images:
+        return "more than one set lies there; name the folder of one"
     numbers = sorted({int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()})
     gaps = sorted(set(range(numbers[0], numbers[0] + images)) - set(numbers)) if numbers else []
     named = ", ".join(map(str, gaps[:5])) + (" and others" if len(gaps) > 5 else "")
@@ -177,7 +181,10 @@ def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
         places = [parent for parent in parents if _images(parent / first) and _images(parent / second)]
         for parent in places:
             partner = PARTNERS[test_set.match]
-            references = {partner(path.stem): path for path in _images(parent / second)}
+            references: dict[str, Path] = {}
+            for path in _images(parent / second):
+                if (other := references.setdefault(partner(path.stem), path)) is not path:
+                    raise UsageError(f"{other} and {path} match the same images")
             for path in _images(parent / first):
                 reference = references.get(partner(path.stem))
                 if reference is None:

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="file (.safetensors) to write; its card gets the suffix .json")
     parser.add_argument("--licence", required=True, help="SPDX identifier of the weights' licence")
     parser.add_argument("--provenance", type=Path, required=True, help="JSON object: data, hardware, script")
-    parser.add_argument("--description", default="Compact DFPIR, five degradations, seven prompts", help="one line")
+    parser.add_argument("--description", required=True, help="one line")
     parser.add_argument("--quality", type=Path, help="JSON object of measured figures, named after data and unit")
     export(parser.parse_args())
 

@@ -1,18 +1,21 @@
 """Trains a restorer on several workers of a Ray cluster, with the loop of `jobs.train_restorer`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 
-from jobs.errors import TrainingError
-from jobs.ray_cluster import connected
+from jobs.errors import TrainingError, UsageError
+from jobs.ray_cluster import all_nodes, connected, measure_room
 from jobs.train_restorer import train
 from jobs.training_config import RestorerTraining
 
 
 def _work(options: dict[str, Any]) -> None:
+    # Ray gives every worker a folder of its own, but a configuration's paths start where the command was given.
+    os.chdir(options.pop("started_in"))
     train(device=str(ray.train.torch.get_device()), **options)
 
 
@@ -30,13 +33,26 @@ def train_on_ray(
 ) -> None:
     """Begins a training or goes on with it; each worker has a CUDA device, or `threads` threads of a CPU.
 
-    Every batch is shared out among the workers, so that their number changes the result by rounding alone. `out` lies
-    where all of them reach it; the first one writes it.
+    Every batch is shared out among the workers, so that their number changes the result by rounding alone. `out` and
+    the working directory lie where all of them reach them; the first worker writes `out`.
+
+    Args:
+        config: what is trained.
+        out: the training's folder.
+        workers: at least 1.
+        device: `cpu`, `cuda`, or `auto`: GPUs if the cluster has some.
+        threads: of torch, and CPUs, for each worker.
+        loaders: processes of each worker that make samples ahead, and CPUs for them.
+        max_minutes: of this call.
+        save_every_s: seconds between checkpoints.
+        address: of a running cluster; None: one is started here.
 
     Raises:
+        UsageError: the cluster has no room for the workers.
         TrainingError: a worker failed; the message holds its fault.
     """
     options = {
+        "started_in": str(Path.cwd()),
         "config": config,
         "out": out.resolve(),
         "threads": threads,
@@ -44,12 +60,19 @@ def train_on_ray(
         "max_minutes": max_minutes,
         "save_every_s": save_every_s,
     }
-    with connected(address, threads=workers * (threads + loaders)):
+    cpus = threads + loaders
+    with connected(address, threads=workers * cpus):
+        nodes = all_nodes()
+        if device == "auto":
+            device = "cuda" if any(node["Resources"].get("GPU") for node in nodes if node["Alive"]) else "cpu"
+        needs, room = measure_room(nodes, device=device, threads=cpus)
+        if room < workers:
+            raise UsageError(f"the Ray cluster has room for {room} workers with {needs} each, not for {workers}")
         trainer = ray.train.torch.TorchTrainer(
             _work,
             train_loop_config=options,
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"CPU": threads + loaders}
+                num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"CPU": needs.cpus}
             ),
             run_config=ray.train.RunConfig(name="ray", storage_path=str(out.resolve())),
         )

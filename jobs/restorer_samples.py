@@ -17,6 +17,9 @@ from jobs.training_data import Photographs
 from pipeline.prompting import noise_prompt
 from pipeline.synthesis import FloatImage, add_jpeg, add_noise, degrade, to_uint8
 
+LABELS_KEY = 2**32 - 1
+"""Beside seed and step, for the draw of a step's labels; its samples have their places in the batch instead."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -78,7 +81,7 @@ class Sources:
     def batch(self, config: RestorerTraining, phase: Phase, step: int, *, part: slice = slice(None)) -> list[Sample]:
         """The samples of a step, or a part of them: the same whenever and wherever they are drawn."""
         shares = np.array(list(phase.tasks.values()))
-        labels = np.random.default_rng([config.seed, step]).choice(
+        labels = np.random.default_rng([config.seed, step, LABELS_KEY]).choice(
             list(phase.tasks), size=phase.batch, p=shares / shares.sum()
         )
         return [

@@ -35,9 +35,6 @@ from jobs.training_state import CHECKPOINT, averaged_weights, load_state, save_a
 
 log = logging.getLogger("train_classifier")
 
-LICENCE = "CC-BY-SA-4.0"
-"""The strictest of the training photographs' licences is kept for what was learned from them."""
-
 VIEW = ViewSettings()
 LOG_EVERY = 50
 """Steps between two lines of the log."""
@@ -83,6 +80,7 @@ def follow(average: DegradationNetwork, network: DegradationNetwork, *, decay: f
 class Trained:
     """The averaged network of a training, what it is calibrated on, and what it took."""
 
+    config: ClassifierTraining
     network: DegradationNetwork
     held_out: Samples
     photographs: int
@@ -122,14 +120,14 @@ def train(
         view=VIEW,
     )
     network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
-    if config.start_from is not None:
+    if config.start_from is not None and not checkpoint.exists():
         network.load_state_dict(averaged_weights(config.start_from))
     network.to(memory_format=torch.channels_last)
     average = copy.deepcopy(network).requires_grad_(False)
     optimiser = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
     step, seconds, synthesised = 0, 0.0, 0
     if checkpoint.exists():
-        state = load_state(checkpoint, as_plain(config))
+        state = load_state(checkpoint, config)
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
@@ -145,7 +143,7 @@ def train(
         save_atomically({"config": as_plain(config), **state, **progress}, checkpoint)
 
     def fresh() -> Samples:
-        count = max(config.fresh, config.first_fill - pool.filled)
+        count = max(config.fresh, min(config.first_fill, config.pool) - pool.filled)
         return Samples.synthesise(photographs, synthesis_rng, count=count, view=VIEW)
 
     with ThreadPoolExecutor(1, "synthesis") as ahead:
@@ -181,6 +179,7 @@ def train(
         save()
     log.info("ended at step %d after %.1f min; validation: %s", step, seconds / 60, validate(average, held_out))
     return Trained(
+        config=config,
         network=average,
         held_out=held_out,
         photographs=len(photographs.names),
@@ -222,7 +221,8 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         },
     }
     provenance = {
-        "training": "jobs/train_classifier.py, no pre-training, CPU, bfloat16 autocast",
+        "training": "jobs/train_classifier.py, CPU, bfloat16 autocast",
+        "start_from": str(trained.config.start_from or "nothing"),
         "photographs": trained.photographs,
         "degradations": "synthesised, jobs/classifier_samples.py",
         "minutes": round(trained.minutes, 1),
@@ -235,7 +235,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         view=VIEW,
         temperature=temperature,
         thresholds=thresholds,
-        licence=LICENCE,
+        licence=trained.config.licence,
         provenance=provenance,
     )
     write_card(path, quality={"validation": quality})

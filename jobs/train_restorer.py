@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,11 @@ from jobs.training_diary import Diary
 from jobs.training_group import Group
 from jobs.training_state import CHECKPOINT, averaged_weights, halved, load_state, save_atomically
 from models.dfpir import DFPIR, PerturbationBlock
+from models.errors import WeightsError
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
+from pipeline.prompting import prompts_for
 from pipeline.synthesis import FloatImage
 
 log = logging.getLogger("train_restorer")
@@ -58,9 +61,12 @@ def prompt_bank(name: str) -> PromptBank:
     """The bank that a configuration names: `orthogonal`, a model's by name or file, or CLIP's (`clip:PATH`)."""
     if name == "orthogonal":
         return orthogonal_bank()
-    if name.startswith("clip:"):
-        return clip_bank(Path(name.removeprefix("clip:")))
-    return load_checkpoint(resolve(name).path).prompts
+    try:
+        if name.startswith("clip:"):
+            return clip_bank(Path(name.removeprefix("clip:")))
+        return load_checkpoint(resolve(name).path).prompts
+    except WeightsError as error:
+        raise UsageError(f"prompts: {error}") from error
 
 
 @torch.no_grad()
@@ -106,11 +112,14 @@ class Training:
                 raise UsageError(f"a batch of {phase.batch} cannot be shared among {self.group.size} workers equally")
         torch.manual_seed(config.seed)
         self.bank = prompt_bank(config.prompts)
+        for label in {label for phase in config.phases for label in phase.tasks}:
+            if without := set(prompts_for(label)) - set(self.bank.keys):
+                raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
         self.embeddings = self.bank.embeddings.to(device)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
-        if config.start_from is not None:
+        if config.start_from is not None and not (out / CHECKPOINT).exists():
             self.network.load_state_dict(averaged_weights(config.start_from))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
@@ -132,13 +141,13 @@ class Training:
 
     def _resume(self) -> None:
         if (path := self.out / CHECKPOINT).exists():
-            state = load_state(path, as_plain(self.config))
+            state = load_state(path, self.config)
             self.network.load_state_dict(state["network"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
             torch.set_rng_state(state["rng"])
         elif (path := self.out / PORTABLE).exists():
-            state = load_state(path, as_plain(self.config))
+            state = load_state(path, self.config)
             with torch.no_grad():
                 for mine, stored in ((self.trained, state["network"]), (self.averaged, state["average"])):
                     for name, parameter in mine.items():
@@ -178,8 +187,8 @@ class Training:
         if not torch.isfinite(norm):
             named = ", ".join(f"{name} ({prompt})" for name, prompt in zip(batch.names, batch.prompts, strict=True))
             raise TrainingError(
-                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}, batch {named}; "
-                f"last good checkpoint: {self.out / CHECKPOINT}"
+                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}{self.group}, "
+                f"batch {named}; last good checkpoint: {self.out / CHECKPOINT}"
             )
         self.optimiser.step()
         self.step += 1
@@ -246,7 +255,24 @@ def train(
     training = Training(config, out, torch.device(device))
     group = training.group
     sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
-    diary = Diary(out) if group.rank == 0 else None
+    with ExitStack() as stack:
+        diary = stack.enter_context(closing(Diary(out))) if group.rank == 0 else None
+        _run(training, sources, held_out, diary, loaders=loaders, max_minutes=max_minutes, save_every_s=save_every_s)
+    return training
+
+
+def _run(
+    training: Training,
+    sources: Sources,
+    held_out: Sources,
+    diary: Diary | None,
+    *,
+    loaders: int,
+    max_minutes: float,
+    save_every_s: float,
+) -> None:
+    """The loop; `diary` is that of the first process."""
+    config, group = training.config, training.group
     for part, name in ((sources, "training"), (held_out, "validation")):
         count = len(part.clean.names) if part.clean is not None else 0
         log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
@@ -283,7 +309,6 @@ def train(
     keep(validation_count=24)
     how = "over" if training.progress >= 1 else "stopped"
     log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
-    return training
 
 
 def main(argv: Sequence[str] | None = None) -> None:

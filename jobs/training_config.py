@@ -60,6 +60,9 @@ class Data:
     def __post_init__(self) -> None:
         if not 0 <= self.least_readable <= 1 or not 0 <= self.pair_share <= 1:
             raise ValueError("least_readable and pair_share are shares, from 0 to 1")
+        labels = [pairs.label for pairs in self.pairs]
+        if len(set(labels)) < len(labels):
+            raise ValueError("there may be one folder of pairs for each label")
         if not self.clean and not self.pairs:
             raise ValueError("names neither clean photographs nor pairs")
 
@@ -143,7 +146,10 @@ class RestorerTraining(TrainingConfig):
             raise ValueError("phases come in the order of their start")
         if self.initialisation not in ("published", "identity") or self.loss not in ("l1", "relative"):
             raise ValueError("initialisation is published or identity, loss is l1 or relative")
+        paired = {pairs.label for pairs in self.data.pairs}
         for phase in self.phases:
+            if not self.data.clean and (without := set(phase.tasks) - paired):
+                raise ValueError(f"there are neither clean photographs nor pairs for {', '.join(sorted(without))}")
             if phase.patch_px % self.model.size_multiple:
                 raise ValueError(f"patch_px must be a multiple of {self.model.size_multiple}, not {phase.patch_px}")
 
@@ -164,13 +170,17 @@ class ClassifierTraining(TrainingConfig):
     fresh: int = 8
     """Samples renewed every step."""
     validation_samples: int = 1600
+    licence: str = ""
+    """SPDX identifier of what the exported weights may be used for; the photographs' licences decide."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.batch, self.pool, self.validation_samples) < 1 or min(self.first_fill, self.fresh) < 0:
-            raise ValueError("batch, pool and validation_samples are at least 1, first_fill and fresh at least 0")
+        if min(self.batch, self.pool, self.first_fill, self.validation_samples) < 1 or self.fresh < 0:
+            raise ValueError("batch, pool, first_fill and validation_samples are at least 1, fresh at least 0")
         if not self.data.clean:
             raise ValueError("data.clean names no photographs")
+        if self.data.pairs or self.data.on_disk or self.data.smallest_scale or self.data.noise_sigmas_255:
+            raise ValueError("a classifier's data is clean photographs in memory, without pairs, scales or sigmas")
 
 
 def as_plain(value: Any) -> Any:
@@ -182,6 +192,11 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_plain(each) for each in value]
     return str(value) if isinstance(value, Path | StrEnum) else value
+
+
+def from_plain(kind: type[Kind], plain: dict[str, Any]) -> Kind:
+    """The inverse of `as_plain`; fields that are not there have their defaults. Raises ValueError as `read_config`."""
+    return typing.cast(Kind, _convert(kind, plain, ""))
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -223,8 +238,8 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """A value of TOML as what a field is annotated with."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return _convert(inner[0], value, where)  # `X | None`: None is what is not written
+    if origin is types.UnionType:  # `X | None`: None is what a file does not name
+        return None if value is None else _convert(inner[0], value, where)
     if dataclasses.is_dataclass(kind):
         return _convert_table(kind, _checked(dict, value, where), where)
     if origin is tuple:
@@ -242,7 +257,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         }
     if kind is float:
         return float(_checked(int | float, value, where))
-    if kind is Path or issubclass(kind, StrEnum):
+    if issubclass(kind, StrEnum):
+        if value not in list(kind):
+            raise ValueError(f"{where}: {value!r} is none of {', '.join(kind)}")
+        return kind(value)
+    if kind is Path:
         return kind(_checked(str, value, where))
     return _checked(kind, value, where)
 

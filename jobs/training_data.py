@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,22 @@ def is_validation(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
-def photographs_in(folders: Iterable[Path], *, validation: bool | None) -> list[Path]:
-    """The photographs of some folders that belong to the training or to the validation part (None: all), by name."""
+def photographs_in(
+    folders: Iterable[Path], *, validation: bool | None, scene: Callable[[Path], str] = lambda path: path.name
+) -> list[Path]:
+    """The photographs of some folders that belong to the training or to the validation part (None: all), by name.
+
+    What `scene` gives for a file decides on its part. Raises UsageError if a folder is not there.
+    """
+    folders = list(folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder; paths start at the working directory")
     return [
         path
         for folder in folders
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and validation in (None, is_validation(path.name))
+        if path.suffix.lower() in SUFFIXES and validation in (None, is_validation(scene(path)))
     ]
 
 
@@ -74,6 +83,14 @@ def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = Fa
 
 def _pixels(picture: Picture) -> NDArray[np.uint8]:
     return read_rgb(picture) if isinstance(picture, Path) else picture
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """Width and height."""
+    if isinstance(picture, Path):
+        with Image.open(picture) as image:
+            return image.size
+    return picture.shape[1], picture.shape[0]
 
 
 @dataclass(frozen=True)
@@ -122,8 +139,15 @@ class Photographs:
         Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
         partner = PARTNERS[match]
-        references = {partner(path.stem): path for path in reference.iterdir() if path.suffix.lower() in SUFFIXES}
-        paths = photographs_in([degraded], validation=validation)
+        references: dict[str, Path] = {}
+        for path in photographs_in([reference], validation=None):
+            if (other_path := references.setdefault(partner(path.stem), path)) is not path:
+                raise UsageError(f"{other_path} and {path} match the same photographs")
+
+        def scene(path: Path) -> str:
+            return path.name if match == "name" else partner(path.stem)
+
+        paths = photographs_in([degraded], validation=validation, scene=scene)
         for path in paths:
             if partner(path.stem) not in references:
                 raise UsageError(f"{path} has no reference of that name in {reference}")
@@ -135,7 +159,7 @@ class Photographs:
             other = second.get(references[partner(path.stem)])
             if other is None:
                 continue
-            if _pixels(other).shape != _pixels(picture).shape:
+            if _size(other) != _size(picture):
                 raise UsageError(f"{path} is of another size than its reference {references[partner(path.stem)]}")
             scenes[path.name] = (picture, other)
         if not scenes:

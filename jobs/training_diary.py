@@ -14,10 +14,14 @@ log = logging.getLogger("train_restorer")
 
 
 class Diary:
-    """What a training writes for people: the log, TensorBoard's where that is installed, and sheets of samples."""
+    """Writes `training.log`, logs for TensorBoard where that is installed, and sheets of samples."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.losses = out, list[float]()
+        self.file = logging.FileHandler(out / "training.log", encoding="utf-8")
+        self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(self.file)
+        log.setLevel(logging.INFO)
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -25,6 +29,13 @@ class Diary:
             log.info("TensorBoard is not installed: its logs are not written")
         else:
             self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def close(self) -> None:
+        """Ends the log."""
+        log.removeHandler(self.file)
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
 
     def step(self, step: int, *, loss: float, rate: float, seconds: float, progress: float) -> None:
         """Notes a step, and every fiftieth the mean loss since the last time."""

@@ -15,6 +15,9 @@ class Group:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.device = device
 
+    def __str__(self) -> str:
+        return f" on worker {self.rank + 1} of {self.size}" if self.size > 1 else ""
+
     @property
     def part(self) -> slice:
         """Of each batch."""

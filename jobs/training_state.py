@@ -1,13 +1,15 @@
 """Checkpoints that a failure cannot spoil, and that only the training they belong to takes up again."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jobs.training_config import ConfigError, differences
+from jobs.errors import UsageError
+from jobs.training_config import ConfigError, TrainingConfig, as_plain, differences, from_plain
 
 CHECKPOINT = "checkpoint.pt"
 """In a training's folder."""
@@ -28,19 +30,28 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 
 
 def averaged_weights(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a training's checkpoint, for another training to start from."""
-    found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    """The averaged weights of a training's checkpoint, for another training to start from.
+
+    Raises UsageError if the file is not there, or is none.
+    """
+    try:
+        found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    except (OSError, KeyError) as error:
+        raise UsageError(f"start_from {path} is no checkpoint of a training: {error}") from error
     return found
 
 
-def load_state(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of this configuration.
+def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
+    """A checkpoint of this configuration; fields that are newer than it count as their defaults.
 
     Raises:
         ConfigError: it belongs to another configuration; the fields that differ are named.
     """
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if lines := differences(state["config"], config):
+    stored = state["config"]
+    with suppress(ValueError):  # a field that is no more: the differences name it
+        stored = as_plain(from_plain(type(config), stored))
+    if lines := differences(stored, as_plain(config)):
         raise ConfigError(f"{path} belongs to another training; choose another folder, or set back {'; '.join(lines)}")
     return state
 

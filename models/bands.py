@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models import passes
 from models.dfpir import ChannelLayerNorm
+from models.memory import on_device
 
 BAND_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
 """Size of the wide features of one band: what stays in a core's cache, and what fills a GPU."""
@@ -36,7 +37,8 @@ def passes_for(device: torch.device) -> ModuleType:
     try:
         from models import kernels
 
-        kernels.check(device)
+        with on_device(device):
+            kernels.check(device)
     except Exception as error:  # a compiler's faults have no common class
         warnings.warn(f"models: Triton's kernels are not used on {device}, which is slower: {error}", stacklevel=2)
         return passes

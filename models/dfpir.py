@@ -42,6 +42,8 @@ class DFPIRConfig:
         object.__setattr__(self, "heads", tuple(self.heads))
         if len(self.num_blocks) != 4 or len(self.heads) != 4:
             raise ValueError("num_blocks and heads need four entries, one per level")
+        if min(self.heads) < 1 or min(self.num_blocks) < 1:
+            raise ValueError(f"num_blocks and heads must be at least 1, not {self.num_blocks} and {self.heads}")
         if not 0 < self.kept_fraction <= 1:
             raise ValueError(f"kept_fraction must be in (0, 1], not {self.kept_fraction}")
         if self.shuffle_expansion < 1 or self.unshuffle_factor < 1:

@@ -50,6 +50,7 @@ def record(forward: Forward, image: Tensor, prompts: Tensor) -> Forward:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_pool()):
         output = forward(image, prompts)
+    output.fill_(torch.nan)  # so that only what is replayed can pass for a result
     return _Recording(graph, image, prompts, output)
 
 

@@ -3,7 +3,9 @@
 import ctypes
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,11 @@ def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype) -> float:
     """
     maps = 1.2 * 4 * config.dim * dtype.itemsize / config.unshuffle_factor**2
     return maps + 5 * 3 * 4
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, for kernels and graphs that ask for no other; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def available_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.dfpir import DFPIR
 from models.graphs import Recorded
 from models.inference import InferenceDFPIR
-from models.memory import available_bytes, bytes_per_pixel
+from models.memory import available_bytes, bytes_per_pixel, on_device
 from models.padding import pad, padded_size
 from models.prompts import PromptBank
 from models.registry import resolve
@@ -191,7 +191,7 @@ class Restorer:
         """One pass of the network: B x 3 x H x W float32 on its device, in and out."""
         index = torch.tensor(prompts, device=self.device)
         # TF32 is float32 in name only: its rounding changes which attention logits survive.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), on_device(self.device):
             return self._forward(batch, index)
 
     def _run_tiles(self, image: Tensor, prompt: int, side: int, limit: int) -> Tensor:

@@ -67,6 +67,7 @@ def test_clean_sets_get_seeded_noise_of_three_strengths(tmp_path: Path, dataset:
         write((tmp_path / name).parent, Path(name).name, size=(90, 80))
     found = find_examples(dataset, tmp_path)
     assert [example.sigma_255 for example in found] == [15, 15, 25, 25, 50, 50]
+    assert [example.sigma_255 for example in find_examples(dataset, tmp_path, limit=1)] == [15, 25, 50]
     (noisy, clean), (again, _) = (found[2].read() for _ in range(2))
     assert np.array_equal(noisy, again)
     assert noisy.dtype == np.uint8
@@ -96,6 +97,10 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_examples("lol", tmp_path)
     write(tmp_path / "low", "2.png")
     with pytest.raises(UsageError, match=r"low/2\.png has no reference in .*high"):
+        find_examples("lol", tmp_path)
+    write(tmp_path / "low", *(f"{n}.png" for n in range(4, 8)))
+    write(tmp_path / "high", *(f"{n}.png" for n in range(2, 8)))
+    with pytest.raises(UsageError, match="has 7 images; lol has 3: more than one set"):
         find_examples("lol", tmp_path)
     with pytest.raises(UsageError, match=r"unknown test set 'set5'; known are sots, .* and pairs"):
         find_examples("set5", tmp_path)

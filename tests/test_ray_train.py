@@ -1,5 +1,6 @@
 """Training on Ray: the loop is that of `jobs.train_restorer`, whose tests hold here too."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,20 @@ from test_train_restorer import averages, photographs, tiny
 from jobs.errors import TrainingError, UsageError
 from jobs.ray_train import train_on_ray
 from jobs.train_restorer import Training, train
-from jobs.training_config import Phase
+from jobs.training_config import Data, Phase
 
 __all__ = ["photographs"]
 
 
 @pytest.mark.slow
-def test_two_workers_learn_what_one_process_does(ray_cluster: None, photographs: Path, tmp_path: Path) -> None:
+def test_two_workers_learn_what_one_process_does(
+    ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(photographs, steps=2)
     train(config, tmp_path / "alone", threads=1)
-    train_on_ray(config, tmp_path / "ray", workers=2, device="cpu", max_minutes=60.0)
+    monkeypatch.chdir(photographs.parent)
+    relative = replace(config, data=Data(clean=(Path(photographs.name),)))
+    train_on_ray(relative, tmp_path / "ray", workers=2, device="auto", max_minutes=60.0)
     first, second = averages(tmp_path / "alone"), averages(tmp_path / "ray")
     assert first.keys() == second.keys()
     # A sum in another order may turn the sign of a gradient that is almost nothing, and with it a step of Adam.
@@ -46,3 +51,9 @@ def test_a_workers_fault_ends_the_training_with_its_message(
     phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
     with pytest.raises(TrainingError, match="a batch of 3 cannot be shared among 2 workers"):
         train_on_ray(tiny(photographs, phases=(phase,)), tmp_path, workers=2, device="cpu", max_minutes=60.0)
+
+
+@pytest.mark.slow
+def test_more_workers_than_there_is_room_for_are_refused(ray_cluster: None, photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="room for 2 workers with 1 CPU each, not for 3"):
+        train_on_ray(tiny(photographs), tmp_path, workers=3, device="cpu", max_minutes=60.0)

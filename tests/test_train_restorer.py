@@ -11,7 +11,7 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
 from jobs.errors import TrainingError, UsageError
-from jobs.restorer_samples import Batch, Sources
+from jobs.restorer_samples import Batch, Batches, Sources
 from jobs.train_restorer import (
     PORTABLE,
     Training,
@@ -248,6 +248,28 @@ def test_training_lowers_the_loss_on_noise(photographs: Path, tmp_path: Path, mo
     train(tiny(photographs, phases=(phase,), steps=80, learning_rate=5e-3), tmp_path / "out", threads=1)
     assert len(losses) == 80
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.1
+
+
+def test_a_label_is_drawn_apart_from_its_sample(photographs: Path, tmp_path: Path) -> None:
+    """Were both drawn from the same numbers, the first sample of a batch would be a pair always or never."""
+    degraded = tmp_path / "degraded"
+    degraded.mkdir()
+    for path in photographs.iterdir():
+        Image.new("RGB", (200, 200), "green").save(degraded / path.name)
+    phase = Phase(start=0.0, patch_px=32, batch=1, tasks={Degradation.NOISE: 0.5, Degradation.RAIN: 0.5})
+    config = tiny(photographs, phases=(phase,))
+    mixed = Data(clean=(photographs,), pairs=(Pairs(Degradation.RAIN, degraded, photographs),))
+    batches = Batches(Sources.load(mixed, validation=False), config, slice(None))
+    rainy = [batch.degraded for step in range(80) if (batch := batches[step, phase]).prompts == ("rain",)]
+    green = [len(pixels.flatten(0, 2).unique(dim=0)) == 1 for pixels in rainy]
+    assert 0.2 < np.mean(green) < 0.8
+
+
+def test_prompts_that_a_task_needs_are_asked_for(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"prompts: .*no such file"):
+        Training(tiny(photographs, prompts="clip:nowhere.pt"), tmp_path, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"start_from .*nowhere\.pt is no checkpoint"):
+        Training(tiny(photographs, start_from=Path("nowhere.pt")), tmp_path, torch.device("cpu"))
 
 
 def test_banks_are_told_by_name() -> None:

@@ -3,10 +3,19 @@ from pathlib import Path
 import pytest
 
 from classifier.labels import Degradation
-from jobs.training_config import ClassifierTraining, ConfigError, RestorerTraining, as_plain, differences, read_config
+from jobs.training_config import (
+    ClassifierTraining,
+    ConfigError,
+    RestorerTraining,
+    as_plain,
+    differences,
+    from_plain,
+    read_config,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
+PAIR = '{label = "noise", degraded = "a", reference = "b"}'
 SMALL = """
 steps = 100
 [data]
@@ -75,7 +84,14 @@ def test_phases_follow_the_progress(tmp_path: Path) -> None:
         ('clean = ["photographs"]', "clean = [3]", r"data.clean\[0\] cannot be 3"),
         ("patch_px = 64", "", r"phases\[0\].patch_px is missing"),
         ("patch_px = 64", "patch_px = 60", "multiple of 8, not 60"),
-        ("noise = 2", "fog = 2", "'fog' is not a valid Degradation"),
+        ("noise = 2", "fog = 2", r"phases\[0\].tasks: 'fog' is none of noise, rain"),
+        ("num_blocks = [1, 1, 1, 1]", "heads = [0, 1, 1, 1]", "model: num_blocks and heads must be at least 1"),
+        ('clean = ["photographs"]', f"pairs = [{PAIR}]", "neither clean photographs nor pairs for rain"),
+        (
+            'clean = ["photographs"]',
+            f"pairs = [{PAIR}, {PAIR}]",
+            "data: there may be one folder of pairs for each label",
+        ),
         ("noise = 2", "clean = 2", "no prompt for clean"),
         ("start = 0.0", "start = 0.1", "the first of phases starts at 0"),
         ("num_blocks = [1, 1, 1, 1]", "num_blocks = [1, 1]", "model.num_blocks needs 4 entries, not 2"),
@@ -92,6 +108,14 @@ def test_what_is_wrong_is_said_with_file_and_key(tmp_path: Path, old: str, new: 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml"):
         read_config(RestorerTraining, tmp_path / "none.toml")
+
+
+def test_a_stored_configuration_comes_back_with_defaults_for_what_is_new(tmp_path: Path) -> None:
+    config = read(tmp_path, SMALL)
+    stored = as_plain(config)
+    assert from_plain(RestorerTraining, stored) == config
+    del stored["model"]["trained_guidance"], stored["jpeg_share"]
+    assert from_plain(RestorerTraining, stored) == config
 
 
 def test_differences_name_the_fields(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_training_and_validation_share_no_photograph_and_lose_none(folder: Path)
 def test_a_folder_without_photographs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no usable photograph"):
         Photographs.clean([tmp_path], validation=False)
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        Photographs.clean([tmp_path / "nowhere"], validation=False)
 
 
 def test_unreadable_files_are_named_and_too_many_of_them_are_an_error(
@@ -117,3 +119,9 @@ def test_references_are_found_by_what_names_share(tmp_path: Path) -> None:
     ]
     assert sum(len(part.names) for part in found) == 24
     assert all(np.array_equal(*scene) for part in found for scene in part.scenes)
+    scenes = [{name.partition("_")[0] for name in part.names} for part in found]
+    assert not scenes[0] & scenes[1]  # no scene is both trained on and held out
+    write_photographs(tmp_path / "clear" / "twice", 1)
+    (tmp_path / "clear" / "twice" / "photo-0.png").rename(tmp_path / "clear" / "again-0.png")
+    with pytest.raises(UsageError, match=r"again-0\.png and .*photo-0\.png match the same"):
+        Photographs.pairs(tmp_path / "hazy", tmp_path / "clear", validation=False, match="number")
