@@ -20,6 +20,7 @@ from PIL import Image
 
 from benchmarks.record import RESULTS, write_csv
 from classifier.labels import Degradation
+from jobs.datasets import read_rgb, with_noise
 from pipeline.synthesis import convolve, to_uint8
 
 NOISE_SIGMAS = (15, 25, 50)
@@ -44,9 +45,7 @@ def noisy(data: Path, work: Path, sigma_255: int) -> Set:
     folder = work / f"cbsd68-sigma{sigma_255}"
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(sorted((data / "cbsd68").glob("*.png"))):
-        clean = np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
-        noise = np.random.default_rng([sigma_255, number]).normal(0, sigma_255, clean.shape)
-        Image.fromarray(np.rint(np.clip(clean + noise, 0, 255)).astype(np.uint8)).save(folder / path.name)
+        Image.fromarray(with_noise(read_rgb(path), sigma_255, seed=number)).save(folder / path.name)
     return Set(folder.name, folder, Degradation.NOISE, data / "cbsd68")
 
 

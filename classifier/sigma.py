@@ -72,7 +72,8 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     if sigma_255 < 0.5:
         return sigma_255
     room = np.minimum(means, 255 - means).min(axis=1)
-    enough = float(np.partition(room, -min(FEWEST_PATCHES, len(room)))[-min(FEWEST_PATCHES, len(room))])
+    fewest = min(FEWEST_PATCHES, len(room))
+    enough = float(np.partition(room, -fewest)[-fewest])
     chosen = room >= min(CLIPPED_SIGMAS * sigma_255, enough)
     variance = _noise_variance(patches[chosen])
     for _ in range(2):

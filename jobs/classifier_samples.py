@@ -45,7 +45,7 @@ def draw_scene(photographs: Photographs, rng: np.random.Generator) -> FloatImage
 
     Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are.
     """
-    image = photographs.images[rng.integers(len(photographs.images))]
+    image = photographs.draw(rng)
     height, width = image.shape[:2]
     kind = rng.random()
     if kind < 0.35:
@@ -89,7 +89,6 @@ def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
 
 FAINTEST: dict[Degradation, float] = {Degradation.RAIN: 0.01, Degradation.HAZE: 0.08, Degradation.BLUR: 0.006}
 """Damage that changes an image by less than this on average (of 1) counts neither as such nor as clean."""
-
 
 SHRINKABLE = {Degradation.RAIN, Degradation.HAZE, Degradation.LOWLIGHT, Degradation.CLEAN}
 """What stays what it is when a photograph is made smaller; noise and blur fade."""

@@ -234,17 +234,19 @@ def evaluate(
         from jobs import evaluate as evaluation
         from jobs.config import read_options
         from jobs.datasets import find_examples
+        from jobs.restore import load_networks
 
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
         options = read_options(None, given | {"limit": limit})
         examples = find_examples(dataset, root, label=label, limit=options.limit)
-        stages = evaluation.load(options, examples)
+        networks = load_networks(options)
+        evaluation.check_prompts(examples, networks[0])
         target = out or Path(f"{dataset}.parquet")
         target.parent.mkdir(parents=True, exist_ok=True)
-        found = evaluation.evaluate(examples, *stages)
+        found = evaluation.evaluate(examples, *networks)
         rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
         results.print(evaluation.table(dataset, rows))
-        evaluation.write(rows, target, evaluation.provenance(dataset, *stages))
+        evaluation.write(rows, target, evaluation.provenance(dataset, *networks))
         results.print(f"one row per image: {target}", soft_wrap=True)
 
 
@@ -266,17 +268,17 @@ def figures(
 ) -> None:
     """Draws confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after."""
     with _faults_explained():
-        from jobs import evaluate as evaluation
         from jobs import figures as drawing
         from jobs.config import read_options
+        from jobs.restore import load_networks
         from models.registry import resolve
         from models.weights import load_checkpoint
 
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
         options = read_options(None, given)
-        stages = evaluation.load(options)
+        networks = load_networks(options)
         found = drawing.pictures(photographs, per_label=per_label)
-        drawn = drawing.draw(found, *stages, load_checkpoint(resolve(options.model).path))
+        drawn = drawing.draw(found, *networks, load_checkpoint(resolve(options.model).path))
         for path in drawing.save(drawn, out):
             results.print(str(path), soft_wrap=True)
 

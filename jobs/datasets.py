@@ -17,6 +17,21 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NOISE_SIGMAS_255 = (15, 25, 50)
 
 
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """An image as H x W x 3 uint8; raises UsageError naming the file and the fault."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def with_noise(image: NDArray[np.uint8], sigma_255: int, *, seed: int) -> NDArray[np.uint8]:
+    """Gaussian noise as the test sets get it: drawn from sigma and seed, clipped and rounded to eight bits."""
+    noise = np.random.default_rng([sigma_255, seed]).normal(0, sigma_255, image.shape)
+    return np.rint(np.clip(image + noise, 0, 255)).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Example:
     """One image of a test set with its reference; noise is added to the reference where `degraded` is None."""
@@ -31,17 +46,14 @@ class Example:
     def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The degraded image and its reference, H x W x 3 uint8 RGB.
 
-        Noise is Gaussian with the example's own seed, clipped and rounded to eight bits.
-
         Raises:
             UsageError: a file cannot be read, or the two are of different sizes.
         """
-        reference = _read(self.reference)
+        reference = read_rgb(self.reference)
         if self.degraded is None:
             assert self.sigma_255 is not None
-            noise = np.random.default_rng([self.sigma_255, self.seed]).normal(0, self.sigma_255, reference.shape)
-            return np.rint(np.clip(reference + noise, 0, 255)).astype(np.uint8), reference
-        degraded = _read(self.degraded)
+            return with_noise(reference, self.sigma_255, seed=self.seed), reference
+        degraded = read_rgb(self.degraded)
         if degraded.shape != reference.shape:
             raise UsageError(f"{self.degraded} and its reference {self.reference} are of different sizes")
         return degraded, reference
@@ -80,6 +92,25 @@ def _before_underscore(stem: str) -> str:
 
 PARTNERS: dict[str, Callable[[str], str]] = {"name": str, "number": _number, "before_underscore": _before_underscore}
 """The part of a file's stem that a degraded image shares with its reference."""
+
+
+def partnered(degraded: Sequence[Path], references: Sequence[Path], folder: Path, *, match: str) -> dict[Path, Path]:
+    """The reference of every degraded image; `match` is a key of `PARTNERS`, `folder` where the references lie.
+
+    Raises UsageError naming an image without one, or two references of the same images.
+    """
+    partner = PARTNERS[match]
+    by_partner: dict[str, Path] = {}
+    for path in references:
+        if (other := by_partner.setdefault(partner(path.stem), path)) is not path:
+            raise UsageError(f"{other} and {path} match the same images")
+    found = {}
+    for path in degraded:
+        if partner(path.stem) not in by_partner:
+            raise UsageError(f"{path} has no reference in {folder}")
+        found[path] = by_partner[partner(path.stem)]
+    return found
+
 
 CLEAN_FOLDERS = (("original_png", ""), ("original", ""), ("HR", ""), ("image_SRF_4", ""), ("", ""))
 INPUT_TARGET = ("input", "target")
@@ -145,18 +176,19 @@ def find_examples(dataset: str, root: Path, *, label: str | None = None, limit: 
     count = len(found) // len(NOISE_SIGMAS_255) if added else len(found)
     if found and test_set.images and count != test_set.images:
         raise UsageError(
-            f"{root} has {count} images; {dataset} has {test_set.images}: {_missing(found, test_set.images)}"
+            f"{root} has {count} images; {dataset} has {test_set.images}: {_missing(found, count, test_set.images)}"
         )
     if not found:
         layouts = " or ".join(f"{first or '.'}/ and {second or '.'}/" for first, second in test_set.folders)
         raise UsageError(f"found no images under {root}; expected {layouts}, at any depth")
-    kept = {example.reference if added else example for example in found[:limit]}
-    return [example for example in found if (example.reference if added else example) in kept]
+    if added and limit is not None:
+        return [example for example in found if example.seed < limit]
+    return found[:limit]
 
 
-def _missing(found: Sequence[Example], images: int) -> str:
+def _missing(found: Sequence[Example], count: int, images: int) -> str:
     """What is wrong with the number of images: which are missing where names count, or that there are too many."""
-    if len(found) > images:
+    if count > images:
         return "more than one set lies there; name the folder of one"
     numbers = sorted({int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()})
     gaps = sorted(set(range(numbers[0], numbers[0] + images)) - set(numbers)) if numbers else []
@@ -180,15 +212,9 @@ def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
     for first, second in test_set.folders:
         places = [parent for parent in parents if _images(parent / first) and _images(parent / second)]
         for parent in places:
-            partner = PARTNERS[test_set.match]
-            references: dict[str, Path] = {}
-            for path in _images(parent / second):
-                if (other := references.setdefault(partner(path.stem), path)) is not path:
-                    raise UsageError(f"{other} and {path} match the same images")
-            for path in _images(parent / first):
-                reference = references.get(partner(path.stem))
-                if reference is None:
-                    raise UsageError(f"{path} has no reference in {parent / second}")
+            folder = parent / second
+            partners = partnered(_images(parent / first), _images(folder), folder, match=test_set.match)
+            for path, reference in partners.items():
                 yield Example(str(path.relative_to(root).with_suffix("")), reference, path, test_set.label)
         if places:
             return
@@ -198,11 +224,3 @@ def _images(folder: Path) -> Sequence[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error

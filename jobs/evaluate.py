@@ -19,16 +19,12 @@ from rich.table import Table
 from scipy.stats import t
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from classifier import load_classifier
 from classifier.base import Classifier
-from classifier.errors import ClassifierWeightsError
 from classifier.labels import Degradation
-from jobs.config import RestoreOptions
 from jobs.datasets import Example
 from jobs.errors import UsageError
-from jobs.restore import code_version, resolve_device, resolve_dtype
-from models import Restorer, load_restorer
-from models.errors import WeightsError
+from jobs.restore import code_version
+from models import Restorer
 from models.registry import list_models
 from pipeline.prompting import decide, noise_prompt, prompts_for
 
@@ -64,23 +60,11 @@ def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[
     return float(psnr), float(ssim)
 
 
-def load(options: RestoreOptions, examples: Sequence[Example] = ()) -> tuple[Restorer, Classifier]:
-    """The model and the classifier that the options name.
-
-    Raises:
-        UsageError: weights are at fault, or the model has no prompt for an example's damage.
-    """
-    device = resolve_device(options.device)
-    dtype = getattr(torch, resolve_dtype(options.dtype, device))
-    try:
-        restorer = load_restorer(options.model, device=device, dtype=dtype)
-        classifier = load_classifier(options.classifier, device=device, dtype=dtype)
-    except (WeightsError, ClassifierWeightsError) as error:
-        raise UsageError(str(error)) from error
+def check_prompts(examples: Sequence[Example], restorer: Restorer) -> None:
+    """Raises UsageError if the model has no prompt for an example's damage."""
     for label in {example.label for example in examples}:
         if not set(prompts_for(label)) & set(restorer.prompts.keys):
-            raise UsageError(f"{options.model} has no prompt for {label}, only {', '.join(restorer.prompts.keys)}")
-    return restorer, classifier
+            raise UsageError(f"{restorer.name} has no prompt for {label}, only {', '.join(restorer.prompts.keys)}")
 
 
 def provenance(dataset: str, restorer: Restorer, classifier: Classifier) -> dict[str, str]:

@@ -19,8 +19,9 @@ from classifier.base import Classifier, Prediction
 from classifier.calibration import calibration_error
 from classifier.labels import LABELS, Degradation
 from jobs.classifier_samples import as_filed, draw_damaged
+from jobs.datasets import read_rgb
 from jobs.errors import UsageError
-from jobs.training_data import SUFFIXES, Photographs, read_rgb
+from jobs.training_data import Photographs, photographs_in
 from models import Restorer
 from models.weights import Checkpoint
 from pipeline.prompting import decide, noise_prompt
@@ -54,14 +55,11 @@ def pictures(folder: Path, *, per_label: int, seed: int = 0) -> list[Labelled]:
         raise UsageError(f"{folder} is not a folder")
     places = {label: folder / str(label) for label in LABELS if (folder / str(label)).is_dir()}
     if places:
-        try:
-            found = [
-                Labelled(read_rgb(path), label)
-                for label, place in places.items()
-                for path in sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)[:per_label]
-            ]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read a picture in {folder}: {error}") from error
+        found = [
+            Labelled(read_rgb(path), label)
+            for label, place in places.items()
+            for path in photographs_in([place], validation=None)[:per_label]
+        ]
         if not found:
             raise UsageError(f"the folders of labels in {folder} hold no pictures")
         return found

@@ -8,18 +8,23 @@ from pathlib import Path
 
 from PIL import Image
 
+from jobs.datasets import read_rgb
 from jobs.errors import UsageError
-from jobs.training_data import SUFFIXES
+from jobs.training_data import photographs_in
 
 QUALITIES = range(95, 49, -5)
 
 
-def encoded(path: Path, *, quality: int, longest_px: int) -> bytes:
-    """A photograph as JPEG, 4:4:4, shrunk to a longest side; raises what Pillow raises."""
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+def shrunk(path: Path, longest_px: int) -> Image.Image:
+    """A photograph with a longest side of at most so many pixels; raises UsageError if it cannot be read."""
+    picture = Image.fromarray(read_rgb(path))
     picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    return picture
+
+
+def encoded(picture: Image.Image, quality: int) -> bytes:
+    """A picture as JPEG, 4:4:4."""
+    buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
     return buffer.getvalue()
 
@@ -31,13 +36,13 @@ def pack(folder: Path, target: Path, *, megabytes: float, longest_px: int) -> in
     it is, so that the same photographs are held out.
 
     Raises:
-        UsageError: there are no photographs, or they do not fit.
+        UsageError: there are no photographs, one cannot be read, or they do not fit.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
+    pictures = {path.name: shrunk(path, longest_px) for path in photographs_in([folder], validation=None)}
+    if not pictures:
         raise UsageError(f"there are no photographs in {folder}")
     for quality in QUALITIES:
-        files = {path.name: encoded(path, quality=quality, longest_px=longest_px) for path in paths}
+        files = {name: encoded(picture, quality) for name, picture in pictures.items()}
         # A file's entries in a zip file take twice its name and 100 bytes.
         if sum(len(data) + 2 * len(name) + 100 for name, data in files.items()) > megabytes * 1e6:
             continue
@@ -45,7 +50,7 @@ def pack(folder: Path, target: Path, *, megabytes: float, longest_px: int) -> in
             for name, data in files.items():
                 archive.writestr(name, data)
         return quality
-    raise UsageError(f"{len(paths)} photographs do not fit into {megabytes} MB; make --longest-px smaller")
+    raise UsageError(f"{len(pictures)} photographs do not fit into {megabytes} MB; make --longest-px smaller")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,18 +2,13 @@
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from classifier import load_classifier
-from classifier.errors import ClassifierWeightsError
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
-from jobs.restore import resolve_device, resolve_dtype
+from jobs.restore import load_networks
 from jobs.sheets import side_by_side
-from models import load_restorer, parse_tile
-from models.errors import WeightsError
 from pipeline.images import ImageFault, decode, to_uint8
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
@@ -26,18 +21,13 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     """
     if picture.resolve() == image.resolve():
         raise UsageError(f"--picture {picture} is the image itself; choose another name")
-    device = resolve_device(options.device)
-    dtype = getattr(torch, resolve_dtype(options.dtype, device))
     try:
         decoded = decode(image.read_bytes(), max_pixels=options.max_pixels)
-        restorer = load_restorer(options.model, device=device, dtype=dtype, tile=parse_tile(options.tile))
-        classifier = load_classifier(options.classifier, device=device, dtype=dtype)
     except OSError as error:
         raise UsageError(f"cannot read {image}: {error.strerror}") from error
     except ImageFault as fault:
         raise UsageError(f"{image}: {fault}") from fault
-    except (WeightsError, ClassifierWeightsError) as error:
-        raise UsageError(str(error)) from error
+    restorer, classifier = load_networks(options)
     shown = to_uint8(decoded.pixels)
     prediction = classifier.predict([shown])[0]
     label, sigma = parse_label(options.label)

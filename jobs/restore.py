@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from classifier import load_classifier
+from classifier.base import Classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.runner import Runner
-from models import load_restorer
+from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
@@ -136,12 +137,23 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     )
 
 
-def measure_speed(options: RestoreOptions) -> float:
-    """Megapixels per second of one worker here: the median of three classified and restored pieces of noise."""
+def load_networks(options: RestoreOptions) -> tuple[Restorer, Classifier]:
+    """The restorer and the classifier that the options name, where and in the precision that these say.
+
+    Raises UsageError if weights are at fault.
+    """
     device = resolve_device(options.device)
     dtype = getattr(torch, resolve_dtype(options.dtype, device))
-    restorer = load_restorer(options.model, device=device, dtype=dtype)
-    classifier = load_classifier(options.classifier, device=device, dtype=dtype)
+    try:
+        restorer = load_restorer(options.model, device=device, dtype=dtype, tile=parse_tile(options.tile))
+        return restorer, load_classifier(options.classifier, device=device, dtype=dtype)
+    except (WeightsError, ClassifierWeightsError) as error:
+        raise UsageError(str(error)) from error
+
+
+def measure_speed(options: RestoreOptions) -> float:
+    """Megapixels per second of one worker here: the median of three classified and restored pieces of noise."""
+    restorer, classifier = load_networks(options)
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     seconds = []
     for _ in range(4):

@@ -165,7 +165,7 @@ def train(
                 raise TrainingError(f"the gradient is not finite at step {step}; last good checkpoint: {checkpoint}")
             optimiser.step()
             step += 1
-            follow(average, network, decay=min(config.average_decay, step / (step + 20)))
+            follow(average, network, decay=config.average_decay_at(step))
             losses.append(float(loss.detach()))
             seconds = before + time.monotonic() - begun
             if step % LOG_EVERY == 0:

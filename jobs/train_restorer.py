@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,7 @@ class Training:
             "rng": torch.get_rng_state(),
         }
         save_atomically(common | whole, self.out / CHECKPOINT)
-        light = {"network": halved(dict(self.trained)), "average": halved(dict(self.averaged))}
+        light = {"network": halved(self.trained), "average": halved(self.averaged)}
         save_atomically(common | light, self.out / PORTABLE)
 
     def learn(self, batch: Batch) -> float:
@@ -192,7 +192,7 @@ class Training:
             )
         self.optimiser.step()
         self.step += 1
-        decay = min(self.config.average_decay, self.step / (self.step + 20))
+        decay = self.config.average_decay_at(self.step)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.values()), list(self.trained.values()), 1 - decay)
         return float(loss.detach())
@@ -253,10 +253,8 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     training = Training(config, out, torch.device(device))
-    group = training.group
     sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
-    with ExitStack() as stack:
-        diary = stack.enter_context(closing(Diary(out))) if group.rank == 0 else None
+    with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
         _run(training, sources, held_out, diary, loaders=loaders, max_minutes=max_minutes, save_every_s=save_every_s)
     return training
 

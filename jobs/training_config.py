@@ -118,6 +118,10 @@ class TrainingConfig:
             return self.learning_rate * (progress / self.warm_up + 0.01)
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
+    def average_decay_at(self, step: int) -> float:
+        """Of the moving average after so many steps: it forgets the random start quickly at first."""
+        return min(self.average_decay, step / (step + 20))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RestorerTraining(TrainingConfig):

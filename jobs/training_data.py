@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.datasets import PARTNERS
+from jobs.datasets import PARTNERS, partnered, read_rgb
 from jobs.errors import UsageError
 from pipeline.synthesis import FloatImage, resize
 
@@ -51,12 +51,6 @@ def photographs_in(
     ]
 
 
-def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """H x W x 3 uint8; raises what Pillow raises."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = False) -> dict[Path, Picture]:
     """The pixels of every readable file that is large enough, or with `on_disk` its path; others are named in the log.
 
@@ -67,8 +61,8 @@ def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = Fa
     for path in paths:
         try:
             pixels = read_rgb(path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            log.warning("skipped %s: %s", path, error)
+        except UsageError as error:
+            log.warning("skipped a photograph: %s", error)
             unreadable.append(path.name)
             continue
         if min(pixels.shape[:2]) >= SMALLEST_SIDE_PX:
@@ -103,10 +97,9 @@ class Photographs:
     names: tuple[str, ...]
     scenes: tuple[tuple[Picture, ...], ...]
 
-    @property
-    def images(self) -> list[NDArray[np.uint8]]:
-        """The first version of every scene."""
-        return [_pixels(versions[0]) for versions in self.scenes]
+    def draw(self, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """The first version of a random scene, H x W x 3."""
+        return _pixels(self.scenes[rng.integers(len(self.scenes))][0])
 
     @classmethod
     def clean(
@@ -138,29 +131,22 @@ class Photographs:
 
         Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
-        partner = PARTNERS[match]
-        references: dict[str, Path] = {}
-        for path in photographs_in([reference], validation=None):
-            if (other_path := references.setdefault(partner(path.stem), path)) is not path:
-                raise UsageError(f"{other_path} and {path} match the same photographs")
 
         def scene(path: Path) -> str:
-            return path.name if match == "name" else partner(path.stem)
+            return path.name if match == "name" else PARTNERS[match](path.stem)
 
         paths = photographs_in([degraded], validation=validation, scene=scene)
-        for path in paths:
-            if partner(path.stem) not in references:
-                raise UsageError(f"{path} has no reference of that name in {reference}")
+        partners = partnered(paths, photographs_in([reference], validation=None), reference, match=match)
         first = read_all(paths, least_readable=least_readable, on_disk=on_disk)
-        wanted = dict.fromkeys(references[partner(path.stem)] for path in first)
+        wanted = dict.fromkeys(partners[path] for path in first)
         second = read_all(list(wanted), least_readable=least_readable, on_disk=on_disk)
         scenes = {}
         for path, picture in first.items():
-            other = second.get(references[partner(path.stem)])
+            other = second.get(partners[path])
             if other is None:
                 continue
             if _size(other) != _size(picture):
-                raise UsageError(f"{path} is of another size than its reference {references[partner(path.stem)]}")
+                raise UsageError(f"{path} is of another size than its reference {partners[path]}")
             scenes[path.name] = (picture, other)
         if not scenes:
             raise UsageError(f"no usable pair in {degraded} and {reference}")

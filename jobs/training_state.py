@@ -1,6 +1,7 @@
 """Checkpoints that a failure cannot spoil, and that only the training they belong to takes up again."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
     return state
 
 
-def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in float16, for a portable checkpoint; guidance layers, if trained, stay as they are.
 
     A rounded guidance reorders channels.

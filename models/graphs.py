@@ -19,7 +19,7 @@ MOST_SHAPES = 8
 """Shapes whose recordings are kept, and as many more that are remembered as seen once."""
 
 LARGEST_PIXELS = 4_000_000
-"""A larger batch is not recorded: its kernels take long enough, and a recording keeps all the memory it needs."""
+"""A larger batch is not recorded, since a recording keeps all the memory it needs."""
 
 
 @dataclass

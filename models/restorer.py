@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.dfpir import DFPIR
-from models.graphs import Recorded
+from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
 from models.memory import available_bytes, bytes_per_pixel, on_device
 from models.padding import pad, padded_size
@@ -105,8 +105,8 @@ class Restorer:
         self.prompts = prompts
         self.dtype = dtype
         self._tile: Tile = tile
-        self._network = InferenceDFPIR(network, prompts, dtype=dtype).to(self.device)
-        self._forward = Recorded(self._network) if self.device.type == "cuda" else self._network
+        form: Forward = InferenceDFPIR(network, prompts, dtype=dtype).to(self.device)
+        self._forward = Recorded(form) if self.device.type == "cuda" else form
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype)
         # Read once: a choice that depended on the moment would tile one of two equal images.
         self.memory_budget_bytes = int(_MEMORY_SHARE * available_bytes(self.device))

@@ -76,6 +76,12 @@ def test_clean_sets_get_seeded_noise_of_three_strengths(tmp_path: Path, dataset:
     assert not np.array_equal(found[3].read()[0] - found[3].read()[1], noisy - clean)
 
 
+def test_a_noise_set_with_too_few_images_is_not_taken_for_several(tmp_path: Path) -> None:
+    write(tmp_path, *(f"kodim{number:02}.png" for number in range(1, 25) if number != 7))
+    with pytest.raises(UsageError, match="has 23 images; kodak24 has 24: number 7 is not there"):
+        find_examples("kodak24", tmp_path)
+
+
 def test_pairs_of_ones_own_need_a_label(tmp_path: Path) -> None:
     write(tmp_path / "degraded", "a.png", "b.jpg")
     write(tmp_path / "reference", "a.png", "b.png")

@@ -29,7 +29,7 @@ def test_a_packed_folder_fits_and_is_what_it_was(folder: Path, tmp_path: Path) -
     for validation in (False, True):
         before, after = (Photographs.clean([place], validation=validation) for place in (folder, unpacked))
         assert before.names == after.names
-        for one, other in zip(before.images, after.images, strict=True):
+        for (one,), (other,) in zip(before.scenes, after.scenes, strict=True):
             assert one.shape == other.shape
             assert np.abs(one.astype(float) - other).mean() < 4
 
