@@ -23,7 +23,7 @@ class ViewSettings:
     """Sizes in pixels and the number of crops; stored with the weights, which fit one setting only."""
 
     crop_px: int = 96
-    crops: int = 5
+    crops: int = 4
     thumbnail_px: int = 96
 
     def __post_init__(self) -> None:

@@ -1,17 +1,21 @@
 """Training samples of the classifier: photographs degraded whole, seen through crops and thumbnail as in use."""
 
 import io
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from classifier.labels import CLEAN_LIMITS, LABELS, Degradation
 from classifier.network import to_input
 from classifier.view import ViewSettings, take_views
+from jobs.errors import TrainingError
 from jobs.training_data import Photographs
 from pipeline.synthesis import (
     FloatImage,
@@ -104,7 +108,7 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
             lowest = 1.2 * CLEAN_LIMITS.noise_sigma_255
             if rng.random() < 0.5:
                 return add_noise(image, rng, sigma_255=float(rng.uniform(lowest, 60)))
-            return add_camera_noise(image, rng, sigma_255=float(rng.uniform(lowest, 40)))
+            return add_camera_noise(image, rng, sigma_255=float(rng.uniform(lowest, 40)), coarsest_px=1.3)
         case Degradation.RAIN:
             return add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])))
         case Degradation.HAZE:
@@ -154,48 +158,76 @@ def as_filed(image: FloatImage, rng: np.random.Generator) -> NDArray[np.uint8]:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-@dataclass
-class Samples:
-    """Views of many images in preallocated memory: crops M N P P 3 and thumbnails M T T 3 uint8, labels M int64."""
+Samples = NDArray[np.void]
+"""Views of many images, records of `sample_type`."""
 
-    crops: NDArray[np.uint8]
-    thumbnails: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    filled: int = 0
-    written: int = 0
 
-    @classmethod
-    def empty(cls, size: int, view: ViewSettings) -> "Samples":
-        """Room for `size` samples."""
-        return cls(
-            np.empty((size, view.crops, view.crop_px, view.crop_px, 3), np.uint8),
-            np.empty((size, view.thumbnail_px, view.thumbnail_px, 3), np.uint8),
-            np.empty(size, np.int64),
-        )
+def sample_type(view: ViewSettings) -> np.dtype[np.void]:
+    """A sample's number from 1 up, its label's place in `LABELS`, and the views, uint8 RGB."""
+    crops, thumbnail = (view.crops, view.crop_px, view.crop_px, 3), (view.thumbnail_px, view.thumbnail_px, 3)
+    fields = [("number", np.int64), ("label", np.int64), ("crops", np.uint8, crops), ("thumbnail", np.uint8, thumbnail)]
+    return np.dtype(fields)
 
-    @classmethod
-    def synthesise(
-        cls, photographs: Photographs, rng: np.random.Generator, *, count: int, view: ViewSettings
-    ) -> "Samples":
-        """`count` new samples."""
-        samples = cls.empty(count, view)
+
+class Synthesis(Dataset[Samples]):
+    """Samples by their numbers: each is the same whenever and wherever it is made."""
+
+    def __init__(self, photographs: Photographs, *, seed: int, view: ViewSettings) -> None:
+        self.photographs, self.seed, self.view = photographs, seed, view
+
+    def __getitem__(self, numbers: Sequence[int]) -> Samples:
+        samples = np.zeros(len(numbers), sample_type(self.view))
         shares = np.array([SHARES[label] for label in LABELS])
-        for place, label in enumerate(rng.choice(len(LABELS), size=count, p=shares / shares.sum())):
-            views = take_views(as_filed(draw_damaged(photographs, LABELS[label], rng), rng), view)
-            samples.crops[place], samples.thumbnails[place] = views.crops, views.thumbnail
-            samples.labels[place] = label
-        samples.filled = samples.written = count
+        for sample, number in zip(samples, numbers, strict=True):
+            rng = np.random.default_rng([self.seed, number])
+            label = int(rng.choice(len(LABELS), p=shares / shares.sum()))
+            views = take_views(as_filed(draw_damaged(self.photographs, LABELS[label], rng), rng), self.view)
+            sample["number"], sample["label"] = number, label
+            sample["crops"], sample["thumbnail"] = views.crops, views.thumbnail
         return samples
 
-    def add(self, others: "Samples") -> None:
-        """Takes in other samples, in the place of the oldest once there is no room."""
-        places = (self.written + np.arange(others.filled)) % len(self.labels)
-        self.crops[places], self.thumbnails[places] = others.crops, others.thumbnails
-        self.labels[places] = others.labels
-        self.written += others.filled
-        self.filled = min(self.written, len(self.labels))
 
-    def batch(self, chosen: NDArray[np.integer]) -> tuple[Tensor, Tensor, Tensor]:
-        """Crops, thumbnails (network inputs) and labels of the chosen samples."""
-        crops, thumbnails = torch.from_numpy(self.crops[chosen]), torch.from_numpy(self.thumbnails[chosen])
-        return to_input(crops), to_input(thumbnails), torch.from_numpy(self.labels[chosen])
+def as_batch(samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops, thumbnails (network inputs) and labels."""
+    crops, thumbnails = (torch.from_numpy(np.ascontiguousarray(samples[name])) for name in ("crops", "thumbnail"))
+    return to_input(crops), to_input(thumbnails), torch.from_numpy(samples["label"].copy())
+
+
+class Pool:
+    """The newest samples, each in its number's place in a file, where a training that goes on finds them again."""
+
+    def __init__(self, path: Path, size: int, view: ViewSettings) -> None:
+        """Opens the file, or makes one.
+
+        Raises:
+            TrainingError: there is no room for it on the disk.
+        """
+        kind = sample_type(view)
+        room = size * kind.itemsize
+        if not path.exists() or path.stat().st_size != room:
+            try:
+                with path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, room)  # a mapped file that cannot grow ends the process
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise TrainingError(f"{path}: no room for {room / 1e9:.1f} GB of samples: {error}") from error
+        self.samples: Samples = np.memmap(path, kind, "r+", shape=(size,))
+
+    def missing(self, newest: int) -> list[int]:
+        """Numbers that belong into a pool whose newest sample this is, and are not there."""
+        wanted = np.arange(max(1, newest - len(self.samples) + 1), newest + 1)
+        there = self.samples["number"][wanted % len(self.samples)]
+        return [int(number) for number in wanted[there != wanted]]
+
+    def add(self, samples: Samples) -> None:
+        """Takes in samples, each in the place of one `size` numbers older."""
+        for sample in samples:
+            place = self.samples[sample["number"] % len(self.samples)]
+            place["number"] = 0  # until all of it is there
+            for name in ("label", "crops", "thumbnail", "number"):
+                place[name] = sample[name]
+
+    def draw(self, rng: np.random.Generator, *, newest: int, count: int) -> Samples:
+        """Samples by chance, of the pool whose newest is given."""
+        numbers = newest - rng.integers(min(newest, len(self.samples)), size=count)
+        return self.samples[numbers % len(self.samples)]

@@ -288,6 +288,7 @@ app.add_typer(train, name="train")
 TrainingConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]
 TrainingFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder: checkpoints, logs, samples.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
+Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead, for each worker.")]
 MaxMinutes = Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")]
 
 
@@ -297,7 +298,7 @@ def train_restorer(
     out: TrainingFolder,
     device: Device = None,
     threads: Threads = 0,
-    loaders: Annotated[int, typer.Option(help="Processes that make samples ahead, for each worker.")] = 0,
+    loaders: Loaders = 0,
     max_minutes: MaxMinutes = math.inf,
     workers: Annotated[int, typer.Option(min=1, help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
     address: Address = None,
@@ -326,18 +327,24 @@ def train_restorer(
 def train_classifier(
     config: TrainingConfig,
     out: TrainingFolder,
+    device: Device = None,
     threads: Threads = 0,
+    loaders: Loaders = 0,
     max_minutes: MaxMinutes = math.inf,
     export: Annotated[Path | None, typer.Option(help="Calibrated weights (.safetensors) to write at the end.")] = None,
 ) -> None:
-    """Trains a classifier on the CPU, or goes on with it where the last call stopped."""
+    """Trains a classifier, or goes on with it where the last call stopped."""
     with _faults_explained():
+        from jobs.config import read_options
+        from jobs.restore import resolve_device
         from jobs.train_classifier import export as write_weights
         from jobs.train_classifier import train as run
         from jobs.training_config import ClassifierTraining, read_config
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        trained = run(read_config(ClassifierTraining, config), out, threads=threads, max_minutes=max_minutes)
+        chosen = resolve_device(read_options(None, {"device": device}).device)
+        options: dict[str, Any] = {"device": chosen, "threads": threads, "loaders": loaders, "max_minutes": max_minutes}
+        trained = run(read_config(ClassifierTraining, config), out, **options)
         if export is not None:
             messages.print_json(json.dumps(write_weights(trained, export)))
 

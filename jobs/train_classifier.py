@@ -3,16 +3,18 @@
 One process, without network access. Views of degraded photographs are kept in a pool of which every step renews
 a little, because synthesis costs more than a training step. A training ends where its configuration says, a call after
 `--max-minutes` at the latest, and the same call goes on; `--export` then calibrates it on held-out photographs and
-writes the weights file with its card.
+writes the weights file with its card. Where the configuration counts steps, the result does not depend on where it
+was cut.
 """
 
 import argparse
 import copy
+import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
 from classifier.labels import LABELS
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import save_classifier, write_card
-from jobs.classifier_samples import SHARES, Samples
+from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError
 from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
-from jobs.training_state import CHECKPOINT, averaged_weights, load_state, save_atomically
+from jobs.training_diary import Diary
+from jobs.training_state import CHECKPOINT, PORTABLE, averaged_weights, halved, load_state, save_atomically
+from pipeline.synthesis import FloatImage
 
-log = logging.getLogger("train_classifier")
+log = logging.getLogger("training")
 
 VIEW = ViewSettings()
-LOG_EVERY = 50
-"""Steps between two lines of the log."""
+HELD_OUT_SEED = 7
+"""Held-out samples are the same in every training."""
 
 
 def flipped(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -49,22 +54,30 @@ def flipped(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tupl
 
 @torch.no_grad()
 def all_logits(network: DegradationNetwork, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Logits (M x labels, float32) of every sample, and the labels."""
+    """Logits (M x labels, float32) of every sample, and the labels, on the CPU."""
+    device = next(network.parameters()).device
     network.eval()
-    logits = [
-        network(*samples.batch(np.arange(start, min(start + 32, samples.filled)))[:2])
-        for start in range(0, samples.filled, 32)
-    ]
+    logits = []
+    for start in range(0, len(samples), 32):
+        crops, thumbnails, _ = as_batch(samples[start : start + 32])
+        logits.append(network(crops.to(device), thumbnails.to(device)).cpu())
     network.train()
-    return torch.cat(logits), torch.from_numpy(samples.labels[: samples.filled])
+    return torch.cat(logits), torch.from_numpy(samples["label"].copy())
 
 
-def validate(network: DegradationNetwork, samples: Samples) -> str:
-    """Recall by label and cross-entropy on the held-out samples, for the log."""
-    logits, labels = all_logits(network, samples)
-    right = logits.argmax(dim=1) == labels
-    recall = {str(name): round(float(right[labels == i].float().mean()), 3) for i, name in enumerate(LABELS)}
-    return f"cross-entropy {float(F.cross_entropy(logits, labels)):.4f}, recall {recall}"
+def hardest(logits: Tensor, samples: Samples) -> FloatImage:
+    """A sheet in [0, 1]: for each label thumbnail and crops of the sample that is taken least for what it is."""
+    labels = torch.from_numpy(samples["label"].copy())
+    wrong = F.cross_entropy(logits, labels, reduction="none")
+    rows = []
+    for index in sorted(set(labels.tolist())):
+        worst = samples[int(torch.where(labels == index, wrong, -1).argmax())]
+        crops = worst["crops"]
+        thumbnail = np.zeros_like(crops[0])
+        side = min(crops.shape[1], worst["thumbnail"].shape[0])
+        thumbnail[:side, :side] = worst["thumbnail"][:side, :side]
+        rows.append(np.concatenate([thumbnail, *crops], axis=1))
+    return np.concatenate(rows).astype(np.float32) / np.float32(255)
 
 
 @torch.no_grad()
@@ -76,9 +89,96 @@ def follow(average: DegradationNetwork, network: DegradationNetwork, *, decay: f
             value.lerp_(current[name], 1 - decay)
 
 
+class Training:
+    """A network in training with its moving average and optimiser, in a folder."""
+
+    def __init__(self, config: ClassifierTraining, out: Path, device: torch.device) -> None:
+        """Takes up the folder's checkpoint, or a portable one, or begins."""
+        self.config, self.out, self.device = config, out, device
+        torch.manual_seed(config.seed)
+        self.network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
+        if config.start_from is not None and not (out / CHECKPOINT).exists():
+            self.network.load_state_dict(averaged_weights(config.start_from))
+        self.network.to(device).to(memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True
+        )
+        self.step, self.seconds = 0, 0.0
+        out.mkdir(parents=True, exist_ok=True)
+        found = next((out / name for name in (CHECKPOINT, PORTABLE) if (out / name).exists()), None)
+        if found is None:
+            (out / "pool").unlink(missing_ok=True)  # another training's
+        else:
+            state = load_state(found, config)
+            self.network.load_state_dict(state["network"])
+            self.average.load_state_dict(state["average"])
+            if "optimiser" in state:
+                self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            log.info("resumed at step %d from %s", self.step, found)
+        self.pool = Pool(out / "pool", config.pool, VIEW)
+
+    @property
+    def progress(self) -> float:
+        """How much of the training is over, 0..1."""
+        return self.config.progress(self.step, self.seconds)
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest sample that the next step may draw."""
+        return min(self.config.first_fill, self.config.pool) + self.config.fresh * self.step
+
+    def numbers(self) -> tuple[list[Sequence[int]], Iterator[Sequence[int]]]:
+        """Samples to be made: portions of what the pool lacks, and what each step renews from now on."""
+        lacking, portion, fresh = self.pool.missing(self.newest), max(self.config.fresh, 1), self.config.fresh
+        first = self.newest + 1
+        portions: list[Sequence[int]] = [lacking[start : start + portion] for start in range(0, len(lacking), portion)]
+        return portions, (range(first + fresh * i, first + fresh * (i + 1)) for i in itertools.count())
+
+    def save(self) -> None:
+        """Writes the checkpoint, and a portable one for other machines: matrices in float16."""
+        common = {"config": as_plain(self.config), "step": self.step, "seconds": self.seconds}
+        network, average = self.network.state_dict(), self.average.state_dict()
+        whole = {"network": network, "average": average, "optimiser": self.optimiser.state_dict()}
+        save_atomically(common | whole, self.out / CHECKPOINT)
+        save_atomically(common | {"network": halved(network), "average": halved(average)}, self.out / PORTABLE)
+
+    def learn(self) -> float:
+        """One step on samples of the pool; returns the loss.
+
+        Raises:
+            TrainingError: the gradient is not finite; weights and checkpoint are as they were.
+        """
+        rate = self.config.learning_rate_at(self.progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        rng = np.random.default_rng([self.config.seed, self.step, 0])
+        torch.manual_seed(int(rng.integers(2**62)))  # of the dropout
+        samples = self.pool.draw(rng, newest=self.newest, count=self.config.batch)
+        crops, thumbnails, labels = (each.to(self.device) for each in as_batch(samples))
+        crops, thumbnails = flipped(crops, thumbnails, rng)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            logits = self.network(crops, thumbnails)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        if not torch.isfinite(norm):
+            numbers = ", ".join(str(number) for number in samples["number"])
+            raise TrainingError(
+                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}, "
+                f"samples {numbers}; last good checkpoint: {self.out / CHECKPOINT}"
+            )
+        self.optimiser.step()
+        self.step += 1
+        follow(self.average, self.network, decay=self.config.average_decay_at(self.step))
+        return float(loss.detach())
+
+
 @dataclass(frozen=True)
 class Trained:
-    """The averaged network of a training, what it is calibrated on, and what it took."""
+    """The averaged network of a training, on the CPU, what it is calibrated on, and what it took."""
 
     config: ClassifierTraining
     network: DegradationNetwork
@@ -89,103 +189,91 @@ class Trained:
     minutes: float
 
 
+def _same(samples: Any) -> Any:
+    """In place of the loader's conversion to tensors."""
+    return samples
+
+
 def train(
     config: ClassifierTraining,
     out: Path,
     *,
+    device: str = "cpu",
     threads: int = 0,
+    loaders: int = 0,
     max_minutes: float = math.inf,
     save_every_s: float = 240.0,
 ) -> Trained:
-    """Begins a training or goes on with it, until its end or for `max_minutes`, on the CPU.
+    """Begins a training or goes on with it, until its end or for `max_minutes`.
 
-    Weights, their average, optimiser and step go on exactly; the pool is filled anew with samples not drawn before.
+    Args:
+        config: what is trained.
+        out: the training's folder; the pool of samples needs some 140 kB there for each.
+        device: `cpu` or a CUDA device.
+        threads: of torch; 0 leaves its choice.
+        loaders: processes that make samples ahead; 0: none, samples are made between steps.
+        max_minutes: of this call.
+        save_every_s: seconds between checkpoints, each with a validation.
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
         UsageError: too few photographs can be read.
-        TrainingError: the gradient is not finite; the message names step and last good checkpoint.
+        TrainingError: the gradient is not finite; the message names step, samples and last good checkpoint.
     """
     if threads:
         torch.set_num_threads(threads)
-    torch.manual_seed(config.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
-    options: dict[str, Any] = {"least_readable": config.data.least_readable}
-    photographs = Photographs.clean(config.data.clean, validation=False, **options)
-    held_out = Samples.synthesise(
-        Photographs.clean(config.data.clean, validation=True, **options),
-        np.random.default_rng(7),
-        count=config.validation_samples,
-        view=VIEW,
+    photographs, others = (
+        Photographs.clean(config.data.clean, validation=validation, least_readable=config.data.least_readable)
+        for validation in (False, True)
     )
-    network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
-    if config.start_from is not None and not checkpoint.exists():
-        network.load_state_dict(averaged_weights(config.start_from))
-    network.to(memory_format=torch.channels_last)
-    average = copy.deepcopy(network).requires_grad_(False)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
-    step, seconds, synthesised = 0, 0.0, 0
-    if checkpoint.exists():
-        state = load_state(checkpoint, config)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, seconds, synthesised = state["step"], state["seconds"], state["samples"]
-        log.info("resumed at step %d", step)
-    pool = Samples.empty(config.pool, VIEW)
-    rng, synthesis_rng = (np.random.default_rng([config.seed, step, purpose]) for purpose in range(2))
-    begun, before, last_save, losses = time.monotonic(), seconds, time.monotonic(), []
+    held_out = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW)[range(1, config.validation_samples + 1)]
+    training = Training(config, out, torch.device(device))
+    lacking, renewed = training.numbers()
+    coming = iter(
+        DataLoader(
+            Synthesis(photographs, seed=config.seed, view=VIEW),
+            batch_size=None,
+            sampler=itertools.chain(lacking, renewed),
+            num_workers=loaders,
+            collate_fn=_same,
+        )
+    )
+    with closing(Diary(out)) as diary:
+        log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
 
-    def save() -> None:
-        state = {"network": network.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
-        progress = {"step": step, "seconds": seconds, "samples": synthesised + pool.written}
-        save_atomically({"config": as_plain(config), **state, **progress}, checkpoint)
+        def keep() -> None:
+            training.save()
+            logits, labels = all_logits(training.average, held_out)
+            right, loss = logits.argmax(dim=1) == labels, float(F.cross_entropy(logits, labels))
+            recall = {str(name): float(right[labels == i].float().mean()) for i, name in enumerate(LABELS)}
+            line = f"cross-entropy {loss:.4f}, recall {', '.join(f'{name} {r:.1%}' for name, r in recall.items())}"
+            values = {"cross-entropy": loss} | {f"recall/{name}": r for name, r in recall.items()}
+            diary.validation(training.step, line, values, hardest(logits, held_out))
 
-    def fresh() -> Samples:
-        count = max(config.fresh, min(config.first_fill, config.pool) - pool.filled)
-        return Samples.synthesise(photographs, synthesis_rng, count=count, view=VIEW)
-
-    with ThreadPoolExecutor(1, "synthesis") as ahead:
-        coming: Future[Samples] | None = None
-        while config.progress(step, seconds) < 1 and time.monotonic() - begun < 60 * max_minutes:
-            pool.add((coming or ahead.submit(fresh)).result())
-            coming = ahead.submit(fresh)
-            for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate_at(config.progress(step, seconds))
-            crops, thumbnails, labels = pool.batch(rng.integers(pool.filled, size=config.batch))
-            crops, thumbnails = flipped(crops, thumbnails, rng)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = network(crops, thumbnails)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-            if not torch.isfinite(norm):
-                raise TrainingError(f"the gradient is not finite at step {step}; last good checkpoint: {checkpoint}")
-            optimiser.step()
-            step += 1
-            follow(average, network, decay=config.average_decay_at(step))
-            losses.append(float(loss.detach()))
-            seconds = before + time.monotonic() - begun
-            if step % LOG_EVERY == 0:
-                loss_now = np.mean(losses[-LOG_EVERY:])
-                log.info("step %d, %.1f min, pool of %d, loss %.4f", step, seconds / 60, pool.filled, loss_now)
+        for _ in lacking:
+            training.pool.add(next(coming))
+        begun, before, last_save = time.monotonic(), training.seconds, time.monotonic()
+        first = training.step
+        while training.progress < 1 and time.monotonic() - begun < 60 * max_minutes:
+            loss = training.learn()
+            training.pool.add(next(coming))
+            training.seconds = before + time.monotonic() - begun
+            rate = training.optimiser.param_groups[0]["lr"]
+            diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
             if time.monotonic() - last_save > save_every_s:
+                keep()
                 last_save = time.monotonic()
-                save()
-                log.info("validation: %s", validate(average, held_out))
-    if losses:
-        save()
-    log.info("ended at step %d after %.1f min; validation: %s", step, seconds / 60, validate(average, held_out))
+        if training.step > first:
+            keep()
+        log.info("ended at step %d after %.1f min", training.step, training.seconds / 60)
     return Trained(
         config=config,
-        network=average,
+        network=copy.deepcopy(training.average).cpu(),
         held_out=held_out,
         photographs=len(photographs.names),
-        step=step,
-        samples=synthesised + pool.written,
-        minutes=seconds / 60,
+        step=training.step,
+        samples=training.newest,
+        minutes=training.seconds / 60,
     )
 
 
@@ -221,7 +309,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         },
     }
     provenance = {
-        "training": "jobs/train_classifier.py, CPU, bfloat16 autocast",
+        "training": "jobs/train_classifier.py, bfloat16 autocast",
         "start_from": str(trained.config.start_from or "nothing"),
         "photographs": trained.photographs,
         "degradations": "synthesised, jobs/classifier_samples.py",
@@ -247,13 +335,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="configuration (.toml)")
     parser.add_argument("out", type=Path, help="folder of the training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that make samples ahead")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
     parser.add_argument("--export", type=Path, help="weights file (.safetensors) to write at the end")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = read_config(ClassifierTraining, arguments.config)
-    trained = train(config, arguments.out, threads=arguments.threads, max_minutes=arguments.max_minutes)
+    options = {k: v for k, v in vars(arguments).items() if k not in ("config", "out", "export")}
+    trained = train(read_config(ClassifierTraining, arguments.config), arguments.out, **options)
     if arguments.export is not None:
         log.info("wrote %s; validation: %s", arguments.export, export(trained, arguments.export))
 

@@ -26,7 +26,7 @@ from jobs.restorer_samples import Batch, Batches, Sources
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_state import CHECKPOINT, averaged_weights, halved, load_state, save_atomically
+from jobs.training_state import CHECKPOINT, PORTABLE, averaged_weights, halved, load_state, save_atomically
 from models.dfpir import DFPIR, PerturbationBlock
 from models.errors import WeightsError
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
@@ -35,10 +35,9 @@ from models.weights import load_checkpoint
 from pipeline.prompting import prompts_for
 from pipeline.synthesis import FloatImage
 
-log = logging.getLogger("train_restorer")
+log = logging.getLogger("training")
 
 VALIDATION_PX = 192
-PORTABLE = "portable.pt"
 
 
 def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
@@ -292,7 +291,11 @@ def _run(
     def keep(*, validation_count: int) -> None:
         if diary is not None:
             training.save()
-            diary.validation(training.step, *training.validate(held_out, count=validation_count))
+            found, sheet = training.validate(held_out, count=validation_count)
+            line = ", ".join(
+                f"{label} {after:.2f} dB ({after - before:+.2f})" for label, (before, after) in found.items()
+            )
+            diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
     coming = iter(batches)
     while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:

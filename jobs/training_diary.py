@@ -10,7 +10,9 @@ from PIL import Image
 
 from pipeline.synthesis import FloatImage, to_uint8
 
-log = logging.getLogger("train_restorer")
+log = logging.getLogger("training")
+LOG_EVERY = 50
+"""Steps between two lines of the log."""
 
 
 class Diary:
@@ -40,7 +42,7 @@ class Diary:
     def step(self, step: int, *, loss: float, rate: float, seconds: float, progress: float) -> None:
         """Notes a step, and every fiftieth the mean loss since the last time."""
         self.losses.append(loss)
-        if step % 50:
+        if step % LOG_EVERY:
             return
         mean = float(np.mean(self.losses))
         log.info("step %d, %.1f min, %.1f %%, loss %.4f", step, seconds / 60, 100 * progress, mean)
@@ -49,14 +51,14 @@ class Diary:
             self.board.add_scalar("loss", mean, step)
             self.board.add_scalar("learning rate", rate, step)
 
-    def validation(self, step: int, found: Mapping[str, tuple[float, float]], sheet: FloatImage) -> None:
-        """Notes PSNR by label, and writes the sheet."""
-        log.info("validation in dB: %s", ", ".join(f"{k} {a:.2f} ({a - b:+.2f})" for k, (b, a) in found.items()))
+    def validation(self, step: int, line: str, values: Mapping[str, float], sheet: FloatImage) -> None:
+        """Notes a line for the log, values for TensorBoard, and a sheet of samples, H x W x 3 in [0, 1], for both."""
+        log.info("validation: %s", line)
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         Image.fromarray(to_uint8(sheet)).save(folder / f"step-{step:07d}.png")
         if self.board is not None:
-            for label, (_, after) in found.items():
-                self.board.add_scalar(f"PSNR/{label}", after, step)
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
             self.board.add_image("samples", sheet, step, dataformats="HWC")
             self.board.flush()

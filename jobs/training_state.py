@@ -13,7 +13,8 @@ from jobs.errors import UsageError
 from jobs.training_config import ConfigError, TrainingConfig, as_plain, differences, from_plain
 
 CHECKPOINT = "checkpoint.pt"
-"""In a training's folder."""
+PORTABLE = "portable.pt"
+"""In a training's folder: all that it goes on from, and the weights that it may go on from elsewhere."""
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

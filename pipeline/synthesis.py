@@ -91,18 +91,20 @@ def add_noise(image: FloatImage, rng: np.random.Generator, *, sigma_255: float) 
     return _clip(image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma_255 / 255))
 
 
-def add_camera_noise(image: FloatImage, rng: np.random.Generator, *, sigma_255: float) -> FloatImage:
+def add_camera_noise(
+    image: FloatImage, rng: np.random.Generator, *, sigma_255: float, coarsest_px: float = 0.8
+) -> FloatImage:
     """Noise of a sensor, seen through what a camera does to it, with a mean of `sigma_255` on the 0..255 scale.
 
     In linear light a part whose variance grows with the signal and a constant one (Foi et al., "Practical
     Poissonian-Gaussian noise modeling", 2008); then, as demosaicking and noise reduction leave it, smoothed by a
-    Gaussian of up to 0.8 px, and stronger by 1 to 2.5 in colour than in brightness in half of the cases.
+    Gaussian of up to `coarsest_px`, and stronger by 1 to 2.5 in colour than in brightness in half of the cases.
     """
     light = to_linear(image)
     constant = rng.uniform(0.02, 0.3)
     noise = rng.standard_normal(image.shape, dtype=np.float32) * np.sqrt(light + np.float32(constant**2))
     if rng.random() < 0.7:
-        noise = convolve(noise, gaussian_kernel(float(rng.uniform(0.3, 0.8))))
+        noise = convolve(noise, gaussian_kernel(float(rng.uniform(0.3, coarsest_px))))
     if rng.random() < 0.5:
         brightness = noise.mean(axis=2, keepdims=True)
         noise = brightness + np.float32(rng.uniform(1, 2.5)) * (noise - brightness)
@@ -138,9 +140,11 @@ def line_kernel(length_px: float, angle_deg: float, width_px: float, *, taper: f
 def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
     """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a veil.
 
-    Per layer: streak length 8..80 px, width 0.8..6 px and at most a fifth of the length, sharp or tapering ends,
-    0.2 to 4 drops per 1000 pixels (fewer when they are large), brightness 0.1..0.9. Streaks are blended towards a
-    near-white of their own, or in half of the layers added, as light that reaches the sensor besides the scene's.
+    Per layer: streak length 6..80 px, width 0.8..6 px and at most a fifth of the length, sharp or tapering ends,
+    0.2 to 4 drops per 1000 pixels (fewer when they are large), or a downpour of 4 to 20 in one of six layers,
+    brightness 0.1..0.9. Streaks are blended towards a near-white of their own, or in half of the layers added, as light
+    that reaches the sensor besides the scene's. A third of the layers show in parts of the picture only: drops are
+    seen where light falls on them.
     Three in ten have a veil of up to a tenth, one in ten of up to 0.4, thicker with `pseudo_depth`: distant drops that
     are too small to be seen as streaks (Li et al., "Heavy rain image restoration", CVPR 2019).
     """
@@ -148,13 +152,16 @@ def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float =
     wind_deg = rng.uniform(-45, 45)
     out = image
     for _ in range(rng.integers(1, 4)):
-        length_px = np.exp(rng.uniform(np.log(8), np.log(80)))
+        length_px = np.exp(rng.uniform(np.log(6), np.log(80)))
         width_px = np.exp(rng.uniform(np.log(0.8), np.log(min(6.0, 0.2 * length_px))))
         kernel = line_kernel(length_px, wind_deg + rng.normal(0, spread_deg), width_px, taper=rng.uniform(0, 1))
-        density = np.exp(rng.uniform(np.log(2e-4), np.log(4e-3))) * min(1.0, 40 / (length_px * width_px))
+        fewest, most = (4e-3, 2e-2) if rng.random() < 1 / 6 else (2e-4, 4e-3)
+        density = np.exp(rng.uniform(np.log(fewest), np.log(most))) * min(1.0, 40 / (length_px * width_px))
         drops = (rng.random((height, width), dtype=np.float32) < density) * rng.uniform(0.3, 1.0, (height, width))
         streaks = convolve(drops[:, :, None].astype(np.float32), kernel)
         opacity = np.clip(streaks, 0, 1) * np.float32(rng.uniform(0.1, 0.9))
+        if rng.random() < 1 / 3:
+            opacity *= smooth_field(height, width, rng, cells=int(rng.integers(2, 6)))[:, :, None]
         if rng.random() < 0.5:
             out = out + 0.6 * opacity
         else:
@@ -201,14 +208,17 @@ def add_haze(image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04)
     """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
 
     d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth, and in half of the
-    cases 1 where there is `sky`; beta is 0.4..2.4; the airlight A is 0.65..1 with a tint of up to `tint` per channel.
+    cases 1 where there is `sky`; beta is 0.4..2.4. In a quarter of the cases the foreground is clear: d begins at
+    0..0.1, and beta is 1..4. The airlight A is 0.65..1 with a tint of up to `tint` per channel.
     """
     height, width = image.shape[:2]
-    near = rng.uniform(0.2, 0.7)
+    clear_foreground = rng.random() < 0.25
+    near = rng.uniform(0, 0.1) if clear_foreground else rng.uniform(0.2, 0.7)
     depth = near + (1 - near) * pseudo_depth(height, width, rng)
     if rng.random() < 0.5:
         depth = np.maximum(depth, sky(image))
-    transmission = np.exp(-rng.uniform(0.4, 2.4) * depth)[:, :, None]
+    beta = rng.uniform(1, 4) if clear_foreground else rng.uniform(0.4, 2.4)
+    transmission = np.exp(-beta * depth)[:, :, None]
     airlight = np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-tint, tint, 3), 0, 1)
     return _clip(image * transmission + airlight * (1 - transmission))
 
@@ -298,16 +308,21 @@ def add_deep_shadow(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     """Under-exposure of a scene with much contrast: sky and lamps keep their level, the rest falls into the dark.
 
     What is locally among the brightest 3..50 % stays lit, at 0.4..1 of its level and with a soft edge; the rest gets
-    gamma 1.1..2.2 and gain 0.04..0.35. The result is below 0.55 of the brightness, with sensor noise of sigma 0..2 on
-    the 0..255 scale.
+    gamma 1.1..2.2 and gain 0.04..0.35. In half of the cases both are gains in linear light, 2 to 6 stops down in the
+    dark and at most 1.5 stops where it is lit: a shorter exposure of a scene whose lights outshine the rest. The
+    result is below 0.55 of the brightness, with sensor noise of sigma 0..2 on the 0..255 scale.
     """
     local = convolve(image.mean(axis=2, keepdims=True), gaussian_kernel(float(rng.uniform(2, 8))))
     low, high = np.quantile(local, [rng.uniform(0.5, 0.85), rng.uniform(0.9, 0.99)])
     lit = np.clip((local - low) / max(high - low, 1e-3), 0, 1)
     lit = lit * lit * (3 - 2 * lit)
-    dark = image ** np.float32(rng.uniform(1.1, 2.2)) * np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.35))))
-    kept = np.float32(rng.uniform(0.4, 1))
-    out = lit * kept * image ** np.float32(rng.uniform(0.9, 1.5)) + (1 - lit) * dark
+    if rng.random() < 0.5:
+        shade, light = np.exp2(rng.uniform(-6, -2)), np.exp2(rng.uniform(-1.5, 0.3))
+        out = to_srgb(to_linear(image) * (shade + (light - shade) * lit).astype(np.float32))
+    else:
+        dark = image ** np.float32(rng.uniform(1.1, 2.2)) * np.float32(np.exp(rng.uniform(np.log(0.04), np.log(0.35))))
+        kept = np.float32(rng.uniform(0.4, 1))
+        out = lit * kept * image ** np.float32(rng.uniform(0.9, 1.5)) + (1 - lit) * dark
     out = out * min(1.0, 0.55 * float(image.mean()) / max(float(out.mean()), 1e-6))
     return add_noise(_clip(out), rng, sigma_255=float(rng.uniform(0, 2)))
 
@@ -358,8 +373,8 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     """Harmless differences between undamaged photographs, all on the clean side of `CleanLimits`.
 
     Softness of camera originals (Gaussian below 0.7 px, or enlargement by at most a third) or sharpening as cameras and
-    scanners do it, exposure and contrast as a photographer may choose them, the pale blacks of film and prints, grain
-    below sigma 3.
+    scanners do it, exposure and contrast as a photographer may choose them, the pale blacks of film and prints, a
+    distance that fades a little, grain below sigma 3.
     """
     height, width = image.shape[:2]
     out = image
@@ -379,6 +394,14 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     if rng.random() < 0.25:
         black = rng.uniform(0, 0.14) * rng.uniform(0.4, 1, 3)
         out = black.astype(np.float32) + (1 - black.astype(np.float32)) * out
+    if rng.random() < 0.15:
+        steeper = np.float32(rng.uniform(0, 1))
+        out = _clip(out)
+        out = out + steeper * (out * out * (3 - 2 * out) - out)
+    if rng.random() < 0.15:
+        depth = pseudo_depth(height, width, rng)[:, :, None]
+        faded = depth * np.float32(rng.uniform(0, 1 - CLEAN_LIMITS.transmission) / depth.mean())
+        out = out + faded * (np.float32(rng.uniform(0.65, 1)) - out)
     if rng.random() < 0.4:
         grain = add_noise if rng.random() < 0.5 else add_camera_noise
         out = grain(_clip(out), rng, sigma_255=float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)))

@@ -9,21 +9,24 @@ from synthetic_classifier import TINY
 from classifier import load_classifier
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings
-from jobs import classifier_samples, train_classifier
+from jobs import classifier_samples, train_classifier, training_diary
 from jobs.classifier_samples import (
     FAINTEST,
     SHARES,
-    Samples,
+    Pool,
+    Synthesis,
+    as_batch,
     as_filed,
     damage,
     draw_damaged,
     draw_scene,
     vary_tone,
 )
-from jobs.train_classifier import export, train
+from jobs.errors import TrainingError
+from jobs.train_classifier import Training, export, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
-from jobs.training_state import CHECKPOINT
+from jobs.training_state import CHECKPOINT, PORTABLE
 from pipeline.synthesis import smooth_field
 
 # With views of 32 or 64 px the last strided convolution ends at 1 x 1, for which oneDNN's bfloat16 weight gradient
@@ -116,22 +119,43 @@ def test_filed_images_stay_close_to_what_was_given():
         assert np.abs(filed / 255 - image).mean() < 0.02
 
 
-def test_the_pool_keeps_its_size_and_replaces_the_oldest(folder):
-    photographs = Photographs.clean([folder], validation=False)
-    rng = np.random.default_rng(0)
-    pool = Samples.empty(6, SMALL_VIEW)
-    pool.add(Samples.synthesise(photographs, rng, count=5, view=SMALL_VIEW))
-    assert pool.filled == 5
-    second = pool.crops[1].copy()
-    newest = Samples.synthesise(photographs, rng, count=2, view=SMALL_VIEW)
-    pool.add(newest)
-    assert (pool.filled, pool.written) == (6, 7)
-    np.testing.assert_array_equal(pool.crops[1], second)
-    np.testing.assert_array_equal(pool.crops[[5, 0]], newest.crops)
-    crops, thumbnails, labels = pool.batch(np.array([0, 5]))
-    assert crops.shape == (2, 2, 3, 80, 80)
-    assert thumbnails.shape == (2, 3, 80, 80)
-    assert labels.tolist() == pool.labels[[0, 5]].tolist()
+def test_a_sample_depends_on_seed_and_number_alone(folder):
+    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=3, view=SMALL_VIEW)
+    three, second = synthesis[range(1, 4)], synthesis[[2]]
+    assert three["number"].tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(three[1:2], second)
+    assert not np.array_equal(three[0]["crops"], three[1]["crops"])
+    crops, thumbnails, labels = as_batch(three)
+    assert crops.shape == (3, 2, 3, 80, 80)
+    assert thumbnails.shape == (3, 3, 80, 80)
+    assert labels.tolist() == three["label"].tolist()
+
+
+def test_the_pool_holds_the_newest_and_knows_what_it_lacks(folder, tmp_path):
+    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW)
+    pool = Pool(tmp_path / "pool", 4, SMALL_VIEW)
+    assert pool.missing(3) == [1, 2, 3]
+    made = synthesis[range(1, 7)]
+    pool.add(made)
+    assert pool.missing(6) == []
+    again = Pool(tmp_path / "pool", 4, SMALL_VIEW)
+    assert again.missing(6) == []
+    assert again.missing(5) == [2]  # which the sixth has overwritten
+    drawn = again.draw(np.random.default_rng(0), newest=6, count=40)
+    assert set(drawn["number"].tolist()) == {3, 4, 5, 6}
+    for sample in drawn:
+        np.testing.assert_array_equal(sample, made[sample["number"] - 1])
+    assert Pool(tmp_path / "pool", 5, SMALL_VIEW).missing(2) == [1, 2]
+
+
+def test_a_pool_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
+    def full(descriptor, offset, length):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(classifier_samples.os, "posix_fallocate", full)
+    with pytest.raises(TrainingError, match=r"no room for 0\.2 GB of samples: .*No space left"):
+        Pool(tmp_path / "pool", 4000, SMALL_VIEW)
+    assert not (tmp_path / "pool").exists()
 
 
 def test_every_label_has_a_share():
@@ -152,35 +176,82 @@ def test_the_learning_rate_warms_up_and_ends_low(folder):
     assert all(math.isfinite(rate) and type(rate) is float for rate in rates)
 
 
-@pytest.mark.usefixtures("tiny")
-def test_a_training_resumes_and_exports_what_can_be_loaded(folder, tmp_path):
-    config, out, weights = small(folder, steps=5), tmp_path / "out", tmp_path / "own.safetensors"
+@pytest.fixture
+def stopped(folder, tmp_path, tiny):
+    """A training of five steps, killed in its fourth, with a checkpoint of its third."""
+    learn, out = Training.learn, tmp_path / "out"
+
+    def until_the_fourth(self):
+        if self.step == 3:
+            self.pool.samples["crops"][:, :, ::2] = 0  # half written
+            self.pool.samples["number"][::2] = 0
+            raise KeyboardInterrupt
+        return learn(self)
+
     with pytest.MonkeyPatch.context() as patch:
-        follow, done = train_classifier.follow, []
-
-        def third(*arguments, **options):
-            follow(*arguments, **options)
-            done.append(1)
-            if len(done) == 4:
-                raise KeyboardInterrupt
-
-        patch.setattr(train_classifier, "follow", third)
+        patch.setattr(Training, "learn", until_the_fourth)
         with pytest.raises(KeyboardInterrupt):
-            train(config, out, threads=1, save_every_s=0.0)
-    first = torch.load(out / CHECKPOINT, weights_only=True)
-    export(train(config, out, threads=1), weights)
-    second = torch.load(out / CHECKPOINT, weights_only=True)
-    assert (first["step"], second["step"]) == (3, 5)
-    assert second["seconds"] > first["seconds"]
-    assert second["samples"] > first["samples"]
+            train(small(folder, steps=5), out, threads=1, save_every_s=0.0)
+    assert torch.load(out / CHECKPOINT, weights_only=True)["step"] == 3
+    return out
+
+
+def test_a_training_goes_on_to_the_bit_where_it_was_killed(folder, tmp_path, stopped):
+    config = small(folder, steps=5)
+    train(config, tmp_path / "whole", threads=1)
+    Pool(stopped / "pool", config.pool, SMALL_VIEW).samples["crops"][1::2] = 0
+    Pool(stopped / "pool", config.pool, SMALL_VIEW).samples["number"][1::2] = 0
+    train(config, stopped, threads=1, loaders=1)
+    first, second = (torch.load(out / CHECKPOINT, weights_only=True) for out in (tmp_path / "whole", stopped))
+    assert first["step"] == second["step"] == 5
+    for name in ("network", "average"):
+        for key, value in first[name].items():
+            assert torch.equal(value, second[name][key]), key
+
+
+def test_a_training_goes_on_elsewhere_from_its_portable_checkpoint(folder, tmp_path, stopped):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (stopped / PORTABLE).rename(elsewhere / PORTABLE)
+    training = Training(small(folder, steps=5), elsewhere, torch.device("cpu"))
+    assert training.step == 3
+    stored = torch.load(stopped / CHECKPOINT, weights_only=True)["average"]
+    for key, value in training.average.state_dict().items():
+        torch.testing.assert_close(value, stored[key], rtol=1e-3, atol=1e-4)
+    assert train(small(folder, steps=5), elsewhere, threads=1).step == 5
+
+
+def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_path, stopped):
+    weights = tmp_path / "own.safetensors"
+    export(train(small(folder, steps=5), stopped, threads=1), weights)
+    assert "recall noise" in (stopped / "training.log").read_text()
+    sheet = np.asarray(Image.open(stopped / "samples" / "step-0000005.png"))
+    assert sheet.shape[1:] == (3 * SMALL_VIEW.crop_px, 3)
+    assert list((stopped / "tensorboard").iterdir())
     assert weights.with_suffix(".json").exists()
     classifier = load_classifier(weights)
     assert classifier.weights.provenance["steps"] == 5
-    assert classifier.weights.network.state_dict().keys() == second["average"].keys()
+    average = torch.load(stopped / CHECKPOINT, weights_only=True)["average"]
+    assert classifier.weights.network.state_dict().keys() == average.keys()
     for key, value in classifier.weights.network.state_dict().items():
         if key != "head.3.bias":  # holds the shares expected in use as well
-            torch.testing.assert_close(value, second["average"][key], rtol=2e-3, atol=1e-3)
+            torch.testing.assert_close(value, average[key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_gradient_that_is_no_number_ends_the_training_and_spares_the_checkpoint(folder, tmp_path, monkeypatch):
+    config, out = small(folder, steps=5), tmp_path / "out"
+    train(config, out, threads=1, max_minutes=0.0)
+    training = Training(config, out, torch.device("cpu"))
+    training.pool.add(Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW)[range(1, 9)])
+    before = {key: value.clone() for key, value in training.network.named_parameters()}
+    monkeypatch.setattr(train_classifier.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * float("nan"))
+    with pytest.raises(
+        TrainingError, match=r"not finite at step 0, samples (\d+, ){3}\d+; last good checkpoint: .*out"
+    ):
+        training.learn()
+    assert all(torch.equal(value, before[key]) for key, value in training.network.named_parameters())
 
 
 @pytest.mark.usefixtures("tiny")
@@ -199,7 +270,7 @@ def test_another_configuration_is_refused_and_its_average_may_be_taken_up(folder
 def test_a_few_steps_lower_the_loss(folder, tmp_path, caplog, monkeypatch):
     """On a pool that never changes, the network learns its samples by heart."""
     config = small(folder, steps=30, pool=8, first_fill=8, fresh=0, batch=8, learning_rate=2e-2)
-    monkeypatch.setattr(train_classifier, "LOG_EVERY", 10)
+    monkeypatch.setattr(training_diary, "LOG_EVERY", 10)
     with caplog.at_level("INFO"):
         train(config, tmp_path / "out", threads=1)
     losses = [float(r.getMessage().rsplit("loss ", 1)[1]) for r in caplog.records if "loss " in r.getMessage()]
