@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
-    from classifier.timm_classifier import TimmClassifier
+    from classifier.base import Classifier
 
-__all__ = ["load_classifier"]
+__all__ = ["CLIP_PREFIX", "load_classifier"]
+
+CLIP_PREFIX = "clip:"
+"""Before the path of CLIP weights, where a classifier is named."""
 
 
-def load_classifier(
-    name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> TimmClassifier:
-    """The classifier of a shipped name or of a weights file; nothing is downloaded.
+def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Classifier:
+    """The classifier of a shipped name, of a weights file, or CLIP zero-shot by `clip:PATH`; nothing is downloaded.
 
     Its backbones run in `dtype`, which is float32 if not given.
-    torch and timm are imported on the first call, so that labels and limits stay cheap to import.
+    Networks' libraries are imported on the first call, so that labels and limits stay cheap to import.
 
     Raises:
-        ClassifierWeightsError: the file is not there, is none of ours, or is damaged.
+        ClassifierWeightsError: the file is not there, is none that can be used, or is damaged.
     """
     import torch
 
-    from classifier.timm_classifier import load_classifier as load
+    dtype = dtype or torch.float32
+    if isinstance(name_or_path, str) and name_or_path.startswith(CLIP_PREFIX):
+        from classifier.clip_classifier import ClipClassifier
 
-    return load(name_or_path, device=device, dtype=dtype or torch.float32)
+        return ClipClassifier(Path(name_or_path.removeprefix(CLIP_PREFIX)), device=device, dtype=dtype)
+    from classifier.timm_classifier import TimmClassifier
+    from classifier.weights import load_weights
+
+    return TimmClassifier(load_weights(name_or_path), device=device, dtype=dtype)

@@ -35,7 +35,9 @@ Source = Annotated[
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder: images, manifest, plan and logs go here.")]
 Model = Annotated[str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file.")]
-ClassifierName = Annotated[str | None, typer.Option("--classifier", help="Classifier weights: a name or a file.")]
+ClassifierName = Annotated[
+    str | None, typer.Option("--classifier", help="Classifier weights: a name, a file, or clip:FILE.")
+]
 Label = Annotated[
     str | None, typer.Option(help="auto, or the one damage of all images: noise[:SIGMA], rain, haze, blur, lowlight.")
 ]

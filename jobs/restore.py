@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from classifier import load_classifier
+from classifier import CLIP_PREFIX, load_classifier
 from classifier.base import Classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import Degradation
@@ -263,8 +263,9 @@ def _resolve(options: RestoreOptions) -> RunConfig:
 
 def _absolute(name_or_path: str) -> str:
     """A path must mean the same in a worker's working directory; a name stays a name."""
-    path = Path(name_or_path)
-    return str(path.resolve()) if path.exists() else name_or_path
+    prefix = CLIP_PREFIX if name_or_path.startswith(CLIP_PREFIX) else ""
+    path = Path(name_or_path.removeprefix(prefix))
+    return f"{prefix}{path.resolve()}" if path.exists() else name_or_path
 
 
 def _check_places(src: Path, out: Path) -> None:

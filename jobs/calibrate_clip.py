@@ -1,0 +1,98 @@
+"""Calibrates CLIP zero-shot on photographs of one's own: `python -m jobs.calibrate_clip --help`.
+
+Clean photographs are degraded as for training. On every other sample temperature and bias are fitted to the logits
+(vector scaling without its gains: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), then
+thresholds; the rest tells what came of it. The result lies beside the weights, where `--classifier clip:WEIGHTS`
+finds it.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from classifier.calibration import calibration_error, fit_thresholds, prior_weights, probabilities
+from classifier.clip_classifier import ClipCalibration, ClipClassifier
+from classifier.labels import LABELS
+from jobs.classifier_samples import as_filed, draw_damaged
+from jobs.training_data import Photographs
+
+FloatArray = NDArray[np.float64]
+
+
+def fit_scaling(logits: FloatArray, labels: NDArray[np.int64]) -> tuple[float, FloatArray]:
+    """Temperature, and a bias for each label, that minimise the cross-entropy of (logits + bias) / temperature."""
+    given, targets = torch.from_numpy(logits), torch.from_numpy(labels)
+    sharpness = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([sharpness, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        # A little weight decay: without it a label that is always told apart moves off to infinity.
+        value = F.cross_entropy(given * sharpness.exp() + bias, targets) + 1e-4 * bias.square().mean()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    temperature = float((-sharpness).exp().detach())
+    return temperature, temperature * bias.detach().numpy()
+
+
+def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: int, seed: int = 0) -> ClipCalibration:
+    """Fits on the even samples and measures on the odd ones, each label counted as often as it is expected in use."""
+    logits = np.empty((samples, len(LABELS)))
+    labels = np.arange(samples) // 2 % len(LABELS)
+    for number, label in enumerate(labels):
+        rng = np.random.default_rng([seed, number])
+        logits[number] = classifier.logits(as_filed(draw_damaged(photographs, LABELS[label], rng), rng))
+    temperature, bias = fit_scaling(logits[::2], labels[::2])
+    weights = prior_weights(dict.fromkeys(LABELS, 1 / len(LABELS)))
+    bias = bias + temperature * np.log(weights)
+    probability = probabilities(logits + bias, temperature)
+    thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
+    told, truth = probability[1::2], labels[1::2]
+    right, sure = told.argmax(axis=1) == truth, told.max(axis=1) >= [thresholds[LABELS[i]] for i in told.argmax(axis=1)]
+    quality = {
+        "samples": len(truth),
+        "accuracy": round(float(np.average(right, weights=weights[truth])), 4),
+        "calibration_error": round(calibration_error(told, truth, weights=weights[truth]), 4),
+        "confident_recall": {
+            str(name): round(float((right & sure)[truth == i].mean()), 4) for i, name in enumerate(LABELS)
+        },
+    }
+    return replace(
+        classifier.calibration,
+        temperature=temperature,
+        bias=dict(zip(LABELS, bias.tolist(), strict=True)),
+        thresholds=thresholds,
+        quality=quality,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="CLIP weights that open_clip reads")
+    parser.add_argument("photographs", type=Path, nargs="+", help="folders of clean photographs")
+    parser.add_argument("--architecture", default=ClipCalibration.architecture, help="open_clip's name of it")
+    parser.add_argument("--samples", type=int, default=2800)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    uncalibrated = ClipCalibration(architecture=arguments.architecture)
+    classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=arguments.device)
+    photographs = Photographs.clean(arguments.photographs, validation=None)
+    found = calibrate(classifier, photographs, samples=arguments.samples)
+    print(f"wrote {found.write(arguments.weights)}")
+    print(json.dumps(found.quality, indent=2))
+
+
+if __name__ == "__main__":
+    main()

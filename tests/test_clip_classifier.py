@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data
+from synthetic_clip import small_clip
+from synthetic_weights import write_tiny_model
+from typer.testing import CliRunner
+
+from classifier import load_classifier
+from classifier.clip_classifier import CROPS, SENTENCES, ClipCalibration, ClipClassifier
+from classifier.errors import ClassifierWeightsError
+from classifier.labels import LABELS, Degradation
+from classifier.view import ViewSettings, take_views
+from jobs import calibrate_clip
+from jobs.calibrate_clip import fit_scaling
+from jobs.cli import app
+from jobs.restore import _absolute
+
+SMALL = ClipCalibration(architecture="small-clip")
+
+
+def pictures(folder, count):
+    """Textured pictures of 170 x 200 px, as files."""
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.roll(data.astronaut(), 50 * number, axis=1)[100:270, 100:300]
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_likeness_is_that_of_clip_itself(tmp_path):
+    open_clip, network, path = small_clip(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    views = take_views(image, ViewSettings(crop_px=32, crops=CROPS, thumbnail_px=32))
+    settings = open_clip.get_model_preprocess_cfg(network)
+    mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.concatenate([views.thumbnail[None], views.crops])).float() / 255
+        seen = network.encode_image(((pixels - mean) / std).permute(0, 3, 1, 2), normalize=True)
+        expected = []
+        for label in LABELS:
+            words = network.encode_text(open_clip.tokenize(list(SENTENCES[label])), normalize=True).mean(dim=0)
+            similarity = network.logit_scale.exp() * seen @ F.normalize(words, dim=0)
+            expected.append(float(similarity[0] / 2 + similarity[1:].mean() / 2))
+    np.testing.assert_allclose(ClipClassifier(path, calibration=SMALL).logits(image), expected, atol=1e-4)
+
+
+def test_predictions_are_consistent_and_uncalibrated_damage_needs_the_highest_threshold(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    SMALL.write(path)
+    classifier = load_classifier(f"clip:{path}")
+    images = [np.full((1, 1, 3), 9, np.uint8), np.random.default_rng(0).integers(0, 256, (90, 40, 3), dtype=np.uint8)]
+    batch = classifier.predict(images)
+    assert batch == [classifier.predict([image])[0] for image in images]
+    for prediction in batch:
+        assert list(prediction.probabilities) == list(LABELS)
+        assert sum(prediction.probabilities.values()) == pytest.approx(1)
+    thresholds = ClipCalibration().thresholds
+    assert {label for label in LABELS if thresholds[label] >= 0.8} == set(LABELS) - {"clean", "other"}
+    with pytest.raises(ValueError, match="H x W x 3 uint8"):
+        classifier.predict([np.zeros((4, 4), np.uint8)])
+
+
+def test_bias_temperature_and_thresholds_are_used(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    image = np.random.default_rng(1).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    plain = ClipClassifier(path, calibration=SMALL)
+    pushed = ClipCalibration(
+        architecture="small-clip",
+        temperature=2.0,
+        bias=dict.fromkeys(LABELS, 0.0) | {Degradation.HAZE: 100.0},
+        thresholds=dict.fromkeys(LABELS, 0.99),
+    )
+    pushed.write(path)
+    classifier = load_classifier(f"clip:{path}")
+    logits = plain.logits(image) / 2
+    logits[LABELS.index(Degradation.HAZE)] += 50
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    (prediction,) = classifier.predict([image])
+    np.testing.assert_allclose(list(prediction.probabilities.values()), expected, atol=1e-9)
+    assert (prediction.label, prediction.confident) == (Degradation.HAZE, True)
+    assert classifier.sha256 != plain.sha256
+
+
+def test_faults_of_the_weights_are_named(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    with pytest.raises(ClassifierWeightsError, match="no such file"):
+        load_classifier(f"clip:{tmp_path / 'absent.pt'}")
+    with pytest.raises(ClassifierWeightsError, match="does not hold the weights of CLIP ViT-B-32-quickgelu"):
+        load_classifier(f"clip:{path}")
+    card = SMALL.write(path)
+    card.write_text(card.read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(ClassifierWeightsError, match="belongs to other weights"):
+        load_classifier(f"clip:{path}")
+    card.write_text("[]")
+    with pytest.raises(ClassifierWeightsError, match=r"is no calibration of clip\.pt"):
+        load_classifier(f"clip:{path}")
+
+
+def test_scaling_recovers_the_temperature_and_bias_that_spoilt_logits():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=20_000)
+    honest = rng.normal(0, 1, (len(labels), 4))
+    shares = np.exp(honest) / np.exp(honest).sum(axis=1, keepdims=True)
+    labels = (rng.random((len(labels), 1)) > shares.cumsum(axis=1)).sum(axis=1)
+    bias = np.array([0.0, 5.0, -3.0, 1.0])
+    temperature, found = fit_scaling(honest * 7 - bias, labels)
+    assert temperature == pytest.approx(7, rel=0.05)
+    np.testing.assert_allclose(found - found[0], bias, atol=0.4)
+
+
+def test_clip_is_calibrated_on_photographs_and_then_previews_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the preview goes
+    _, _, path = small_clip(tmp_path)
+    folder = pictures(tmp_path / "photographs", 3)
+    calibrate_clip.main([str(path), str(folder), "--architecture", "small-clip", "--samples", "56", "--device", "cpu"])
+    assert "calibration_error" in capsys.readouterr().out
+    card = json.loads(ClipCalibration.path(path).read_text())
+    assert card["quality"]["samples"] == 28
+    assert card["temperature"] > 0
+    model = write_tiny_model(tmp_path / "model.safetensors")
+    options = ["--model", str(model), "--classifier", f"clip:{path}", "--device", "cpu", "--dtype", "float32"]
+    done = CliRunner().invoke(app, ["preview", str(folder / "0.png"), *options])
+    assert done.exit_code == 0, done.output
+    assert "estimated noise" in done.output
+
+
+def test_workers_find_weights_by_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("clip.pt").touch()
+    assert _absolute("clip:clip.pt") == f"clip:{tmp_path / 'clip.pt'}"
+    assert _absolute("clip.pt") == str(tmp_path / "clip.pt")
+    assert _absolute("degradation-small") == "degradation-small"
