@@ -98,7 +98,8 @@ def photograph(shape: Shape, multiple: int, device: str) -> Tensor:
 def padded_tensor(pixels: np.ndarray[Any, Any], multiple: int) -> Tensor:
     """H x W x 3 uint8 as 1 x 3 x H x W float32 in [0, 1], each side padded to a multiple."""
     image = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
-    return pad(image, *padded_size(*image.shape[1:], multiple))[None]
+    _, height, width = image.shape
+    return pad(image, *padded_size(height, width, multiple))[None]
 
 
 def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:

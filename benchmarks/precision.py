@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from benchmarks.classifier_recall import noisy
 from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.record import RESULTS, write_csv
 from models import inference
+from models.dfpir import keep_largest
 from models.inference import InferenceDFPIR
 
 
@@ -26,18 +28,14 @@ from models.inference import InferenceDFPIR
 def masks_seen() -> Iterator[list[Tensor]]:
     """Which logits are kept, heads x C x C bool for each perturbation block that runs meanwhile."""
     seen: list[Tensor] = []
-    original = inference.keep_largest
 
     def watched(logits: Tensor, kept_fraction: float) -> Tensor:
-        kept = original(logits, kept_fraction)
+        kept = keep_largest(logits, kept_fraction)
         seen.append(kept[0].isfinite())
         return kept
 
-    inference.keep_largest = watched
-    try:
+    with patch.object(inference, "keep_largest", watched):
         yield seen
-    finally:
-        inference.keep_largest = original
 
 
 def photographs(folder: Path, most: int, multiple: int) -> Iterator[Tensor]:
