@@ -18,6 +18,7 @@ from classifier.view import ViewSettings, take_views
 from jobs.errors import TrainingError
 from jobs.training_data import Photographs
 from pipeline.synthesis import (
+    FAINTEST_STREAKS,
     FloatImage,
     add_camera_noise,
     add_deep_shadow,
@@ -91,7 +92,11 @@ def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     return np.clip(out, 0, 1)
 
 
-FAINTEST: dict[Degradation, float] = {Degradation.RAIN: 0.01, Degradation.HAZE: 0.08, Degradation.BLUR: 0.006}
+FAINTEST: dict[Degradation, float] = {
+    Degradation.RAIN: FAINTEST_STREAKS,
+    Degradation.HAZE: 0.08,
+    Degradation.BLUR: 0.006,
+}
 """Damage that changes an image by less than this on average (of 1) counts neither as such nor as clean."""
 
 SHRINKABLE = {Degradation.RAIN, Degradation.HAZE, Degradation.LOWLIGHT, Degradation.CLEAN}
@@ -200,7 +205,7 @@ class Pool:
         """Opens the file, or makes one.
 
         Raises:
-            TrainingError: there is no room for it on the disk.
+            TrainingError: the disk has no room for it, or cannot reserve it.
         """
         kind = sample_type(view)
         room = size * kind.itemsize
@@ -210,7 +215,7 @@ class Pool:
                     os.posix_fallocate(file.fileno(), 0, room)  # a mapped file that cannot grow ends the process
             except OSError as error:
                 path.unlink(missing_ok=True)
-                raise TrainingError(f"{path}: no room for {room / 1e9:.1f} GB of samples: {error}") from error
+                raise TrainingError(f"{path}: {room / 1e9:.1f} GB for samples cannot be had: {error}") from error
         self.samples: Samples = np.memmap(path, kind, "r+", shape=(size,))
 
     def missing(self, newest: int) -> list[int]:

@@ -290,7 +290,7 @@ app.add_typer(train, name="train")
 TrainingConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]
 TrainingFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder: checkpoints, logs, samples.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
-Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead, for each worker.")]
+Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead; of each worker, if there are several.")]
 MaxMinutes = Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")]
 
 

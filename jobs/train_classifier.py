@@ -7,7 +7,6 @@ writes the weights file with its card. Where the configuration counts steps, the
 was cut.
 """
 
-import argparse
 import copy
 import itertools
 import logging
@@ -35,7 +34,17 @@ from jobs.errors import TrainingError
 from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
 from jobs.training_diary import Diary
-from jobs.training_state import CHECKPOINT, PORTABLE, averaged_weights, halved, load_state, save_atomically
+from jobs.training_group import Group
+from jobs.training_loop import read_arguments, run, told_plainly
+from jobs.training_state import (
+    CHECKPOINT,
+    PORTABLE,
+    averaged_weights,
+    found_state,
+    halved,
+    last_good,
+    save_atomically,
+)
 from pipeline.synthesis import FloatImage
 
 log = logging.getLogger("training")
@@ -43,6 +52,9 @@ log = logging.getLogger("training")
 VIEW = ViewSettings()
 HELD_OUT_SEED = 7
 """Held-out samples are the same in every training."""
+
+STEP_KEY = 1
+"""Beside seed and step: without it a step would draw from the random numbers of the sample of its number."""
 
 
 def flipped(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -96,8 +108,12 @@ class Training:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
         self.config, self.out, self.device = config, out, device
         torch.manual_seed(config.seed)
+        out.mkdir(parents=True, exist_ok=True)
+        state = found_state(out, config)
         self.network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
-        if config.start_from is not None and not (out / CHECKPOINT).exists():
+        if state is not None:
+            self.network.load_state_dict(state["network"])
+        elif config.start_from is not None:
             self.network.load_state_dict(averaged_weights(config.start_from))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
@@ -105,18 +121,13 @@ class Training:
             self.network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
-        out.mkdir(parents=True, exist_ok=True)
-        found = next((out / name for name in (CHECKPOINT, PORTABLE) if (out / name).exists()), None)
-        if found is None:
-            (out / "pool").unlink(missing_ok=True)  # another training's
-        else:
-            state = load_state(found, config)
-            self.network.load_state_dict(state["network"])
+        if state is not None:
             self.average.load_state_dict(state["average"])
             if "optimiser" in state:
                 self.optimiser.load_state_dict(state["optimiser"])
             self.step, self.seconds = state["step"], state["seconds"]
-            log.info("resumed at step %d from %s", self.step, found)
+        else:
+            (out / "pool").unlink(missing_ok=True)  # another training's
         self.pool = Pool(out / "pool", config.pool, VIEW)
 
     @property
@@ -148,12 +159,12 @@ class Training:
         """One step on samples of the pool; returns the loss.
 
         Raises:
-            TrainingError: the gradient is not finite; weights and checkpoint are as they were.
+            TrainingError: the gradient is not finite; parameters and checkpoint are as they were.
         """
         rate = self.config.learning_rate_at(self.progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        rng = np.random.default_rng([self.config.seed, self.step, 0])
+        rng = np.random.default_rng([self.config.seed, self.step, STEP_KEY])
         torch.manual_seed(int(rng.integers(2**62)))  # of the dropout
         samples = self.pool.draw(rng, newest=self.newest, count=self.config.batch)
         crops, thumbnails, labels = (each.to(self.device) for each in as_batch(samples))
@@ -168,7 +179,7 @@ class Training:
             numbers = ", ".join(str(number) for number in samples["number"])
             raise TrainingError(
                 f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}, "
-                f"samples {numbers}; last good checkpoint: {self.out / CHECKPOINT}"
+                f"samples {numbers}; {last_good(self.out)}"
             )
         self.optimiser.step()
         self.step += 1
@@ -189,9 +200,59 @@ class Trained:
     minutes: float
 
 
-def _same(samples: Any) -> Any:
-    """In place of the loader's conversion to tensors."""
-    return samples
+def _as_bytes(samples: Any) -> Tensor:
+    """Records as a tensor, which loader processes hand over in shared memory instead of a pipe."""
+    return torch.from_numpy(samples.view(np.uint8))
+
+
+def _run(
+    training: Training,
+    synthesis: Synthesis,
+    held_out: Samples,
+    diary: Diary,
+    begun: float,
+    loaders: int,
+    max_minutes: float,
+    save_every_s: float,
+) -> None:
+    """Fills the pool, then learns."""
+    if training.step:
+        log.info("resumed at step %d", training.step)
+    lacking, renewed = training.numbers()
+    numbers = itertools.chain(lacking, renewed)
+    coming = iter(DataLoader(synthesis, batch_size=None, sampler=numbers, num_workers=loaders, collate_fn=_as_bytes))
+
+    def renew() -> None:
+        training.pool.add(next(coming).numpy().view(training.pool.samples.dtype))
+
+    def learn() -> float:
+        loss = training.learn()
+        renew()
+        return loss
+
+    def keep(last: bool) -> None:
+        training.save()
+        logits, labels = all_logits(training.average, held_out)
+        right, loss = logits.argmax(dim=1) == labels, float(F.cross_entropy(logits, labels))
+        recall = {str(name): float(right[labels == i].float().mean()) for i, name in enumerate(LABELS)}
+        line = f"cross-entropy {loss:.4f}, recall {', '.join(f'{name} {r:.1%}' for name, r in recall.items())}"
+        values = {"cross-entropy": loss} | {f"recall/{name}": r for name, r in recall.items()}
+        diary.validation(training.step, line, values, hardest(logits, held_out))
+
+    for _ in lacking:
+        if time.monotonic() - begun >= 60 * max_minutes:
+            break
+        renew()
+    run(
+        training,
+        learn,
+        keep,
+        diary=diary,
+        group=Group(training.device),
+        begun=begun,
+        max_minutes=max_minutes,
+        save_every_s=save_every_s,
+    )
 
 
 def train(
@@ -218,54 +279,23 @@ def train(
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
         UsageError: too few photographs can be read.
-        TrainingError: the gradient is not finite; the message names step, samples and last good checkpoint.
+        TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), or the
+            disk has no room for pool or checkpoint.
     """
+    begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
     photographs, others = (
         Photographs.clean(config.data.clean, validation=validation, least_readable=config.data.least_readable)
         for validation in (False, True)
     )
-    held_out = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW)[range(1, config.validation_samples + 1)]
     training = Training(config, out, torch.device(device))
-    lacking, renewed = training.numbers()
-    coming = iter(
-        DataLoader(
-            Synthesis(photographs, seed=config.seed, view=VIEW),
-            batch_size=None,
-            sampler=itertools.chain(lacking, renewed),
-            num_workers=loaders,
-            collate_fn=_same,
-        )
-    )
-    with closing(Diary(out)) as diary:
-        log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
-
-        def keep() -> None:
-            training.save()
-            logits, labels = all_logits(training.average, held_out)
-            right, loss = logits.argmax(dim=1) == labels, float(F.cross_entropy(logits, labels))
-            recall = {str(name): float(right[labels == i].float().mean()) for i, name in enumerate(LABELS)}
-            line = f"cross-entropy {loss:.4f}, recall {', '.join(f'{name} {r:.1%}' for name, r in recall.items())}"
-            values = {"cross-entropy": loss} | {f"recall/{name}": r for name, r in recall.items()}
-            diary.validation(training.step, line, values, hardest(logits, held_out))
-
-        for _ in lacking:
-            training.pool.add(next(coming))
-        begun, before, last_save = time.monotonic(), training.seconds, time.monotonic()
-        first = training.step
-        while training.progress < 1 and time.monotonic() - begun < 60 * max_minutes:
-            loss = training.learn()
-            training.pool.add(next(coming))
-            training.seconds = before + time.monotonic() - begun
-            rate = training.optimiser.param_groups[0]["lr"]
-            diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
-            if time.monotonic() - last_save > save_every_s:
-                keep()
-                last_save = time.monotonic()
-        if training.step > first:
-            keep()
-        log.info("ended at step %d after %.1f min", training.step, training.seconds / 60)
+    held_out = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW)[range(1, config.validation_samples + 1)]
+    if training.progress < 1:
+        with closing(Diary(out)) as diary:
+            log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
+            synthesis = Synthesis(photographs, seed=config.seed, view=VIEW)
+            _run(training, synthesis, held_out, diary, begun, loaders, max_minutes, save_every_s)
     return Trained(
         config=config,
         network=copy.deepcopy(training.average).cpu(),
@@ -332,20 +362,16 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of a host that has none of the other commands' libraries."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="configuration (.toml)")
-    parser.add_argument("out", type=Path, help="folder of the training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-    parser.add_argument("--loaders", type=int, default=0, help="processes that make samples ahead")
-    parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
-    parser.add_argument("--export", type=Path, help="weights file (.safetensors) to write at the end")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    options = {k: v for k, v in vars(arguments).items() if k not in ("config", "out", "export")}
-    trained = train(read_config(ClassifierTraining, arguments.config), arguments.out, **options)
-    if arguments.export is not None:
-        log.info("wrote %s; validation: %s", arguments.export, export(trained, arguments.export))
+    more: dict[str, Any] = {"export": {"type": Path, "help": "weights file (.safetensors) to write at the end"}}
+    options = read_arguments(str(__doc__), argv, **more)
+    config, out, target = (options.pop(name) for name in ("config", "out", "export"))
+
+    def work() -> None:
+        trained = train(read_config(ClassifierTraining, config), out, **options)
+        if target is not None:
+            log.info("wrote %s; validation: %s", target, export(trained, target))
+
+    told_plainly(work)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ configuration says, a call after `--max-minutes` at the latest; the same call go
 the configuration counts steps, the result does not depend on where it was cut.
 """
 
-import argparse
 import itertools
 import logging
 import math
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,16 @@ from jobs.restorer_samples import Batch, Batches, Sources
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_state import CHECKPOINT, PORTABLE, averaged_weights, halved, load_state, save_atomically
+from jobs.training_loop import read_arguments, run, told_plainly
+from jobs.training_state import (
+    CHECKPOINT,
+    PORTABLE,
+    averaged_weights,
+    found_state,
+    halved,
+    last_good,
+    save_atomically,
+)
 from models.dfpir import DFPIR, PerturbationBlock
 from models.errors import WeightsError
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
@@ -115,10 +124,12 @@ class Training:
             if without := set(prompts_for(label)) - set(self.bank.keys):
                 raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
         self.embeddings = self.bank.embeddings.to(device)
+        out.mkdir(parents=True, exist_ok=True)
+        state = found_state(out, config)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
-        if config.start_from is not None and not (out / CHECKPOINT).exists():
+        if config.start_from is not None and state is None:
             self.network.load_state_dict(averaged_weights(config.start_from))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
@@ -130,31 +141,25 @@ class Training:
             self.trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
-        out.mkdir(parents=True, exist_ok=True)
-        self._resume()
+        if state is not None:
+            self._resume(state)
 
     @property
     def progress(self) -> float:
         """How much of the training is over, 0..1."""
         return self.config.progress(self.step, self.seconds)
 
-    def _resume(self) -> None:
-        if (path := self.out / CHECKPOINT).exists():
-            state = load_state(path, self.config)
+    def _resume(self, state: dict[str, Any]) -> None:
+        if "optimiser" in state:
             self.network.load_state_dict(state["network"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
-            torch.set_rng_state(state["rng"])
-        elif (path := self.out / PORTABLE).exists():
-            state = load_state(path, self.config)
+        else:
             with torch.no_grad():
                 for mine, stored in ((self.trained, state["network"]), (self.averaged, state["average"])):
                     for name, parameter in mine.items():
                         parameter.copy_(stored[name])
-        else:
-            return
         self.step, self.seconds = state["step"], state["seconds"]
-        log.info("resumed at step %d from %s", self.step, path)
 
     def save(self) -> None:
         """Writes the checkpoint, and a portable one for other machines: weights and their average in float16."""
@@ -163,7 +168,6 @@ class Training:
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "rng": torch.get_rng_state(),
         }
         save_atomically(common | whole, self.out / CHECKPOINT)
         light = {"network": halved(self.trained), "average": halved(self.averaged)}
@@ -173,7 +177,7 @@ class Training:
         """One step; returns the loss.
 
         Raises:
-            TrainingError: loss or gradient is not finite; weights and checkpoint are as they were.
+            TrainingError: loss or gradient is not finite; parameters and checkpoint are as they were.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate_at(self.progress)
@@ -187,7 +191,7 @@ class Training:
             named = ", ".join(f"{name} ({prompt})" for name, prompt in zip(batch.names, batch.prompts, strict=True))
             raise TrainingError(
                 f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}{self.group}, "
-                f"batch {named}; last good checkpoint: {self.out / CHECKPOINT}"
+                f"batch {named}; {last_good(self.out)}"
             )
         self.optimiser.step()
         self.step += 1
@@ -247,14 +251,17 @@ def train(
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
         UsageError: too few photographs can be read.
-        TrainingError: the loss is not finite; the message names step, batch and last good checkpoint.
+        TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), or the disk has
+            no room for a checkpoint.
     """
+    begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
     training = Training(config, out, torch.device(device))
-    sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
-    with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
-        _run(training, sources, held_out, diary, loaders=loaders, max_minutes=max_minutes, save_every_s=save_every_s)
+    if training.progress < 1:
+        sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
+        with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
+            _run(training, sources, held_out, diary, begun, loaders, max_minutes, save_every_s)
     return training
 
 
@@ -263,7 +270,7 @@ def _run(
     sources: Sources,
     held_out: Sources,
     diary: Diary | None,
-    *,
+    begun: float,
     loaders: int,
     max_minutes: float,
     save_every_s: float,
@@ -273,7 +280,8 @@ def _run(
     for part, name in ((sources, "training"), (held_out, "validation")):
         count = len(part.clean.names) if part.clean is not None else 0
         log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
-    begun, before, last_save = time.monotonic(), training.seconds, time.monotonic()
+    if training.step:
+        log.info("resumed at step %d", training.step)
 
     def places() -> Iterator[tuple[int, Phase]]:
         """Step by step, looked at as far ahead as the loader goes."""
@@ -288,44 +296,33 @@ def _run(
         pin_memory=training.device.type == "cuda",
     )
 
-    def keep(*, validation_count: int) -> None:
+    def keep(last: bool) -> None:
         if diary is not None:
             training.save()
-            found, sheet = training.validate(held_out, count=validation_count)
+            found, sheet = training.validate(held_out, count=24 if last else 8)
             line = ", ".join(
                 f"{label} {after:.2f} dB ({after - before:+.2f})" for label, (before, after) in found.items()
             )
             diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
     coming = iter(batches)
-    while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:
-        loss = training.learn(next(coming))
-        training.seconds = before + group.first_says(time.monotonic() - begun)
-        if diary is not None:
-            rate = training.optimiser.param_groups[0]["lr"]
-            diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
-        if time.monotonic() - last_save > save_every_s:
-            keep(validation_count=8)
-            last_save = time.monotonic()
-    keep(validation_count=24)
-    how = "over" if training.progress >= 1 else "stopped"
-    log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
+    run(
+        training,
+        lambda: training.learn(next(coming)),
+        keep,
+        diary=diary,
+        group=group,
+        begun=begun,
+        max_minutes=max_minutes,
+        save_every_s=save_every_s,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of a host that has none of the other commands' libraries."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="configuration (.toml)")
-    parser.add_argument("out", type=Path, help="folder of the training: checkpoints, logs, samples")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-    parser.add_argument("--loaders", type=int, default=0, help="processes that make samples ahead")
-    parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
-    parser.add_argument("--save-every-s", type=float, default=300.0)
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    options = {k: v for k, v in vars(arguments).items() if k not in ("config", "out")}
-    train(read_config(RestorerTraining, arguments.config), arguments.out, **options)
+    options = read_arguments(str(__doc__), argv)
+    config, out = options.pop("config"), options.pop("out")
+    told_plainly(lambda: train(read_config(RestorerTraining, config), out, **options))
 
 
 if __name__ == "__main__":

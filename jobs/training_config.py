@@ -168,7 +168,7 @@ class ClassifierTraining(TrainingConfig):
 
     batch: int = 48
     pool: int = 16_000
-    """Samples kept in memory: synthesis costs more than a training step."""
+    """Samples kept, in a file of some 140 kB each: synthesis costs more than a training step."""
     first_fill: int = 1500
     """Samples made before the first step."""
     fresh: int = 8

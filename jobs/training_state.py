@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.errors import UsageError
+from jobs.errors import TrainingError, UsageError
 from jobs.training_config import ConfigError, TrainingConfig, as_plain, differences, from_plain
 
 CHECKPOINT = "checkpoint.pt"
@@ -18,7 +18,11 @@ PORTABLE = "portable.pt"
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint so that a failure, a full disk for instance, leaves the previous one whole."""
+    """Writes a checkpoint so that a failure leaves the previous one whole.
+
+    Raises:
+        TrainingError: it cannot be written, on a full disk for instance.
+    """
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
@@ -26,9 +30,16 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter for what the disk refuses
+        raise TrainingError(f"{path} could not be written, {last_good(path.parent)}: {error}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def last_good(out: Path) -> str:
+    """Where a training that fails may be taken up, for its message."""
+    path = out / CHECKPOINT
+    return f"last good checkpoint: {path}" if path.exists() else "there is no checkpoint yet"
 
 
 def averaged_weights(path: Path) -> dict[str, Tensor]:
@@ -41,6 +52,15 @@ def averaged_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, KeyError) as error:
         raise UsageError(f"start_from {path} is no checkpoint of a training: {error}") from error
     return found
+
+
+def found_state(out: Path, config: TrainingConfig) -> dict[str, Any] | None:
+    """What a training in this folder goes on from: its checkpoint, or else a portable one; None if there is neither.
+
+    Raises ConfigError as `load_state` does.
+    """
+    path = next((out / name for name in (CHECKPOINT, PORTABLE) if (out / name).exists()), None)
+    return load_state(path, config) if path is not None else None
 
 
 def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
@@ -59,11 +79,12 @@ def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in float16, for a portable checkpoint; guidance layers, if trained, stay as they are.
+    """Tensors in float16, for a portable checkpoint; integers and guidance layers, if trained, stay as they are.
 
     A rounded guidance reorders channels.
     """
-    return {
-        name: tensor.detach().to("cpu", tensor.dtype if "linear_layer" in name else torch.float16)
-        for name, tensor in tensors.items()
-    }
+
+    def stored(name: str, tensor: Tensor) -> torch.dtype:
+        return torch.float16 if tensor.is_floating_point() and "linear_layer" not in name else tensor.dtype
+
+    return {name: tensor.detach().to("cpu", stored(name, tensor)) for name, tensor in tensors.items()}

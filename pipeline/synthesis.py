@@ -137,6 +137,10 @@ def line_kernel(length_px: float, angle_deg: float, width_px: float, *, taper: f
     return cast(NDArray[np.float32], (body / body.max()).astype(np.float32))
 
 
+FAINTEST_STREAKS = 0.01
+"""Of 1, on average over the image."""
+
+
 def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
     """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a veil.
 
@@ -145,8 +149,9 @@ def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float =
     brightness 0.1..0.9. Streaks are blended towards a near-white of their own, or in half of the layers added, as light
     that reaches the sensor besides the scene's. A third of the layers show in parts of the picture only: drops are
     seen where light falls on them.
-    Three in ten have a veil of up to a tenth, one in ten of up to 0.4, thicker with `pseudo_depth`: distant drops that
-    are too small to be seen as streaks (Li et al., "Heavy rain image restoration", CVPR 2019).
+    Where streaks change the image by `FAINTEST_STREAKS`, three in ten have a veil of up to a tenth, one in ten of up to
+    0.4, thicker with `pseudo_depth`: distant drops that are too small to be seen as streaks (Li et al., "Heavy rain
+    image restoration", CVPR 2019).
     """
     height, width = image.shape[:2]
     wind_deg = rng.uniform(-45, 45)
@@ -167,7 +172,9 @@ def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float =
         else:
             out = out + opacity * (np.float32(rng.uniform(0.7, 1.0)) - out).clip(0)
     kind = rng.random()
-    if kind < 0.3:
+    if float(np.abs(_clip(out) - image).mean()) < FAINTEST_STREAKS:
+        pass  # a veil alone is haze
+    elif kind < 0.3:
         veil = np.float32(rng.uniform(0.0, 0.1))
         out = out * (1 - veil) + veil * np.float32(0.8)
     elif kind < 0.4:
@@ -391,14 +398,18 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
         out = out ** np.float32(rng.uniform(0.75, 1.15))
     if rng.random() < 0.3:
         out = out * np.float32(rng.uniform(0.88, 1.0))
-    if rng.random() < 0.25:
-        black = rng.uniform(0, 0.14) * rng.uniform(0.4, 1, 3)
-        out = black.astype(np.float32) + (1 - black.astype(np.float32)) * out
     if rng.random() < 0.15:
-        steeper = np.float32(rng.uniform(0, 1))
         out = _clip(out)
-        out = out + steeper * (out * out * (3 - 2 * out) - out)
-    if rng.random() < 0.15:
+        steeper = out * out * (3 - 2 * out) - out
+        darkest = float(CLEAN_LIMITS.exposure * image.mean() - out.mean())
+        most = 1.0 if steeper.mean() >= 0 else min(1.0, max(0.0, darkest / float(steeper.mean())))
+        out = out + np.float32(rng.uniform(0, most)) * steeper
+    kind = rng.random()
+    if kind < 0.25:
+        black = rng.uniform(0, 0.14) * rng.uniform(0.4, 1, 3)
+        black = black * min(1.0, (1 - CLEAN_LIMITS.transmission) / black.mean())
+        out = black.astype(np.float32) + (1 - black.astype(np.float32)) * out
+    elif kind < 0.4:
         depth = pseudo_depth(height, width, rng)[:, :, None]
         faded = depth * np.float32(rng.uniform(0, 1 - CLEAN_LIMITS.transmission) / depth.mean())
         out = out + faded * (np.float32(rng.uniform(0.65, 1)) - out)

@@ -162,6 +162,35 @@ def test_rain_only_brightens_a_dark_scene():
     assert float((rainy - dark).max()) > 0.1
 
 
+def test_a_veil_comes_with_streaks_only():
+    white = np.ones((60, 60, 3), np.float32)
+    assert min(float(add_rain(white, np.random.default_rng(seed)).min()) for seed in range(40)) > 0.99
+    grey = np.full((60, 60, 3), 0.3, np.float32)
+    clearest = [float(add_rain(grey, np.random.default_rng(seed)).min()) for seed in range(40)]
+    assert 2 <= sum(least > 0.305 for least in clearest) <= 25
+
+
+def test_some_haze_leaves_the_foreground_clear():
+    black = np.zeros((60, 60, 3), np.float32)
+    hazy = [add_haze(black, np.random.default_rng(seed)) for seed in range(60)]
+    clear = [image for image in hazy if image.min() < 0.1]
+    assert 5 <= len(clear) <= 30
+    assert any(image.max() > 0.5 for image in clear)
+
+
+def test_coarser_camera_noise_joins_neighbouring_pixels():
+    grey = np.full((80, 80, 3), 0.5, np.float32)
+
+    def likeness(coarsest_px):
+        found = []
+        for seed in range(20):
+            noise = add_camera_noise(grey, np.random.default_rng(seed), sigma_255=10, coarsest_px=coarsest_px) - grey
+            found.append(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1])
+        return np.mean(found)
+
+    assert likeness(1.3) > likeness(0.8) + 0.1
+
+
 def test_haze_lies_between_the_scene_and_its_airlight():
     clean = photograph()
     for seed in range(20):
@@ -246,11 +275,15 @@ def test_jpeg_errs_more_at_lower_quality():
 
 
 def test_clean_variants_keep_to_the_clean_limits():
-    clean = photograph()
-    for seed in range(40):
-        varied = vary_clean(clean, np.random.default_rng(seed))
-        assert varied.mean() > CLEAN_LIMITS.exposure * clean.mean()
-        assert np.abs(varied - clean).mean() < 0.2
+    bright = photograph()
+    dark, black = bright * np.float32(0.2), np.zeros_like(bright)
+    for seed in range(150):
+        for clean in (bright, dark):
+            varied = vary_clean(clean, np.random.default_rng(seed))
+            assert varied.mean() > CLEAN_LIMITS.exposure * clean.mean()
+            assert np.abs(varied - clean).mean() < 0.2
+        # What a black picture shows is light that was scattered into it, and a little grain.
+        assert vary_clean(black, np.random.default_rng(seed)).mean() < 1 - CLEAN_LIMITS.transmission + 0.006
 
 
 def test_clean_variants_of_hard_edges_are_finite():

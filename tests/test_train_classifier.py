@@ -1,4 +1,8 @@
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,7 +157,7 @@ def test_a_pool_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(classifier_samples.os, "posix_fallocate", full)
-    with pytest.raises(TrainingError, match=r"no room for 0\.2 GB of samples: .*No space left"):
+    with pytest.raises(TrainingError, match=r"0\.2 GB for samples cannot be had: .*No space left"):
         Pool(tmp_path / "pool", 4000, SMALL_VIEW)
     assert not (tmp_path / "pool").exists()
 
@@ -178,18 +182,21 @@ def test_the_learning_rate_warms_up_and_ends_low(folder):
 
 @pytest.fixture
 def stopped(folder, tmp_path, tiny):
-    """A training of five steps, killed in its fourth, with a checkpoint of its third."""
-    learn, out = Training.learn, tmp_path / "out"
+    """A training of five steps, killed in its fifth, with a checkpoint of its third and a pool that is ahead of it."""
+    learn, keep, out = Training.learn, Training.save, tmp_path / "out"
 
-    def until_the_fourth(self):
-        if self.step == 3:
-            self.pool.samples["crops"][:, :, ::2] = 0  # half written
-            self.pool.samples["number"][::2] = 0
+    def until_the_fifth(self):
+        if self.step == 4:
             raise KeyboardInterrupt
         return learn(self)
 
+    def at_the_third(self):
+        if self.step == 3:
+            keep(self)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "learn", until_the_fourth)
+        patch.setattr(Training, "learn", until_the_fifth)
+        patch.setattr(Training, "save", at_the_third)
         with pytest.raises(KeyboardInterrupt):
             train(small(folder, steps=5), out, threads=1, save_every_s=0.0)
     assert torch.load(out / CHECKPOINT, weights_only=True)["step"] == 3
@@ -199,8 +206,11 @@ def stopped(folder, tmp_path, tiny):
 def test_a_training_goes_on_to_the_bit_where_it_was_killed(folder, tmp_path, stopped):
     config = small(folder, steps=5)
     train(config, tmp_path / "whole", threads=1)
-    Pool(stopped / "pool", config.pool, SMALL_VIEW).samples["crops"][1::2] = 0
-    Pool(stopped / "pool", config.pool, SMALL_VIEW).samples["number"][1::2] = 0
+    pool = Pool(stopped / "pool", config.pool, SMALL_VIEW)
+    assert pool.missing(14) == [3, 4]  # overwritten by the fourth step's
+    pool.samples["crops"][::3] = 0
+    pool.samples["number"][::3] = 0  # half written
+    assert 4 < len(pool.missing(14)) < 10
     train(config, stopped, threads=1, loaders=1)
     first, second = (torch.load(out / CHECKPOINT, weights_only=True) for out in (tmp_path / "whole", stopped))
     assert first["step"] == second["step"] == 5
@@ -239,19 +249,64 @@ def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_pa
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
 
 
-@pytest.mark.usefixtures("tiny")
-def test_a_gradient_that_is_no_number_ends_the_training_and_spares_the_checkpoint(folder, tmp_path, monkeypatch):
-    config, out = small(folder, steps=5), tmp_path / "out"
-    train(config, out, threads=1, max_minutes=0.0)
-    training = Training(config, out, torch.device("cpu"))
-    training.pool.add(Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW)[range(1, 9)])
-    before = {key: value.clone() for key, value in training.network.named_parameters()}
+def test_a_gradient_that_is_no_number_ends_the_training_and_spares_the_checkpoint(folder, stopped, monkeypatch):
+    before = (stopped / CHECKPOINT).read_bytes()
     monkeypatch.setattr(train_classifier.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * float("nan"))
     with pytest.raises(
-        TrainingError, match=r"not finite at step 0, samples (\d+, ){3}\d+; last good checkpoint: .*out"
+        TrainingError, match=r"not finite at step 3, samples (\d+, ){3}\d+; last good checkpoint: .*out"
     ):
-        training.learn()
-    assert all(torch.equal(value, before[key]) for key, value in training.network.named_parameters())
+        train(small(folder, steps=5), stopped, threads=1)
+    assert (stopped / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_call_without_time_keeps_what_it_made_and_a_finished_training_makes_nothing(folder, tmp_path, monkeypatch):
+    config, out = small(folder, steps=2), tmp_path / "out"
+    train(config, out, threads=1, max_minutes=0.0)
+    assert Pool(out / "pool", config.pool, SMALL_VIEW).missing(8) == list(range(1, 9))
+    assert torch.load(out / CHECKPOINT, weights_only=True)["step"] == 0
+    assert train(config, out, threads=1).step == 2
+    (out / "pool").unlink()
+    monkeypatch.setattr(Training, "numbers", None)
+    assert train(config, out, threads=1).step == 2
+
+
+def test_loader_processes_end_with_a_training_that_is_killed(folder):
+    """Their records are larger than a pipe: handed over through one, the last of them would wait for ever."""
+    script = f"""
+import os, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from classifier.view import ViewSettings
+from jobs.classifier_samples import Synthesis
+from jobs.train_classifier import _as_bytes
+from jobs.training_data import Photographs
+photographs = Photographs.clean([Path({str(folder)!r})], validation=True)
+made = Synthesis(photographs, seed=0, view=ViewSettings())
+loader = DataLoader(made, batch_size=None, sampler=[range(1, 9)] * 9, num_workers=1, collate_fn=_as_bytes)
+coming = iter(loader)
+next(coming)
+print(coming._workers[0].pid, flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    time.sleep(3)  # it makes what it may make ahead
+    process.kill()
+    process.wait()
+    for _ in range(300):
+        if not alive(worker):
+            break
+        time.sleep(0.1)
+    assert not alive(worker)
+
+
+def alive(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.usefixtures("tiny")

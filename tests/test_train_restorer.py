@@ -1,4 +1,7 @@
 import math
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,19 +220,28 @@ def test_a_loss_that_is_no_number_stops_with_step_batch_and_checkpoint(photograp
     assert (out / CHECKPOINT).read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [100, 100_000], ids=["none", "a part"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, room: int) -> None:
     path = tmp_path / CHECKPOINT
     training_state.save_atomically({"step": 1}, path)
-
-    def half(state: object, file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space left"):
-        training_state.save_atomically({"step": 2}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"could not be written, last good checkpoint: .*checkpoint\.pt"):
+            training_state.save_atomically({"step": 2, "weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_of_a_bare_host_tells_faults_plainly(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("stepz = 3")
+    command = [sys.executable, "-m", "jobs.train_restorer", str(tmp_path / "c.toml"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "unknown key stepz" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("quick_validation")

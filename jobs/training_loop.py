@@ -1,0 +1,97 @@
+"""What the trainings of restorer and classifier have in common: the loop, and the command line of a bare host."""
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from jobs.errors import TrainingError, UsageError
+from jobs.training_diary import Diary
+from jobs.training_group import Group
+
+log = logging.getLogger("training")
+
+
+class Trained(Protocol):
+    """A training in progress."""
+
+    step: int
+    seconds: float
+
+    @property
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Whose learning rate is noted."""
+        ...
+
+    @property
+    def progress(self) -> float:
+        """How much of it is over, 0..1."""
+        ...
+
+
+def run(
+    training: Trained,
+    learn: Callable[[], float],
+    keep: Callable[[bool], None],
+    *,
+    diary: Diary | None,
+    group: Group,
+    begun: float,
+    max_minutes: float,
+    save_every_s: float,
+) -> None:
+    """Learns step by step until the training is over, or until the call is.
+
+    Args:
+        training: knows how far it is.
+        learn: takes a step and returns the loss.
+        keep: writes a checkpoint and validates; told whether it is the last time.
+        diary: of the first process; None in others.
+        group: whose first process has the clock.
+        begun: when the call began, by `time.monotonic`.
+        max_minutes: of the call.
+        save_every_s: seconds between checkpoints.
+    """
+    first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
+    while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:
+        loss = learn()
+        training.seconds = before + group.first_says(time.monotonic() - first)
+        if diary is not None:
+            rate = training.optimiser.param_groups[0]["lr"]
+            diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
+        if time.monotonic() - last_save > save_every_s:
+            keep(False)
+            last_save = time.monotonic()
+    keep(True)
+    how = "over" if training.progress >= 1 else "stopped"
+    log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
+
+
+def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a training on a host that has none of the other commands' libraries; `more` are its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="configuration (.toml)")
+    parser.add_argument("out", type=Path, help="folder of the training: checkpoints, logs, samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that make samples ahead")
+    parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
+    parser.add_argument("--save-every-s", type=float, default=300.0, help="seconds between checkpoints")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    return vars(parser.parse_args(argv))
+
+
+def told_plainly(work: Callable[[], object]) -> None:
+    """Does the work with its log on the terminal; a fault that a user can mend ends the process with its message."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        work()
+    except (UsageError, TrainingError) as error:
+        sys.exit(str(error))
