@@ -13,7 +13,8 @@ from classifier.labels import Degradation
 from jobs.errors import UsageError
 from pipeline.prompting import FORCED_LABELS
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+"""Of photographs, for training and evaluation."""
 NOISE_SIGMAS_255 = (15, 25, 50)
 
 

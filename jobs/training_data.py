@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.datasets import PARTNERS, partnered, read_rgb
+from jobs.datasets import PARTNERS, SUFFIXES, partnered, read_rgb
 from jobs.errors import UsageError
 from pipeline.synthesis import FloatImage, resize
 
@@ -22,7 +22,6 @@ VALIDATION_PERCENT = 8
 Picture = NDArray[np.uint8] | Path
 """H x W x 3 pixels, or the file that has them."""
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 SMALLEST_SIDE_PX = 160
 """Smaller photographs are left out."""
 
