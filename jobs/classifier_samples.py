@@ -133,13 +133,16 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
 def draw_damaged(photographs: Photographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
     """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
 
-    Half of the scenes are first varied within what counts as clean, so that softness or grain alone says nothing.
+    Six of ten scenes get another tone, the others keep their photographer's. Half of those to be damaged are first
+    varied within what counts as clean, so that softness or grain alone says nothing.
 
     Raises:
         ValueError: the damage stays too faint on a thousand scenes, as on photographs that are blank.
     """
     for _ in range(1000):
-        scene = vary_tone(draw_scene(photographs, rng), rng)
+        scene = draw_scene(photographs, rng)
+        if rng.random() < 0.6:
+            scene = vary_tone(scene, rng)
         if label is not Degradation.CLEAN and rng.random() < 0.5:
             scene = vary_clean(scene, rng)
         damaged = damage(scene, label, rng)
