@@ -115,9 +115,9 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
                 return add_noise(image, rng, sigma_255=float(rng.uniform(lowest, 60)))
             return add_camera_noise(image, rng, sigma_255=float(rng.uniform(lowest, 40)), coarsest_px=1.3)
         case Degradation.RAIN:
-            return add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])))
+            return add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)
         case Degradation.HAZE:
-            return add_haze(image, rng, tint=float(rng.choice([0.04, 0.12])))
+            return add_haze(image, rng, tint=float(rng.choice([0.04, 0.12])), clear_foregrounds=True)
         case Degradation.BLUR:
             return add_motion_blur(image, rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
         case Degradation.LOWLIGHT:

@@ -141,14 +141,16 @@ FAINTEST_STREAKS = 0.01
 """Of 1, on average over the image."""
 
 
-def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0) -> FloatImage:
+def add_rain(
+    image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0, downpours: bool = False
+) -> FloatImage:
     """Rain in one to three layers of streaks that share a wind direction up to `spread_deg`, and at times a veil.
 
-    Per layer: streak length 6..80 px, width 0.8..6 px and at most a fifth of the length, sharp or tapering ends,
-    0.2 to 4 drops per 1000 pixels (fewer when they are large), or a downpour of 4 to 20 in one of six layers,
-    brightness 0.1..0.9. Streaks are blended towards a near-white of their own, or in half of the layers added, as light
-    that reaches the sensor besides the scene's. A third of the layers show in parts of the picture only: drops are
-    seen where light falls on them.
+    Per layer: streak length 8..80 px, width 0.8..6 px and at most a fifth of the length, sharp or tapering ends,
+    0.2 to 4 drops per 1000 pixels (fewer when they are large), brightness 0.1..0.9. Streaks are blended towards a
+    near-white of their own, or in half of the layers added, as light that reaches the sensor besides the scene's.
+    With `downpours` streaks may be 6 px short, one of six layers has 4 to 20 drops, and a third of the layers show in
+    parts of the picture only: drops are seen where light falls on them.
     Where streaks change the image by `FAINTEST_STREAKS`, three in ten have a veil of up to a tenth, one in ten of up to
     0.4, thicker with `pseudo_depth`: distant drops that are too small to be seen as streaks (Li et al., "Heavy rain
     image restoration", CVPR 2019).
@@ -157,15 +159,15 @@ def add_rain(image: FloatImage, rng: np.random.Generator, *, spread_deg: float =
     wind_deg = rng.uniform(-45, 45)
     out = image
     for _ in range(rng.integers(1, 4)):
-        length_px = np.exp(rng.uniform(np.log(6), np.log(80)))
+        length_px = np.exp(rng.uniform(np.log(6 if downpours else 8), np.log(80)))
         width_px = np.exp(rng.uniform(np.log(0.8), np.log(min(6.0, 0.2 * length_px))))
         kernel = line_kernel(length_px, wind_deg + rng.normal(0, spread_deg), width_px, taper=rng.uniform(0, 1))
-        fewest, most = (4e-3, 2e-2) if rng.random() < 1 / 6 else (2e-4, 4e-3)
+        fewest, most = (4e-3, 2e-2) if downpours and rng.random() < 1 / 6 else (2e-4, 4e-3)
         density = np.exp(rng.uniform(np.log(fewest), np.log(most))) * min(1.0, 40 / (length_px * width_px))
         drops = (rng.random((height, width), dtype=np.float32) < density) * rng.uniform(0.3, 1.0, (height, width))
         streaks = convolve(drops[:, :, None].astype(np.float32), kernel)
         opacity = np.clip(streaks, 0, 1) * np.float32(rng.uniform(0.1, 0.9))
-        if rng.random() < 1 / 3:
+        if downpours and rng.random() < 1 / 3:
             opacity *= smooth_field(height, width, rng, cells=int(rng.integers(2, 6)))[:, :, None]
         if rng.random() < 0.5:
             out = out + 0.6 * opacity
@@ -211,15 +213,17 @@ def sky(image: FloatImage) -> FloatImage:
     return cast(FloatImage, np.clip(soft, 0, 1))
 
 
-def add_haze(image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04) -> FloatImage:
+def add_haze(
+    image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04, clear_foregrounds: bool = False
+) -> FloatImage:
     """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
 
     d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth, and in half of the
-    cases 1 where there is `sky`; beta is 0.4..2.4. In a quarter of the cases the foreground is clear: d begins at
+    cases 1 where there is `sky`; beta is 0.4..2.4. With `clear_foregrounds`, in a quarter of the cases d begins at
     0..0.1, and beta is 1..4. The airlight A is 0.65..1 with a tint of up to `tint` per channel.
     """
     height, width = image.shape[:2]
-    clear_foreground = rng.random() < 0.25
+    clear_foreground = clear_foregrounds and rng.random() < 0.25
     near = rng.uniform(0, 0.1) if clear_foreground else rng.uniform(0.2, 0.7)
     depth = near + (1 - near) * pseudo_depth(height, width, rng)
     if rng.random() < 0.5:
