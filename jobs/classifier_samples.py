@@ -92,6 +92,11 @@ def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     return np.clip(out, 0, 1)
 
 
+def draw_dark_scene(photographs: Photographs, rng: np.random.Generator) -> FloatImage:
+    """The darkest of four scenes: dark subjects, night and shade, exposed as their photographer wanted them."""
+    return min((draw_scene(photographs, rng) for _ in range(4)), key=lambda scene: float(scene.mean()))
+
+
 FAINTEST: dict[Degradation, float] = {
     Degradation.RAIN: FAINTEST_STREAKS,
     Degradation.HAZE: 0.08,
@@ -133,14 +138,16 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
 def draw_damaged(photographs: Photographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
     """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
 
-    Six of ten scenes get another tone, the others keep their photographer's. Half of those to be damaged are first
-    varied within what counts as clean, so that softness or grain alone says nothing.
+    Six of ten scenes get another tone, the others keep their photographer's; a quarter of those that no lack of light
+    is to damage are dark ones. Half of those to be damaged are first varied within what counts as clean. So neither
+    darkness nor softness nor grain alone says anything.
 
     Raises:
         ValueError: the damage stays too faint on a thousand scenes, as on photographs that are blank.
     """
     for _ in range(1000):
-        scene = draw_scene(photographs, rng)
+        dark = label is not Degradation.LOWLIGHT and rng.random() < 0.25
+        scene = (draw_dark_scene if dark else draw_scene)(photographs, rng)
         if rng.random() < 0.6:
             scene = vary_tone(scene, rng)
         if label is not Degradation.CLEAN and rng.random() < 0.5:

@@ -85,6 +85,22 @@ def test_a_changed_tone_keeps_the_shapes(folder):
         assert np.corrcoef(version.mean(axis=2).ravel(), scene.mean(axis=2).ravel())[0, 1] > 0.8
 
 
+def test_dark_subjects_come_more_often_where_light_is_not_what_is_missing(monkeypatch):
+    levels = (20, 200, 200, 200)
+    pictures = Photographs(("a.png",) * 4, tuple((np.full((170, 180, 3), level, np.uint8),) for level in levels))
+    monkeypatch.setattr(classifier_samples, "vary_tone", lambda scene, rng: scene)
+    monkeypatch.setattr(classifier_samples, "damage", lambda image, label, rng: image)
+    monkeypatch.setattr(classifier_samples, "vary_clean", lambda image, rng: image)
+    monkeypatch.setattr(classifier_samples, "FAINTEST", {})
+    shares = {}
+    for label in (Degradation.NOISE, Degradation.CLEAN, Degradation.LOWLIGHT):
+        rng = np.random.default_rng(0)
+        shares[label] = np.mean([draw_damaged(pictures, label, rng).mean() < 0.5 for _ in range(400)])
+    assert 0.2 < shares[Degradation.LOWLIGHT] < 0.3  # as among the photographs
+    assert 0.31 < shares[Degradation.CLEAN] < 0.41  # 0.75 * 0.25 + 0.25 * (1 - 0.75 ** 4)
+    assert 0.31 < shares[Degradation.NOISE] < 0.41
+
+
 def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
     photographs = Photographs.clean([folder], validation=False)
     drawn = []
