@@ -46,7 +46,7 @@ Reference = Annotated[
 ]
 Format = Annotated[str | None, typer.Option(help="Format of restored images: same, png, jpeg or webp.")]
 Quality = Annotated[int | None, typer.Option(help="JPEG and WebP quality, 1 to 100.")]
-Clean = Annotated[str | None, typer.Option(help="Images that need no restoring: copy, link or skip.")]
+Clean = Annotated[str | None, typer.Option(help="Images that are not restored: copy, link or skip.")]
 Engine = Annotated[str | None, typer.Option(help="ray or local (no Ray at all).")]
 Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster; default: one is started here.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -62,7 +62,10 @@ SecondLook = Annotated[
 MaxFailedFraction = Annotated[
     float | None, typer.Option(help="More failures than this share make the exit code 1; the run never stops for it.")
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first N images.")]
+Limit = Annotated[int | None, typer.Option(help="Of what is not planned yet, only what is among the first N images.")]
+RetryFailed = Annotated[
+    bool | None, typer.Option("--retry-failed", help="Do images again that failed or were quarantined.")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these options.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
 
@@ -107,6 +110,7 @@ def restore(
     second_look: SecondLook = None,
     max_failed_fraction: MaxFailedFraction = None,
     limit: Limit = None,
+    retry_failed: RetryFailed = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -227,7 +231,7 @@ def evaluate(
     classifier: ClassifierName = None,
     device: Device = None,
     dtype: Dtype = None,
-    limit: Limit = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
 ) -> None:
     """Measures a model on a test set by the published protocol, with the label given and with it predicted."""
     with _faults_explained():

@@ -33,6 +33,7 @@ class RestoreOptions(BaseModel):
     second_look: bool = True
     max_failed_fraction: float = Field(0.05, ge=0, le=1)
     limit: int | None = Field(None, ge=1)
+    retry_failed: bool = False
     max_pixels: int = Field(400_000_000, ge=1)
 
     @field_validator("label")

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from classifier.weights import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
@@ -25,8 +26,9 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         "compute": f"{options.engine}, {job.context.device}, {config.dtype}",
         "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
     }
-    if job.changes.new and job.images_left < job.planned:
-        lines["changes"] = f"{job.changes.new} new, {job.changes.changed} changed, {job.changes.vanished} vanished"
+    changes = {name: getattr(job.changes, name) for name in ("new", "changed", "again", "vanished")}
+    if any(changes.values()) and job.changes.new < job.planned:
+        lines["changes"] = _counts(changes)
     for folder in job.unreadable_directories:
         lines.setdefault("unreadable", f"{len(job.unreadable_directories)} folders, the first {folder}")
     for name, text in lines.items():
@@ -51,8 +53,8 @@ def after(console: Console, summary: Summary) -> None:
         table.add_row("SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
     if summary.vanished:
         table.add_row("vanished", f"{summary.vanished} planned files are no longer in the source")
-    table.add_row("images", summary.images)
-    table.add_row("manifest", summary.manifest)
+    table.add_row("images", Text(summary.images))
+    table.add_row("manifest", Text(summary.manifest))
     console.print(table)
     for failure in summary.failures[:5]:
         console.print(
@@ -99,7 +101,7 @@ def plan(console: Console, job: Job, estimated: Estimate) -> None:
     table.add_row("disk", f"about {estimated.output_bytes / 1e6:.1f} MB for the results")
     if estimated.seconds is not None:
         table.add_row("time", f"about {_duration(estimated.seconds)} for one worker on this machine, all restored")
-    table.add_row("written", f"{job.directory.root}/plan and job.json; no image")
+    table.add_row("written", Text(f"{job.directory.root}/plan and job.json; no image"))
     console.print(table)
 
 

@@ -52,7 +52,8 @@ class LocalRunner:
             try:
                 while not dispatcher.is_finished and not request:
                     for number in range(count):
-                        if number not in children and len(children) < dispatcher.unassigned + _busy(children):
+                        wanted = len(children) < dispatcher.unassigned + _busy(children)
+                        if wanted and number not in children and dispatcher.may_start(number):
                             children[number] = _Child(number, context, gpu=number % gpus if gpus else None)
                     _step(children, dispatcher)
                 if request:
@@ -68,7 +69,7 @@ class _Child:
     def __init__(self, number: int, context: RunContext, *, gpu: int | None) -> None:
         self.number = number
         self.log = RunDirectory(context.run_dir).logs_dir / f"worker-{number}.log"
-        self.is_ready = False
+        self.is_ready = self.has_failed = False
         self.assignment: Assignment | None = None
         # A spawned child has no copy of the driver's threads, locks and CUDA state.
         spawn = multiprocessing.get_context("spawn")
@@ -101,6 +102,10 @@ class _Child:
             self.process.join()
 
 
+def _any_ready(children: dict[int, _Child]) -> bool:
+    return any(child.is_ready for child in children.values())
+
+
 def _busy(children: dict[int, _Child]) -> int:
     return sum(child.assignment is not None for child in children.values())
 
@@ -115,36 +120,35 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
     for source in wait(sources, timeout=POLL_S):
         for child in list(children.values()):
             if source is child.connection:
-                _drain(child, dispatcher)
+                _drain(child, children, dispatcher)
             elif source == child.process.sentinel:
-                _drain(child, dispatcher)
+                _drain(child, children, dispatcher)
                 del children[child.number]
                 child.process.join()
                 child.connection.close()
-                _note_end(child, dispatcher)
+                _note_end(child, dispatcher, others_work=_any_ready(children))
 
 
-def _drain(child: _Child, dispatcher: Dispatcher) -> None:
+def _drain(child: _Child, children: dict[int, _Child], dispatcher: Dispatcher) -> None:
     """Acts on all that a child has said."""
     try:
         while not child.connection.closed and child.connection.poll():
-            _act(child, child.connection.recv(), dispatcher)
+            _act(child, child.connection.recv(), dispatcher, others_work=_any_ready(children))
     except (EOFError, ConnectionResetError):
         # Its end is noticed by the sentinel; until then the pipe would be reported again and again.
         child.process.join(timeout=POLL_S)
 
 
-def _act(child: _Child, message: _Message, dispatcher: Dispatcher) -> None:
+def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_work: bool) -> None:
     shard_id = child.assignment.shard.shard_id if child.assignment is not None else ""
     match message.kind:
         case "ready":
             child.is_ready = True
-            dispatcher.worker_ready()
+            dispatcher.worker_ready(child.number)
             return
         case "start_failed":
-            # Its process ends by itself; the end is not to be counted twice.
-            child.is_ready = True
-            dispatcher.start_failed(message.fault, str(child.log))
+            child.has_failed = True  # its process ends by itself, and the end is not to be counted twice
+            dispatcher.start_failed(child.number, message.fault, str(child.log), others_work=others_work)
             return
         case "outcomes":
             dispatcher.report(shard_id, list(message.outcomes))
@@ -158,14 +162,14 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher) -> None:
     child.assignment = None
 
 
-def _note_end(child: _Child, dispatcher: Dispatcher) -> None:
+def _note_end(child: _Child, dispatcher: Dispatcher, *, others_work: bool) -> None:
     """Books the death of a child that had a shard, or was not ready yet."""
     code = child.process.exitcode
     fault = f"{signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     if child.assignment is not None:
         dispatcher.died(child.assignment.shard.shard_id, fault, str(child.log))
-    elif not child.is_ready:
-        dispatcher.start_failed(fault, str(child.log))
+    elif not child.is_ready and not child.has_failed:
+        dispatcher.start_failed(child.number, fault, str(child.log), others_work=others_work)
 
 
 def _wind_up(children: dict[int, _Child], dispatcher: Dispatcher, request: StopRequest) -> None:
@@ -201,6 +205,7 @@ def _child_main(
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
 
+    from pipeline.batching import is_device_lost
     from pipeline.worker import build_worker
 
     try:
@@ -223,6 +228,8 @@ def _child_main(
                 on_outcomes=lambda rows: connection.send(_Message("outcomes", tuple(rows))),
             )
         except Exception as error:
+            if is_device_lost(error):
+                raise  # the next process finds the GPU anew
             traceback.print_exc()
             connection.send(_Message("failed", fault=f"{type(error).__name__}: {error}"))
             continue

@@ -78,10 +78,14 @@ class WorkerActor:
 
     def work(self, assignment: Assignment) -> _Report:
         """Works off a shard."""
+        from pipeline.batching import is_device_lost
+
         assert self._worker is not None
         try:
             self._worker(assignment.shard, attempt=assignment.attempt, on_outcomes=self._keep)
         except Exception as error:
+            if is_device_lost(error):
+                raise  # the next process finds the GPU anew
             traceback.print_exc()
             return _Report("failed", self._take(), f"{type(error).__name__}: {error}")
         return _Report("given_back" if self._worker.is_stopping else "done", self._take())
@@ -175,7 +179,8 @@ class _Crew:
         """Until every shard is done or the run is asked to end."""
         while not self._dispatcher.is_finished and not request:
             for number in range(max_workers):
-                if number not in self._members and len(self._members) < self._dispatcher.unassigned + self._busy():
+                wanted = len(self._members) < self._dispatcher.unassigned + self._busy()
+                if wanted and number not in self._members and self._dispatcher.may_start(number):
                     self._hire(number)
             for member in self._members.values():
                 if member.node_id is not None and member.assignment is None:
@@ -231,7 +236,7 @@ class _Crew:
             return
         if call == "load":
             member.node_id = answer
-            self._dispatcher.worker_ready()
+            self._dispatcher.worker_ready(member.number)
         elif call == "outcomes":
             self._report(answer)
             if member.assignment is not None:
@@ -266,7 +271,8 @@ class _Crew:
         elif shard_id is not None:
             self._dispatcher.died(shard_id, _short(error), str(member.log))
         elif member.node_id is None:
-            self._dispatcher.start_failed(_short(error), str(member.log))
+            others_work = any(each.node_id is not None for each in self._members.values())
+            self._dispatcher.start_failed(member.number, _short(error), str(member.log), others_work=others_work)
 
     def _warn_if_pending(self) -> None:
         if any(member.node_id is not None for member in self._members.values()):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import platform
 import time
 import uuid
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from classifier import CLIP_PREFIX, load_classifier
@@ -26,11 +29,11 @@ from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
-from pipeline.records import Outcome
+from pipeline.records import Outcome, Status
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, read_manifest
-from pipeline.source import SourceError, list_source
+from pipeline.source import Listing, SourceError, list_source
 
 OnOutcomes = Callable[[list[Outcome]], None]
 
@@ -68,6 +71,20 @@ def resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def resolve_run_device(options: RestoreOptions) -> str:
+    """As `resolve_device`, but of the cluster where the run is to take place on one that is there already."""
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    if options.engine == "local" or address is None or options.device == "cpu":
+        return resolve_device(options.device)
+    from jobs.ray_cluster import all_nodes, connected
+
+    with connected(address, threads=1):
+        has_gpu = any(node["Resources"].get("GPU") for node in all_nodes() if node["Alive"])
+    if options.device == "cuda" and not has_gpu:
+        raise UsageError(f"--device cuda: the Ray cluster at {address} has no GPU; use --device cpu or auto")
+    return "cuda" if has_gpu else "cpu"
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """`auto` becomes bfloat16 where the hardware multiplies it natively (CUDA, AMX, AVX-512 BF16), else float32."""
     if dtype != "auto":
@@ -94,7 +111,8 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         listing = list_source(src)
     except SourceError as error:
         raise UsageError(str(error)) from error
-    config = _resolve(options)
+    device = resolve_run_device(options)
+    config = _resolve(options, device)
     directory = RunDirectory(out)
     job = _read_job(directory)
     if job is not None:
@@ -115,15 +133,19 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         source_root=str(src.resolve()),
         config=config,
         code_version=code_version(),
-        device=resolve_device(options.device),
+        device=device,
         threads=torch.get_num_threads(),
     )
     if job is None:
         directory.write_json(directory.job_path, _job_record(context, options))
     try:
-        changes = update_plan(out, listing, limit=options.limit)
+        rows = done(out)
+        _refuse_clashes(listing, rows)
+        fruitless = pc.is_in(rows["status"], pa.array([Status.FAILED, Status.QUARANTINED]))
+        again = rows.filter(fruitless) if options.retry_failed else None
+        changes = update_plan(out, listing, limit=options.limit, again=again)
         shards = load_plan(out)
-        left = shards.without(done(out))
+        left = shards.without(rows)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
     return Job(
@@ -229,9 +251,8 @@ def make_runner(options: RestoreOptions) -> Runner:
     return RayRunner(address=options.address, max_workers=options.max_workers)
 
 
-def _resolve(options: RestoreOptions) -> RunConfig:
+def _resolve(options: RestoreOptions, device: str) -> RunConfig:
     """Loads the weights once, so that a fault of theirs stops the run before the first image."""
-    device = resolve_device(options.device)
     if options.reference is not None and not options.reference.is_dir():
         raise UsageError(f"--reference {options.reference} is not a folder")
     label, sigma = parse_label(options.label)
@@ -265,7 +286,7 @@ def _absolute(name_or_path: str) -> str:
     """A path must mean the same in a worker's working directory; a name stays a name."""
     prefix = CLIP_PREFIX if name_or_path.startswith(CLIP_PREFIX) else ""
     path = Path(name_or_path.removeprefix(prefix))
-    return f"{prefix}{path.resolve()}" if path.exists() else name_or_path
+    return f"{prefix}{path.resolve()}" if path.is_file() else name_or_path
 
 
 def _check_places(src: Path, out: Path) -> None:
@@ -278,11 +299,22 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"OUT {out} is a file; give a folder")
 
 
+def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
+    """A source file that came after a result of its name was written would take that result's place."""
+    names = listing.table["relative_path"]
+    clashes = names.filter(pc.is_in(names, rows["renamed"].drop_null()))
+    if len(clashes):
+        raise UsageError(
+            f"{clashes[0]} in the source has the name under which another image's result was written "
+            f"({len(clashes)} such); rename it, or use another OUT"
+        )
+
+
 def _read_job(directory: RunDirectory) -> dict[str, Any] | None:
     if not directory.job_path.exists():
         return None
     try:
-        job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8"))
+        job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8", errors="surrogateescape"))
         if not {"config", "source_root", "run_id"} <= job.keys():
             raise ValueError("it lacks config, source_root or run_id")
     except ValueError as error:

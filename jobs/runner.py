@@ -18,7 +18,7 @@ from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
 START_DEATHS_ALLOWED = 3
-"""Workers that may end in a row before they have taken a shard."""
+"""Workers that may end in a row before they are ready."""
 
 FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
@@ -78,7 +78,8 @@ class Dispatcher:
         self._reported: dict[str, set[str]] = {}
         """Ids of the images that are done, by shard; of shards that are not done."""
         self._done: set[str] = set()
-        self._start_deaths = 0
+        self._start_deaths: Counter[int] = Counter()
+        """In a row, by the worker's number."""
         self._fruitless: Counter[str] = Counter()
         self._directory.create()
         for path in self._directory.journal_dir.glob("*.json"):
@@ -109,9 +110,9 @@ class Dispatcher:
         self._assigned[assignment.shard.shard_id] = assignment
         return assignment
 
-    def worker_ready(self) -> None:
+    def worker_ready(self, number: int) -> None:
         """A worker has loaded its weights."""
-        self._start_deaths = 0
+        del self._start_deaths[number]
 
     def report(self, shard_id: str, outcomes: list[Outcome]) -> None:
         """Passes on images as they get done; those done again after a death are passed on once."""
@@ -129,7 +130,9 @@ class Dispatcher:
         shard = self._assigned.pop(shard_id).shard
         if any(ref.image_id not in self._reported.get(shard_id, ()) for ref in shard.images):
             # Committed by a worker that died before it could tell.
-            self.report(shard_id, self._directory.rows(shard_id))
+            planned = {(ref.image_id, ref.revision) for ref in shard.images}
+            rows = self._directory.rows(shard_id)
+            self.report(shard_id, [row for row in rows if (row.image_id, row.revision) in planned])
         self._reported.pop(shard_id, None)
         self._done.add(shard_id)
 
@@ -141,25 +144,34 @@ class Dispatcher:
 
     def failed(self, shard_id: str, fault: str, log: str) -> None:
         """The worker lives, but could not go on with the shard (a full disk, for instance)."""
-        self._retry(shard_id, f"the worker failed over it ({fault})", log)
+        self._retry(shard_id, f"the worker failed over it ({fault})", log, blames_image=False)
 
     def died(self, shard_id: str, fault: str, log: str) -> None:
         """The worker's process ended while it had the shard."""
-        self._retry(shard_id, f"its worker died ({fault})", log)
+        journal = Journal(self._directory.journal_dir, shard_id)
+        self._retry(shard_id, f"its worker died ({fault})", log, blames_image=journal.has_in_flight)
 
-    def start_failed(self, fault: str, log: str) -> None:
-        """A worker ended before it was ready. Raises RunError when that happens again and again."""
-        self._start_deaths += 1
-        if self._start_deaths >= START_DEATHS_ALLOWED:
+    def start_failed(self, number: int, fault: str, log: str, *, others_work: bool) -> None:
+        """A worker ended before it was ready.
+
+        Raises RunError when that happens again and again and no other worker is ready; otherwise `may_start` says when
+        it is no longer worth trying.
+        """
+        self._start_deaths[number] += 1
+        deaths = self._start_deaths.total()
+        if deaths >= START_DEATHS_ALLOWED and not others_work:
             raise RunError(
-                f"{self._start_deaths} workers in a row ended before they could take an image ({fault}). "
+                f"{deaths} workers in a row ended before they could take an image ({fault}). "
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
 
-    def _retry(self, shard_id: str, fault: str, log: str) -> None:
+    def may_start(self, number: int) -> bool:
+        """Whether a worker may be started in the place of this number."""
+        return self._start_deaths[number] < START_DEATHS_ALLOWED
+
+    def _retry(self, shard_id: str, fault: str, log: str, *, blames_image: bool) -> None:
         assignment = self._assigned.pop(shard_id)
-        journal = Journal(self._directory.journal_dir, shard_id)
-        if not journal.has_in_flight:
+        if not blames_image:
             self._fruitless[shard_id] += 1
         if self._fruitless[shard_id] >= FRUITLESS_DEATHS_ALLOWED:
             raise RunError(

@@ -33,6 +33,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
+def is_device_lost(error: Exception) -> bool:
+    """Whether a CUDA call failed in a way that leaves the process's GPU unusable; full memory is none."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
 def in_halves(
     batch: Sequence[T],
     work: Callable[[Sequence[T]], None],
@@ -43,12 +48,15 @@ def in_halves(
     """Works on a batch; if that fails, on its halves, down to single items: so a fault stays with its item.
 
     `on_halved` is told of a batch that is about to be tried again in halves, `on_fault` of an item that failed alone.
+    Raises only what shows that the device is lost.
     """
     fault: Exception
     try:
         work(batch)
         return
     except Exception as error:
+        if is_device_lost(error):
+            raise
         # Without its traceback, which would keep the failed batch's tensors alive during the next try.
         fault = error.with_traceback(None)
     if len(batch) == 1:

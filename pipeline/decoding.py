@@ -4,6 +4,7 @@ All functions are pure and may run in many threads at once; Pillow's codecs rele
 """
 
 import io
+import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, cast
 
@@ -16,6 +17,9 @@ from pipeline.records import Stage
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """Pillow's names of what is decoded; other formats are refused, whatever Pillow has a plugin for."""
+
+Image.MAX_IMAGE_PIXELS = None
+"""Pillow's one limit for the whole process; here each call's `max_pixels` decides, before anything is decoded."""
 
 _BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
@@ -92,9 +96,6 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
     """
     if not data:
         raise _fault("empty_file", "the file is empty (0 bytes)")
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        # Pillow has one limit for the whole process and warns above it; `max_pixels` decides here.
-        Image.MAX_IMAGE_PIXELS = max_pixels
     with _open(io.BytesIO(data), data[:16]) as image:
         if image.width * image.height > max_pixels:
             raise _fault(
@@ -106,8 +107,9 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
         try:
             layout = _read_layout(image)
             image.load()
+            _check_end(data, _format_name(image))
             decoded = _to_decoded(image, layout)
-        except ImageFault:
+        except (ImageFault, MemoryError):
             raise
         except Exception as error:
             raise _decoding_fault(error, data, _format_name(image)) from error
@@ -122,8 +124,8 @@ def _open(file: BinaryIO, beginning: bytes) -> Image.Image:
     """A lazily read Pillow image of a known format."""
     try:
         return Image.open(file, formats=READ_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _fault("too_many_pixels", f"refused as a possible decompression bomb: {error}") from error
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:
         likely = _format_by_beginning(beginning)
         if likely is None:
@@ -162,6 +164,31 @@ def _is_cut_short(data: bytes, name: str) -> bool:
         case "GIF":
             return not data.rstrip(b"\0").endswith(b";")
     return False
+
+
+def _check_end(data: bytes, name: str) -> None:
+    """Refuses a PNG or JPEG file whose end was never written: its decoder takes the zeros there for pixels."""
+    if name == "PNG":
+        _check_png_data(data)
+    elif name == "JPEG" and data.endswith(bytes(16)):
+        scan = 2
+        while data[scan : scan + 1] == b"\xff" and data[scan + 1] != 0xDA:
+            scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+        if data.find(b"\xff\xd9", scan) < 0:
+            raise _fault(
+                "truncated", f"the JPEG file ends in {len(data) - len(data.rstrip(bytes(1)))} zeros, unfinished"
+            )
+
+
+def _check_png_data(data: bytes) -> None:
+    """Holds compressed pixels against their checksums, which Pillow does not."""
+    view, at = memoryview(data), len(_BEGINNINGS["PNG"][0])
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise _fault("unreadable", "the PNG file is damaged: the checksum of its pixels is wrong")
+        at = len(data) if kind == b"IEND" else end + 4
 
 
 def _states_no_pixels(data: bytes, name: str) -> bool:

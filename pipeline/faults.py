@@ -4,7 +4,7 @@
 
 Actions: `kill` ends the process with SIGKILL; `stall` writes the process id into the file that
 `DFPIR_FAULT_MARKER` names and sleeps until the process is killed; `raise` raises `RuntimeError`; `exhaust`
-raises `MemoryError`.
+raises `MemoryError`; `fill` raises the `OSError` of a full disk.
 
 Points, in the order of an image's way, and their details:
 
@@ -18,6 +18,7 @@ Points, in the order of an image's way, and their details:
 | `after-part` | a manifest part has its name | shard id |
 """
 
+import errno
 import os
 import signal
 import time
@@ -46,8 +47,10 @@ def fault_point(point: str, detail: str) -> None:
             raise RuntimeError(f"fault asked for at {place}")
         case "exhaust":
             raise MemoryError(f"fault asked for at {place}")
+        case "fill":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case _:
-            raise ValueError(f"{FAULT}={spec!r}: the action must be kill, stall, raise or exhaust")
+            raise ValueError(f"{FAULT}={spec!r}: the action must be kill, stall, raise, exhaust or fill")
 
 
 def fault_environment() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """One image on its way through a worker: what it holds in memory, and the facts that become its row."""
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.batching import is_out_of_memory
+from pipeline.batching import is_device_lost, is_out_of_memory
 from pipeline.images import DecodedImage, ImageFault, Pixels, to_uint8
-from pipeline.records import ImageRef, Outcome, Stage, Status
+from pipeline.records import ImageRef, Outcome, Stage, Status, printable
+
+FULL_OR_READ_ONLY = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+
+
+class SourceGoneError(Exception):
+    """The folder of all source images cannot be reached any more."""
+
+
+def is_of_machine(error: Exception, stage: Stage) -> bool:
+    """Whether the next image would fare no better: results cannot be written, the source or the GPU is gone."""
+    if isinstance(error, SourceGoneError) or is_device_lost(error):
+        return True
+    return stage is Stage.WRITE and isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY
 
 
 @dataclass(eq=False)
@@ -67,22 +81,28 @@ class Item:
         if isinstance(error, ImageFault):
             stage, error_class, message = error.stage, error.error_class, str(error)
         elif is_out_of_memory(error):
-            size = f"{self.facts.get('width')} x {self.facts.get('height')}"
-            error_class, message = "out_of_memory", f"memory ran out for this {size} image alone: {error}"
+            width, height = (self.facts.get(side) for side in ("width", "height"))
+            alone = f"for this {width} x {height} image alone" if width else "while this image was read"
+            error_class, message = "out_of_memory", f"memory ran out {alone}" + (f": {error}" if str(error) else "")
         elif isinstance(error, OSError):
             error_class = type(error).__name__
             message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         else:
             error_class, message = type(error).__name__, str(error) or type(error).__name__
-        self.facts.update(stage=stage, error_class=error_class, error_message=message)
+        self.facts.update(stage=stage, error_class=error_class, error_message=printable(message))
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
-        """The boundary of a stage: times it, and turns whatever it raises into a `failed` row."""
+        """The boundary of a stage: times it, and turns what it raises into a `failed` row.
+
+        Raises what is no image's fault (`is_of_machine`), so that the work stops instead of failing all that is left.
+        """
         started = time.perf_counter()
         try:
             yield
         except Exception as error:
+            if is_of_machine(error, stage):
+                raise
             self.fail(stage, error)
         finally:
             self.add_ms(stage, (time.perf_counter() - started) * 1000)
@@ -97,7 +117,7 @@ class Item:
             source_modified=self.ref.modified,
             revision=self.ref.revision,
             status=self.status,
-            warnings=tuple(self.warnings),
+            warnings=tuple(map(printable, self.warnings)),
             finished_at=datetime.now(UTC),
             **self.facts,
         )

@@ -6,6 +6,7 @@ once the image has been dealt with. An id found at the start of an attempt is th
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 DEATHS_TO_QUARANTINE = 2
@@ -19,7 +20,8 @@ class Journal:
         self._path = journal_dir / f"{shard_id}.json"
         self._in_flight: str | None = None
         self._deaths: dict[str, int] = {}
-        if self._path.exists():
+        # A machine that lost its power may leave the file empty.
+        with suppress(FileNotFoundError, ValueError):
             content = json.loads(self._path.read_text(encoding="utf-8"))
             self._in_flight, self._deaths = content["in_flight"], content["deaths"]
 
@@ -58,7 +60,11 @@ class Journal:
     def end(self) -> None:
         """No image is in hand."""
         self._in_flight = None
-        self._write()
+        try:
+            self._write()
+        except OSError:
+            self.remove()  # a full disk is no image's fault: the next attempt must not find one in hand
+            raise
 
     def forgive(self) -> None:
         """The image in hand did not cause the death: the machine went away, or the whole run was ended."""

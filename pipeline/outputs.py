@@ -1,8 +1,10 @@
 """Where an image's output goes, and where its reference is."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from pipeline.source import IMAGE_EXTENSIONS
@@ -57,6 +59,7 @@ class Match:
 class ReferenceIndex:
     """References under a directory, found by relative path without extension.
 
+    Folders are listed as they are needed, and a few are kept: those of a data set would fill a worker's memory.
     Raises ValueError if `root` is not a directory.
     """
 
@@ -64,30 +67,28 @@ class ReferenceIndex:
         if not root.is_dir():
             raise ValueError(f"reference {root} is not a directory; give the folder of reference images")
         self.root = root.resolve()
-        found: dict[str, list[Path]] = {}
-        for directory, folders, names in os.walk(self.root):
-            folders.sort()
-            for name in sorted(names):
-                path = Path(directory, name)
-                if path.suffix.lower() in IMAGE_EXTENSIONS:
-                    found.setdefault(_without_extension(path.relative_to(self.root).as_posix()), []).append(path)
-        self._by_stem = found
-
-    def __len__(self) -> int:
-        return sum(len(paths) for paths in self._by_stem.values())
+        self._images_in = lru_cache(maxsize=8)(_images_in)
 
     def find(self, relative_path: str) -> Match | None:
         """The reference of a source image, or None.
 
         Among several files of that stem the one with the source's own extension wins, else the first by name.
         """
-        paths = self._by_stem.get(_without_extension(relative_path), [])
+        wanted = PurePosixPath(relative_path)
+        folder = self.root / wanted.parent
+        names = self._images_in(folder)
+        stem = os.path.splitext(wanted.name)[0]
+        first, last = (bisect_left(names, stem + end) for end in (".", "/"))  # in order, "/" follows "."
+        paths = [folder / name for name in names[first:last] if os.path.splitext(name)[0] == stem]
         if not paths:
             return None
-        suffix = PurePosixPath(relative_path).suffix
-        best = next((path for path in paths if path.suffix == suffix), paths[0])
+        best = next((path for path in paths if path.suffix == wanted.suffix), paths[0])
         return Match(best, tuple(path for path in paths if path != best))
 
 
-def _without_extension(relative_path: str) -> str:
-    return PurePosixPath(relative_path).with_suffix("").as_posix()
+def _images_in(folder: Path) -> list[str]:
+    """Names of image files, sorted; none if there is no such folder."""
+    try:
+        return sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

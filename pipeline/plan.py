@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.images import Header, ImageFault, encoded_format, read_header
 from pipeline.records import IMAGE_REF_SCHEMA, Shard, to_refs
-from pipeline.sink import PARTIAL_SUFFIX
+from pipeline.sink import PARTIAL_SUFFIX, sync_folder
 from pipeline.source import Listing, local_path
 
 MAX_SHARD_BYTES = 64 * 2**20
@@ -85,12 +85,13 @@ class Shards(Sequence[Shard]):
 class PlanChanges:
     """What a listing added to the plan.
 
-    `new` and `changed` count images, and `shards` hold both. `vanished` counts those that are no longer in the
-    source; the ones without a row end as failed rows.
+    `new`, `changed` and `again` (done again on request) count images, and `shards` hold all of them. `vanished` counts
+    those that are no longer in the source; the ones without a row end as failed rows.
     """
 
     new: int
     changed: int
+    again: int
     vanished: int
     shards: Shards
 
@@ -114,12 +115,15 @@ def cut_shards(images: pa.Table, *, first_index: int = 0) -> Shards:
     return Shards(images.select(IMAGE_REF_SCHEMA.names).add_column(0, PLAN_SCHEMA.field("shard_id"), column))
 
 
-def update_plan(run_dir: Path | str, listing: Listing, *, limit: int | None = None) -> PlanChanges:
+def update_plan(
+    run_dir: Path | str, listing: Listing, *, limit: int | None = None, again: pa.Table | None = None
+) -> PlanChanges:
     """Brings a plan up to date with its source; the first call makes it.
 
     Shards that exist stay as they are. New files go into new shards; so do files whose size or time
-    has changed, with their revision raised by one. A file that can no longer be examined counts as vanished.
-    `limit` leaves out of the listing what lies behind that many images and is not planned yet.
+    has changed, and those in `again` (columns `image_id` and `revision`), with their revision raised by one. A file
+    that can no longer be examined counts as vanished. `limit` leaves out of the listing what lies behind that many
+    images and is not planned yet.
     """
     generations = _read_plan(run_dir)
     planned = _latest(generations)
@@ -136,15 +140,18 @@ def update_plan(run_dir: Path | str, listing: Listing, *, limit: int | None = No
 
     differs = pc.or_(differing("size_bytes"), pc.fill_null(differing("modified"), True))
     differs = pc.and_(differs, pc.is_valid(listed["modified"].take(known)))
-    revisions = pc.add(planned["revision"].take(before.filter(differs)), 1)
-    changed = _with_revision(listed.take(known.filter(differs)), revisions)
+    repeats = pc.is_in(_keys(planned.take(before)), _keys(again)) if again else pa.scalar(False)
+    anew = pc.or_(differs, repeats)
+    revisions = pc.add(planned["revision"].take(before.filter(anew)), 1)
+    changed = _with_revision(listed.take(known.filter(anew)), revisions)
     present = _where(listed, pc.is_valid(listed["modified"]))["image_id"]
     gone = pc.and_(pc.is_valid(planned["modified"]), pc.invert(pc.is_in(planned["image_id"], present)))
     first_index = 1 + int(generations["shard_id"][-1].as_py()) if generations.num_rows else 0
     shards = cut_shards(pa.concat_tables([new, changed]), first_index=first_index)
     if shards:
         _write_generation(Path(run_dir) / "plan", shards.table)
-    return PlanChanges(new.num_rows, changed.num_rows, pc.sum(gone).as_py() or 0, shards)
+    differing_count, gone_count = (pc.sum(mask).as_py() or 0 for mask in (differs, gone))
+    return PlanChanges(new.num_rows, differing_count, changed.num_rows - differing_count, gone_count, shards)
 
 
 def load_plan(run_dir: Path | str) -> Shards:
@@ -215,11 +222,7 @@ def _write_generation(folder: Path, table: pa.Table) -> None:
         os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)
 
 
 # What a run will take

@@ -47,6 +47,11 @@ def image_id(relative_path: str) -> str:
     return hashlib.blake2b(relative_path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
+def printable(text: str) -> str:
+    """Text in valid UTF-8, with each byte of a file name that is none written `%XX`; unchanged if it already is."""
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """A source image without its pixels."""

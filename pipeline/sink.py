@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.faults import fault_point
@@ -75,7 +76,7 @@ class RunDirectory:
         """Writes or replaces a JSON file of the run in one step."""
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
         _write_whole(path, (text + "\n").encode("utf-8", "surrogateescape"))
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def image_path(self, relative_path: str) -> Path:
         """Where a result lies; raises ValueError for a path that leads out of `images/`."""
@@ -101,12 +102,15 @@ class RunDirectory:
         Raises OSError where the file system cannot (another device, no hard links): never copies instead.
         """
         path = self.image_path(relative_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_name(path)
-        os.link(source, temporary)
-        fault_point("before-rename", path.name)
-        os.replace(temporary, path)
-        # Renaming one link of a file over another does nothing and leaves the temporary name.
-        temporary.unlink(missing_ok=True)
+        os.link(source.resolve(), temporary)  # of the file itself, where the source is a symbolic link to it
+        try:
+            fault_point("before-rename", path.name)
+            os.replace(temporary, path)
+        finally:
+            # Renaming one link of a file over another does nothing and leaves the temporary name.
+            temporary.unlink(missing_ok=True)
         fault_point("after-image", relative_path)
         return Written(path, hashlib.sha256(data).hexdigest(), len(data))
 
@@ -130,7 +134,7 @@ class RunDirectory:
         if path.exists():
             raise FileExistsError(errno.EEXIST, "a manifest part of this name exists already", str(path))
         _write_whole(path, buffer.getvalue().to_pybytes())
-        _sync_folder(self.manifest_dir)
+        sync_folder(self.manifest_dir)
         fault_point("after-part", shard_id)
         return path
 
@@ -198,7 +202,7 @@ class RunDirectory:
                 path = self.root / outcome.output_uri
                 folders.update(p for p in path.parents if p == self.images_dir or self.images_dir in p.parents)
         for folder in sorted(folders):
-            _sync_folder(folder)
+            sync_folder(folder)
 
 
 def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHEMA.names) -> pa.Table:
@@ -214,8 +218,22 @@ def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHE
 
 
 def done(run_dir: Path | str) -> pa.Table:
-    """Columns `image_id` and `revision` of everything that has a row, whatever its status."""
-    return _read_parts(RunDirectory(run_dir).parts(), ["image_id", "revision"])
+    """What has a row, whatever its status: columns `image_id`, `revision`, `status` and `renamed`.
+
+    `renamed` is the path below `images/` of a result that has another name than its source, and null elsewhere.
+    """
+    directory = RunDirectory(run_dir)
+    prefix = directory.uri(directory.images_dir) + "/"
+
+    def shortened(part: Path) -> pa.Table:
+        rows = _read_part(part, ["image_id", "relative_path", "status", "output_uri", "revision"])
+        name = pc.replace_substring_regex(rows["output_uri"], f"^{prefix}", "")
+        renamed = pc.if_else(pc.not_equal(name, rows["relative_path"]), name, None)
+        return rows.select(["image_id", "revision", "status"]).append_column("renamed", renamed)
+
+    empty = MANIFEST_SCHEMA.empty_table().select(["image_id", "revision", "status"])
+    empty = empty.append_column("renamed", pa.array([], pa.string()))
+    return pa.concat_tables([empty, *map(shortened, directory.parts())])
 
 
 def _read_parts(parts: Sequence[Path], columns: list[str]) -> pa.Table:
@@ -249,7 +267,7 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Temporary name, fsync, rename. The folder's entry is durable only after `_sync_folder`."""
+    """Temporary name, fsync, rename. The folder's entry is durable only after `sync_folder`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
@@ -264,7 +282,8 @@ def _write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the entries of a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

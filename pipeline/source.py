@@ -16,7 +16,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from pipeline.images import ImageFault
-from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, Stage, first_rows, image_id, to_refs
+from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, Stage, first_rows, image_id, printable, to_refs
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"})
 """In lower case; a file with one of them, in any case, is a candidate."""
@@ -115,7 +115,7 @@ def _list_folder(src: Path) -> Listing:
     table = _to_table(candidates())
     if rewritten:
         table = _with_rewritten(table, rewritten)
-    skipped = tuple(sorted(_printable(os.path.relpath(path, root)) for path in unreadable))
+    skipped = tuple(sorted(printable(os.path.relpath(path, root)) for path in unreadable))
     if "." in skipped:
         raise SourceError(f"source {src} cannot be listed", hint="check its permissions")
     if not table.num_rows:
@@ -207,8 +207,8 @@ def _row(true_name: str, path: str, status: os.stat_result | None) -> _Row:
     """A candidate; `true_name` is its path below the source."""
     uri = "file://" + quote_from_bytes(os.fsencode(path))
     if status is None or not stat.S_ISREG(status.st_mode):
-        return image_id(true_name), _printable(true_name), uri, 0, None
-    return image_id(true_name), _printable(true_name), uri, status.st_size, status.st_mtime_ns // 1000
+        return image_id(true_name), printable(true_name), uri, 0, None
+    return image_id(true_name), printable(true_name), uri, status.st_size, status.st_mtime_ns // 1000
 
 
 def _to_table(rows: Iterator[_Row]) -> pa.Table:
@@ -248,6 +248,14 @@ def fetch(ref: ImageRef) -> bytes:
         raise ImageFault(Stage.FETCH, "unreadable", f"the file cannot be read: {error.strerror or error}") from error
 
 
+def is_gone(source_root: str) -> bool:
+    """Whether a source has vanished as a whole: an unmounted folder is not there, or empty."""
+    try:
+        return stat.S_ISDIR(os.stat(source_root).st_mode) and not os.listdir(source_root)
+    except OSError:
+        return True
+
+
 def _walk(directory: str, unreadable: list[str]) -> Iterator["os.DirEntry[str]"]:
     """All entries below a directory that are not folders themselves, in the order of their paths."""
     try:
@@ -263,8 +271,3 @@ def _walk(directory: str, unreadable: list[str]) -> Iterator["os.DirEntry[str]"]
             yield from _walk(entry.path, unreadable)
         else:
             yield entry
-
-
-def _printable(path: str) -> str:
-    """A path in valid UTF-8; unchanged if it already is."""
-    return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in path)

@@ -4,17 +4,16 @@ Each function leaves a fault as the item's `failed` row and never raises for it;
 """
 
 import hashlib
-from pathlib import PurePosixPath
 
 from pipeline.faults import fault_point
 from pipeline.images import decode, encode, encoded_format, to_uint8
-from pipeline.item import Item
+from pipeline.item import Item, SourceGoneError
 from pipeline.metrics import change_rmse_255, clipped_fraction, psnr_db, ssim
 from pipeline.outputs import ReferenceIndex, restored_name
 from pipeline.records import Stage
 from pipeline.run_config import RunConfig
 from pipeline.sink import RunDirectory, Written
-from pipeline.source import fetch, local_path
+from pipeline.source import fetch, is_gone, local_path
 
 SUSPICIOUS_CLIPPED = 0.2
 """A result is suspicious if black and white samples make up that much more of it than of its input."""
@@ -23,8 +22,8 @@ SUSPICIOUS_CHANGE_255 = 100.0
 """A result is suspicious if it moved by more than this root mean square, on the 0..255 scale."""
 
 
-def load(item: Item, config: RunConfig) -> None:
-    """Fetches and decodes."""
+def load(item: Item, config: RunConfig, *, source_root: str) -> None:
+    """Fetches and decodes. Raises SourceGoneError when no image of the source can be fetched any more."""
     with item.stage(Stage.FETCH):
         item.data = fetch(item.ref)
         item.facts.update(source_bytes=len(item.data), source_sha256=hashlib.sha256(item.data).hexdigest())
@@ -33,6 +32,8 @@ def load(item: Item, config: RunConfig) -> None:
                 f"the file changed after it was planned: {item.ref.size_bytes:,} bytes then, {len(item.data):,} now"
             )
     if item.has_failed:
+        if is_gone(source_root):
+            raise SourceGoneError(f"the source {source_root} cannot be reached any more, or is empty")
         return
     with item.stage(Stage.DECODE):
         fault_point("decode", item.ref.relative_path)
@@ -51,7 +52,6 @@ def measure_input(item: Item, references: ReferenceIndex | None, config: RunConf
     if match is None or item.has_failed:
         return
     with item.stage(Stage.MEASURE):
-        item.facts["reference_uri"] = match.path.as_uri()
         if match.others:
             names = ", ".join(path.name for path in match.others)
             item.warnings.append(f"several references match: {match.path.name} was taken, not {names}")
@@ -67,7 +67,9 @@ def measure_input(item: Item, references: ReferenceIndex | None, config: RunConf
             item.warnings.append(f"not measured: the reference is {theirs} pixels, the image {ours}")
             return
         item.reference = reference
-        item.facts.update(psnr_input_db=psnr_db(seen, reference), ssim_input=ssim(seen, reference))
+        item.facts.update(
+            reference_uri=match.path.as_uri(), psnr_input_db=psnr_db(seen, reference), ssim_input=ssim(seen, reference)
+        )
 
 
 def measure_result(item: Item) -> None:
@@ -100,12 +102,13 @@ def write(item: Item, directory: RunDirectory, config: RunConfig) -> None:
     with item.stage(Stage.ENCODE):
         encoded = encode(item.decoded(), item.restored, format=config.output_format, quality=config.quality)
         item.warnings.extend(encoded.warnings)
+        source, relative_path = local_path(item.ref.uri), item.ref.relative_path
         name = restored_name(
-            item.ref.relative_path,
+            relative_path,
             source_format=item.decoded().source_format,
             output_format=encoded_format(item.decoded().source_format, config.output_format),
             option=config.output_format,
-            taken=lambda path: local_path(item.ref.uri).with_name(PurePosixPath(path).name).exists(),
+            taken=lambda path: source.with_name(source.name + path.removeprefix(relative_path)).exists(),
         )
     if item.has_failed:
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -65,6 +65,53 @@ class Ledger:
             self._directory.commit_part(self._shard_id, self._rows)
             self._rows = []
         self._last_commit = time.monotonic()
+
+
+class ReadAhead:
+    """Loads images in their order, some ahead of need: as many as a window has, until they hold as many pixels.
+
+    A load begins when another one ends, so that only those under way at that moment go beyond the limit of pixels.
+    """
+
+    def __init__(self, refs: Sequence[ImageRef], load: Callable[[ImageRef], Item], *, threads: int) -> None:
+        self._waiting, self._load, self._threads = deque(refs), load, threads
+        self._ahead = deque[Future[Item]]()
+        self._readers = ThreadPoolExecutor(threads, "read")
+        self._lock = threading.RLock()  # a load that has ended at once calls back from within `_begin`
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._waiting.clear()
+        self._readers.shutdown(cancel_futures=True)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every image has been handed out."""
+        return not self._ahead and not self._waiting
+
+    def next(self) -> Item:
+        """The next image, once it is loaded. Raises what loading it raised; IndexError after the last."""
+        with self._lock:
+            future = self._ahead.popleft()
+            self._begin()
+        return future.result()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                return
+            ended = [future for future in self._ahead if future.done()]
+            held = sum(_pixels(future.result()) for future in ended if not future.exception())
+            room = min(WINDOW_IMAGES - len(self._ahead), self._threads - (len(self._ahead) - len(ended)))
+            room = min(room, len(self._waiting)) if held < WINDOW_PIXELS else 0
+            begun = [self._readers.submit(self._load, self._waiting.popleft()) for _ in range(room)]
+            self._ahead.extend(begun)
+        for future in begun:
+            future.add_done_callback(lambda _: self._begin())
 
 
 class Worker:
@@ -128,41 +175,27 @@ class Worker:
     def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger) -> None:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
         threads = codec_threads(self._context.device, self._context.threads)
-        with ThreadPoolExecutor(threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
+        with (
+            ThreadPoolExecutor(threads, "write") as writers,
+            ReadAhead(refs, lambda ref: self._load(ref, base), threads=threads) as ahead,
+        ):
             finishing: deque[Future[Item]] = deque()
-            try:
-                for window in self._windows(refs, base, readers):
-                    for batch in self._prepared_batches(window):
-                        if not self.is_stopping:
-                            self._restore(batch)
-                            self._finish_behind(batch, writers, finishing, ledger)
-                    if self.is_stopping:
-                        break
-            finally:
-                readers.shutdown(wait=False, cancel_futures=True)
+            for window in self._windows(ahead):
+                for batch in self._prepared_batches(window):
+                    if not self.is_stopping:
+                        self._restore(batch)
+                        self._finish_behind(batch, writers, finishing, ledger)
             while finishing:
                 ledger.add(finishing.popleft().result().outcome())
 
-    def _windows(
-        self, refs: Sequence[ImageRef], base: dict[str, Any], readers: ThreadPoolExecutor
-    ) -> Iterator[list[Item]]:
-        """Loaded images, some at a time; the next ones are read meanwhile, as long as they are not too large."""
-        waiting, ahead = deque(refs), deque[Future[Item]]()
-
-        def read_ahead() -> None:
-            ready = sum(_pixels(future.result()) for future in ahead if future.done())
-            while waiting and len(ahead) < WINDOW_IMAGES and (ready < WINDOW_PIXELS or not ahead):
-                ahead.append(readers.submit(self._load, waiting.popleft(), base))
-
+    def _windows(self, ahead: ReadAhead) -> Iterator[list[Item]]:
+        """Loaded images, some at a time."""
         window: list[Item] = []
-        read_ahead()
-        while ahead and not self.is_stopping:
-            window.append(ahead.popleft().result())
-            read_ahead()
-            if len(window) == WINDOW_IMAGES or sum(map(_pixels, window)) >= WINDOW_PIXELS or not ahead:
+        while not ahead.is_empty and not self.is_stopping:
+            window.append(ahead.next())
+            if len(window) == WINDOW_IMAGES or sum(map(_pixels, window)) >= WINDOW_PIXELS or ahead.is_empty:
                 yield window
                 window = []
-                read_ahead()
 
     def _finish_behind(
         self, batch: Sequence[Item], writers: ThreadPoolExecutor, finishing: deque[Future[Item]], ledger: Ledger
@@ -196,7 +229,7 @@ class Worker:
 
     def _load(self, ref: ImageRef, base: dict[str, Any]) -> Item:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
-        load(item, self._config)
+        load(item, self._config, source_root=self._context.source_root)
         measure_input(item, self._references, self._config)
         return item
 

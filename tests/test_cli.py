@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from synthetic_weights import write_tiny_model
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
 
 runner = CliRunner()
@@ -283,3 +285,57 @@ def test_a_restorer_is_trained_from_a_configuration(tmp_path: Path) -> None:
     code, _, said = invoke(*command)
     assert code == 2
     assert f"{config}: data is missing" in said
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_the_same_command_goes_on(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULT, "fill:before-rename:coffee.jpg")
+    code, _, stderr = restore(photographs, tmp_path / "out", weights, "--label", "rain")
+    assert code == 1
+    assert "No space left on device" in stderr
+    assert "the same command goes on" in stderr
+    monkeypatch.delenv(FAULT)
+    code, stdout, _ = restore(photographs, tmp_path / "out", weights, "--label", "rain", "--json")
+    assert (code, json.loads(stdout)["counts"]["restored"]) == (0, 2)
+
+
+def test_failed_images_are_done_again_on_request(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    whole = (photographs / "astronaut.png").read_bytes()
+    cut = photographs / "cut.png"
+    cut.write_bytes(whole[:3000] + bytes(len(whole) - 3000))
+    times = cut.stat().st_atime_ns, cut.stat().st_mtime_ns
+    command = (photographs, tmp_path / "out", weights, "--label", "rain", "--max-failed-fraction", "1", "--json")
+    assert json.loads(restore(*command)[1])["counts"]["failed"] == 1
+    cut.write_bytes(whole)
+    os.utime(cut, ns=times)  # nothing tells that the file is another one
+    assert json.loads(restore(*command)[1])["counts"]["failed"] == 1
+    code, stdout, stderr = restore(*command, "--retry-failed")
+    summary = json.loads(stdout)
+    assert code == 0
+    assert "1 again" in stderr
+    assert (summary["counts"]["restored"], summary["counts"]["failed"], summary["done_before"]) == (3, 0, 2)
+    rows = {row["relative_path"]: row["revision"] for row in read_manifest(tmp_path / "out").to_pylist()}
+    assert rows == {"astronaut.png": 0, "cut.png": 1, "holiday/coffee.jpg": 0}
+    assert json.loads(restore(*command, "--retry-failed")[1])["done_before"] == 3
+
+
+def test_a_file_that_would_take_the_place_of_a_result_is_refused(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    command = (photographs, tmp_path / "out", weights, "--label", "rain", "--format", "png")
+    assert restore(*command)[0] == 0
+    before = tree(tmp_path / "out")
+    assert "images/holiday/coffee.jpg.png" in before
+    (photographs / "holiday" / "coffee.jpg.png").write_bytes((photographs / "astronaut.png").read_bytes())
+    code, _, stderr = restore(*command)
+    assert code == 2
+    assert "holiday/coffee.jpg.png in the source has the name" in stderr
+    assert tree(tmp_path / "out") == before
+
+
+def test_names_in_brackets_are_told_as_they_are(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    out = tmp_path / "a[/b] [red]"
+    code, stdout, _ = restore(photographs, out, weights, "--label", "rain")
+    assert code == 0
+    assert "a[/b][red]/images" in "".join(stdout.split())

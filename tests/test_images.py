@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, JpegImagePlugin
 
+from pipeline import decoding
 from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
 from pipeline.records import Stage
 
@@ -390,10 +391,21 @@ def test_pixel_limit_counts_exactly():
     assert "20 x 10 = 200 pixels; the limit is 199" in str(fault)
 
 
-def test_limit_of_pillow_gives_way_to_ours(monkeypatch, recwarn):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    assert decode(file_bytes(Image.fromarray(picture(10, 20)), "PNG"), max_pixels=200).width == 20
+def test_pillow_has_no_limit_of_its_own(recwarn):
+    data = file_bytes(Image.new("1", (20_000, 10_000)), "PNG")  # twice what Pillow refuses by default
+    assert read_header(io.BytesIO(data)).width == 20_000
+    assert fault_of(data, max_pixels=199_999_999).error_class == "too_many_pixels"
     assert not list(recwarn)
+
+
+def test_full_memory_is_no_damage_of_the_file(monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    data = file_bytes(Image.fromarray(picture(10, 20)), "PNG")
+    monkeypatch.setattr(decoding, "_to_decoded", exhausted)
+    with pytest.raises(MemoryError):
+        decode(data, max_pixels=200)
 
 
 def test_header_is_read_without_the_pixels():
@@ -436,6 +448,20 @@ def test_a_file_cut_anywhere_is_a_fault_or_whole(name):
     assert "truncated" in faults
     assert faults <= {"empty_file", "truncated", "not_an_image", "unreadable"}
     assert fault_of(data[: len(data) // 2]).error_class == "truncated"
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG"])
+def test_a_file_whose_end_was_never_written_is_a_fault(name):
+    """What a power cut leaves of a file: its size, and zeros."""
+    data = file_bytes(Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)), name)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        kept = round(share * len(data))
+        assert fault_of(data[:kept] + bytes(len(data) - kept)).error_class in {"unreadable", "truncated"}
+
+
+def test_zeros_behind_a_jpeg_are_no_fault():
+    data = file_bytes(Image.fromarray(picture(10, 20)), "JPEG")
+    assert read(data + bytes(100)).pixels.shape == (10, 20, 3)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,4 +1,7 @@
+import errno
 from pathlib import Path
+
+import pytest
 
 from pipeline.journal import Journal
 
@@ -47,3 +50,24 @@ def test_shards_have_journals_of_their_own_and_leave_nothing_when_done(tmp_path:
     assert Journal(tmp_path, "t").is_empty
     journal.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_that_a_power_cut_left_empty_is_none(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_bytes(b"")
+    journal = Journal(tmp_path, "s")
+    assert journal.is_empty
+    journal.begin("a")
+    assert Journal(tmp_path, "s").has_in_flight
+
+
+def test_a_full_disk_leaves_no_image_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, "s")
+    journal.begin("a")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        journal.end()
+    assert Journal(tmp_path, "s").count_death() is None

@@ -94,6 +94,18 @@ def test_workers_that_die_at_the_start_end_the_run_with_their_log(
     assert rows_of(run) == {}
 
 
+def test_a_worker_that_cannot_start_leaves_the_work_to_the_others(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([f"{number:02}.png" for number in range(12)], per_shard=2)
+    monkeypatch.setenv(FAULT, "raise:start:local-1")
+    drive(LocalRunner(max_workers=2), run.context, run.shards)
+    rows = check_complete(run)
+    assert {row["status"] for row in rows.values()} == {"restored"}
+    assert {row["worker_id"] for row in rows.values()} == {"local-0"}
+    assert {row["attempt"] for row in rows.values()} == {1}
+
+
 def test_other_weights_than_the_run_was_started_with_are_refused_in_words(make_run: MakeRun) -> None:
     run = make_run(NAMES, weights_sha256="f" * 64)
     with pytest.raises(RunError, match="the run was started with ffff"):

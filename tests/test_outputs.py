@@ -63,7 +63,6 @@ def fill(root, *paths):
 def test_reference_is_found_by_path_without_extension(tmp_path):
     fill(tmp_path, "a/one.png", "a/two.jpg", "two.png", "notes.txt", "x.y.png")
     index = ReferenceIndex(tmp_path)
-    assert len(index) == 4
     assert index.find("a/one.jpg").path == tmp_path.resolve() / "a/one.png"
     assert index.find("a/two.jpg").path.name == "two.jpg"
     assert index.find("x.y.jpg").path.name == "x.y.png"
@@ -84,3 +83,13 @@ def test_ambiguous_references_are_named_and_the_own_extension_wins(tmp_path):
 def test_missing_reference_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="is not a directory"):
         ReferenceIndex(tmp_path / "none")
+
+
+def test_references_of_one_beginning_are_told_apart(tmp_path):
+    fill(tmp_path, "a.png", "a.b.png", "a.png.jpg", "a-b.png", "ab.png", "A.JPG")
+    index = ReferenceIndex(tmp_path)
+    found = {name: index.find(name).path.name for name in ("a.tif", "a.b.tif", "a.png.tif", "a-b.tif", "A.tif")}
+    assert found == {
+        "a.tif": "a.png", "a.b.tif": "a.b.png", "a.png.tif": "a.png.jpg", "a-b.tif": "a-b.png", "A.tif": "A.JPG",
+    }  # fmt: skip
+    assert index.find("a.tif").others == ()

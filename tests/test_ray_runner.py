@@ -11,11 +11,14 @@ from PIL import Image
 from run_driver import drive
 from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process
 
+from jobs import ray_cluster as ray_cluster_module
 from jobs import ray_runner
+from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, measure_room
 from jobs.ray_runner import RayRunner
+from jobs.restore import resolve_run_device
 from jobs.runner import RunError, RunInterruptedError
 from pipeline.faults import FAULT, MARKER
 
@@ -179,3 +182,20 @@ def test_a_death_with_its_machine_is_told_from_one_alone(monkeypatch: pytest.Mon
     assert not ray_runner._node_is_gone(alone, ActorDiedError())
     assert ray_runner._node_is_gone(with_machine, ActorDiedError())
     assert ray_runner._node_is_gone(alone, RayActorError(preempted=True))
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
+def test_the_cluster_decides_about_the_device(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, gpus: int, device: str
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": float(gpus)}}]
+    monkeypatch.setattr(ray_cluster_module, "all_nodes", lambda: nodes)
+    options = RestoreOptions(address="there:6379")
+    assert resolve_run_device(options) == device
+    wanted = options.model_copy(update={"device": "cuda"})
+    if gpus:
+        assert resolve_run_device(wanted) == "cuda"
+    else:
+        with pytest.raises(UsageError, match="the Ray cluster at there:6379 has no GPU"):
+            resolve_run_device(wanted)
+    assert resolve_run_device(options.model_copy(update={"device": "cpu"})) == "cpu"

@@ -8,7 +8,7 @@ from tiny_runs import TinyRun
 
 from jobs.runner import Dispatcher, RunError, stop_on_signals
 from pipeline.journal import Journal
-from pipeline.records import ImageRef, Outcome, Status
+from pipeline.records import ImageRef, Outcome, Shard, Status
 
 MakeRun = Callable[..., TinyRun]
 
@@ -67,13 +67,51 @@ def test_what_an_ended_run_had_in_hand_is_not_blamed(run: TinyRun) -> None:
 
 def test_workers_that_cannot_start_end_the_run_with_the_log(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
-    for _ in range(2):
-        dispatcher.start_failed("SIGKILL", "logs/worker-0.log")
-    dispatcher.worker_ready()
-    for _ in range(2):
-        dispatcher.start_failed("SIGKILL", "logs/worker-0.log")
+
+    def fail(number: int) -> None:
+        dispatcher.start_failed(number, "SIGKILL", "logs/worker-0.log", others_work=False)
+
+    fail(0)
+    fail(0)
+    dispatcher.worker_ready(0)
+    fail(0)
+    fail(1)
     with pytest.raises(RunError, match=r"3 workers in a row.*SIGKILL.*logs/worker-0\.log"):
-        dispatcher.start_failed("SIGKILL", "logs/worker-0.log")
+        fail(0)
+
+
+def test_a_worker_that_cannot_start_is_given_up_while_others_work(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    dispatcher.worker_ready(0)
+    for _ in range(3):
+        assert dispatcher.may_start(1)
+        dispatcher.start_failed(1, "SIGKILL", "log", others_work=True)
+    assert not dispatcher.may_start(1)
+    assert dispatcher.may_start(0)
+
+
+def test_a_shard_that_is_done_reports_its_own_images_only(make_run: MakeRun) -> None:
+    run = make_run(["a.png", "b.png", "c.png"], per_shard=3)
+    (shard,) = run.shards
+    run.directory.commit_part("s000", [row(run, ref, "s000") for ref in shard.images])
+    reported: list[str] = []
+    dispatcher = Dispatcher(
+        [Shard("s000", shard.images[2:])], run.context, lambda rows: reported.extend(each.image_id for each in rows)
+    )
+    dispatcher.take()
+    dispatcher.done("s000")
+    assert reported == [shard.images[2].image_id]
+
+
+def test_a_worker_that_lives_and_fails_again_and_again_ends_the_run(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
+    Journal(run.directory.journal_dir, "s000").begin("held by a process that cannot be ended")
+    for _ in range(2):
+        dispatcher.take()
+        dispatcher.failed("s000", "ShardBusyError", "log")
+    dispatcher.take()
+    with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
+        dispatcher.failed("s000", "ShardBusyError", "log")
 
 
 def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) -> None:

@@ -193,3 +193,25 @@ def test_json_is_replaced_whole(directory: RunDirectory) -> None:
     directory.write_json(directory.job_path, {"a": "ü"})
     assert directory.job_path.read_text(encoding="utf-8") == '{\n  "a": "ü"\n}\n'
     assert [path.name for path in directory.root.iterdir() if path.is_file()] == ["job.json"]
+
+
+def test_a_link_in_a_new_folder_to_a_symbolic_link_is_the_file_itself(directory: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.png").write_bytes(b"original")
+    link = tmp_path / "link.png"
+    link.symlink_to("elsewhere.png")
+    written = directory.link_image("deep/er/a.png", link, b"original")
+    assert not written.path.is_symlink()
+    assert os.path.samefile(written.path, tmp_path / "elsewhere.png")
+
+
+def test_what_is_done_tells_status_and_results_of_another_name(directory: RunDirectory) -> None:
+    kept = row("a.png", output_uri="images/a.png")
+    renamed = row("b.jpg", output_uri="images/b.jpg.png", revision=2)
+    directory.commit_part("s1", [kept, row("c.png", status=Status.FAILED)])
+    directory.commit_part("s2", [renamed])
+    found = {each["image_id"]: each for each in done(directory.root).to_pylist()}
+    assert {each["status"] for each in found.values()} == {"restored", "failed"}
+    assert {key: each["renamed"] for key, each in found.items()} == {
+        kept.image_id: None, row("c.png").image_id: None, renamed.image_id: "b.jpg.png",
+    }  # fmt: skip
+    assert found[renamed.image_id]["revision"] == 2

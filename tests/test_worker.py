@@ -1,10 +1,14 @@
+import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tiny_runs import TinyRun, config_of, plan_run, rows_of, write_pictures
@@ -14,11 +18,12 @@ from classifier.labels import LABELS, Degradation
 from models.prompts import orthogonal_bank
 from pipeline.faults import FAULT
 from pipeline.images import to_uint8
+from pipeline.item import Item, SourceGoneError
 from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
-from pipeline.records import Outcome, Shard, Status
+from pipeline.records import ImageRef, Outcome, Shard, Status
 from pipeline.sink import done
-from pipeline.worker import Worker, codec_threads
+from pipeline.worker import ReadAhead, Worker, codec_threads
 
 
 class Brightener:
@@ -380,3 +385,83 @@ def test_label_auto_without_a_classifier_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "cpus", "threads"), [("cpu", 16, 2), ("cuda", 1, 2), ("cuda", 16, 8)])
 def test_codecs_use_the_cpus_that_a_gpu_leaves_idle(device: str, cpus: int, threads: int) -> None:
     assert codec_threads(device, cpus) == threads
+
+
+def test_a_full_disk_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    monkeypatch.setenv(FAULT, "fill:before-rename:1.png")
+    with pytest.raises(OSError, match="No space left"):
+        work(run)
+    assert "failed" not in {row["status"] for row in rows_of(run).values()}
+    monkeypatch.delenv(FAULT)
+    assert {row["status"] for row in work(run, attempt=2).values()} == {"restored"}
+
+
+def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    for number in range(3):
+        marked(source / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    source.rename(tmp_path / "elsewhere")
+    with pytest.raises(SourceGoneError, match="cannot be reached"):
+        work(run)
+    source.mkdir()  # what an unmounted folder leaves
+    with pytest.raises(SourceGoneError, match="or is empty"):
+        work(run, attempt=2)
+    assert rows_of(run) == {}
+    source.rmdir()
+    (tmp_path / "elsewhere").rename(source)
+    assert {row["status"] for row in work(run).values()} == {"restored"}
+
+
+def test_a_lost_gpu_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run, restorer = plan(tmp_path), Brightener()
+
+    def lost(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(restorer, "restore", lost)
+    with pytest.raises(torch.AcceleratorError):
+        work(run, restorer)
+    assert rows_of(run) == {}
+
+
+def test_names_that_are_not_text_can_be_told_of(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    marked(tmp_path / "src" / os.fsdecode(b"caf\xe9.png"), red(Degradation.CLEAN))
+    run = plan(tmp_path, clean="link")
+    run.directory.image_path("caf%E9.png").mkdir()
+    (row,) = work(run).values()
+    assert (row["status"], row["stage"]) == ("failed", "write")
+    assert "%E9" in row["error_message"]
+
+
+@pytest.mark.parametrize("clean", ["copy", "link"])
+def test_clean_images_in_folders_are_kept_there(tmp_path: Path, clean: str) -> None:
+    marked(tmp_path / "src" / "deep" / "er" / "a.png", red(Degradation.CLEAN))
+    assert work(plan(tmp_path, clean=clean))["deep/er/a.png"]["status"] == "copied"
+    assert (tmp_path / "out" / "images" / "deep" / "er" / "a.png").is_file()
+
+
+def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    refs = [ImageRef(str(number), f"{number}.png", f"file:///{number}.png", 1, None) for number in range(12)]
+    monkeypatch.setattr("pipeline.worker.WINDOW_PIXELS", 150)
+    begun: list[str] = []
+
+    def loading(ref: ImageRef) -> Item:
+        begun.append(ref.image_id)
+        item = Item(ref, {})
+        item.image = SimpleNamespace(width=10, height=10)  # type: ignore[assignment]
+        return item
+
+    handed_out = []
+    with ReadAhead(refs, loading, threads=2) as ahead:
+        while not ahead.is_empty:
+            time.sleep(0.02)  # as long as the network is busy, the readers could go on
+            assert len(begun) <= len(handed_out) + 3  # two make the limit, one more was under way
+            handed_out.append(ahead.next().ref.image_id)
+    assert handed_out == [ref.image_id for ref in refs]
