@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.prompts import PromptBank
-from pipeline.batching import batches, in_halves, is_out_of_memory, padded
+from pipeline.batching import batches, in_halves, is_device_lost, is_out_of_memory, padded
 from pipeline.faults import fault_point
 from pipeline.item import Item
 from pipeline.records import Stage
@@ -80,6 +80,8 @@ class BatchRestorer:
             try:
                 return self._restore([item], tile_px=tile_px)
             except Exception as another:
+                if is_device_lost(another):
+                    raise
                 error = another.with_traceback(None)  # which would keep the tensors alive
         return item.fail(Stage.RESTORE, error)
 
