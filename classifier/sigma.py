@@ -2,7 +2,8 @@
 
 Chen, Zhu and Heng, "An Efficient Statistical Method for Image Noise Level Estimation", ICCV 2015: small
 patches of a photograph fill a subspace, noise fills all of the space, so the smallest eigenvalues of the
-patches' covariance are the noise's variance. Added here: the share of noise that clipping to 0..255 took away.
+patches' covariance are the noise's variance. Added here: the share of noise that clipping to 0..255 took away, and a
+second estimate for brightness alone: of noise without colour most dimensions of a colour patch hold nothing.
 """
 
 from typing import cast
@@ -25,6 +26,18 @@ FEWEST_PATCHES = 1500
 
 ROUGH_PATCHES = 750
 """About so many give the first estimate, which only says which patches clipping spares."""
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Of red, green and blue in brightness (ITU-R BT.601), as JPEG has it."""
+
+COLOURLESS = 0.2
+"""Noise whose sigma over all colours is below this share of what its brightness lets expect has lost its colour."""
+
+TEXTURE_255 = 20.0
+"""What texture without noise may give for brightness, on sharp photographs, in the terms of all colours."""
+
+STRONGEST_255 = 75.0
+"""No noise of brightness is above this, so that most noise of all colours needs no second estimate."""
 
 _NORMAL = np.linspace(-4, 4, 81)
 _DENSITY = np.exp(-0.5 * _NORMAL**2) / np.exp(-0.5 * _NORMAL**2).sum()
@@ -62,14 +75,8 @@ def _kept_by_clipping(means: NDArray[np.float32], sigma_255: float) -> float:
     return max(float(kept) / sigma_255**2, 0.05)
 
 
-def estimate_sigma(image: NDArray[np.uint8]) -> float:
-    """Standard deviation of the noise in an H x W x 3 uint8 image, on the 0..255 scale.
-
-    Clean photographs give up to about 3, textured ones most. Images smaller than a patch give 0.
-    """
-    if min(image.shape[:2]) < PATCH_PX:
-        return 0.0
-    patches = _patches(image)
+def _estimate(patches: NDArray[np.float32]) -> float:
+    """Standard deviation of noise that is white over all of the patches' dimensions, N x channels x pixels."""
     sigma_255 = float(np.sqrt(_noise_variance(patches[:: max(1, len(patches) // ROUGH_PATCHES)])))
     if sigma_255 < 0.5:
         return float(np.sqrt(_noise_variance(patches)))
@@ -82,3 +89,21 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     for _ in range(2):
         sigma_255 = float(np.sqrt(variance / _kept_by_clipping(means[chosen], sigma_255)))
     return sigma_255
+
+
+def estimate_sigma(image: NDArray[np.uint8]) -> float:
+    """Standard deviation of the noise in an H x W x 3 uint8 image, on the 0..255 scale.
+
+    Noise of brightness alone (of a grey picture, or in a JPEG whose colours are stored at half the size) counts as
+    noise of all colours with that much in brightness, 1.5 times its own, which is how a restorer has to take it; it
+    is told from texture above `TEXTURE_255` only. Clean photographs give up to about 3, textured ones more. Images
+    smaller than a patch give 0.
+    """
+    if min(image.shape[:2]) < PATCH_PX:
+        return 0.0
+    patches = _patches(image)
+    colour = _estimate(patches)
+    if colour > COLOURLESS * STRONGEST_255:
+        return colour
+    brightness = _estimate(np.tensordot(LUMA, patches, axes=(0, 1))[:, None, :]) / float(np.linalg.norm(LUMA))
+    return brightness if brightness > max(TEXTURE_255, colour / COLOURLESS) else colour

@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,23 @@ def test_clean_scenes_are_near_zero():
 @pytest.mark.parametrize("level", [0, 20, 255])
 def test_flat_images_have_no_noise(level):
     assert estimate_sigma(np.full((60, 80, 3), level, np.uint8)) == 0
+
+
+@pytest.mark.parametrize("sigma_255", [20, 30, 45])
+def test_noise_of_a_grey_picture_counts_as_that_of_all_colours_with_as_much_in_brightness(sigma_255):
+    grey = np.repeat(scene()[:, :, :1], 3, axis=2)
+    noise = np.random.default_rng(0).normal(0, sigma_255, (*grey.shape[:2], 1))
+    image = np.clip(grey + noise, 0, 255).astype(np.uint8)
+    assert estimate_sigma(image) == pytest.approx(1.5 * sigma_255, rel=0.1)
+
+
+@pytest.mark.parametrize("sigma_255", [25, 45])
+def test_noise_is_found_where_a_jpeg_has_smoothed_the_colours(sigma_255):
+    buffer = io.BytesIO()
+    Image.fromarray(noisy(scene(), sigma_255)).save(buffer, "JPEG", quality=92)  # 4:2:0
+    image = np.asarray(Image.open(buffer))
+    assert estimate_sigma(image) == pytest.approx(sigma_255, rel=0.15)
+    assert estimate_sigma(np.asarray(Image.fromarray(image).convert("L").convert("RGB"))) > 0.8 * sigma_255
 
 
 def test_clipped_noise_is_made_up_for():
