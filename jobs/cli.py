@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-messages = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
+messages = Console(stderr=True, highlight=False, emoji=False)
+results = Console(highlight=False, emoji=False)
 
 Source = Annotated[
     Path,
@@ -72,7 +71,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one J
 
 @contextmanager
 def _faults_explained() -> Iterator[None]:
-    """Wrong usage ends with exit code 2, a run that broke off with 1, a signal with 128 and its number."""
+    """Wrong usage, unusable places: exit code 2; a run that broke off: 1; a signal: 128 and its number."""
     from jobs.runner import RunError, RunInterruptedError
 
     try:
@@ -83,6 +82,10 @@ def _faults_explained() -> Iterator[None]:
         code, fault = 128 + error.signal_number, error
     except (RunError, TrainingError) as error:
         code, fault = 1, error
+    except OSError as error:
+        code, fault = 2, UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        code, fault = 130, UsageError("interrupted; the same command goes on from here")
     else:
         return
     messages.print(f"dfpir: {fault}", markup=False, soft_wrap=True)
@@ -201,7 +204,7 @@ def preview(
         from jobs.config import read_options
         from jobs.preview import preview as preview_image
 
-        target = picture or Path(f"{image.stem}.preview.png")
+        target = picture or Path(f"{image.name}.preview.png")
         preview_image(image, target, read_options(config, given), console=results)
 
 
@@ -249,11 +252,12 @@ def evaluate(
         evaluation.check_prompts(examples, networks[0])
         target = out or Path(f"{dataset}.parquet")
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.open("ab").close()  # what cannot be written is told now, not after hours
         found = evaluation.evaluate(examples, *networks)
         rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
         results.print(evaluation.table(dataset, rows))
         evaluation.write(rows, target, evaluation.provenance(dataset, *networks))
-        results.print(f"one row per image: {target}", soft_wrap=True)
+        results.print(f"one row per image: {target}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -282,11 +286,12 @@ def figures(
 
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
         options = read_options(None, given)
+        out.mkdir(parents=True, exist_ok=True)
         networks = load_networks(options)
         found = drawing.pictures(photographs, per_label=per_label)
         drawn = drawing.draw(found, *networks, load_checkpoint(resolve(options.model).path))
         for path in drawing.save(drawn, out):
-            results.print(str(path), soft_wrap=True)
+            results.print(str(path), markup=False, soft_wrap=True)
 
 
 train = typer.Typer(help="Trains a restorer or a classifier from a configuration.", no_args_is_help=True)
@@ -324,7 +329,7 @@ def train_restorer(
             return
         from jobs.ray_train import train_on_ray
 
-        messages.print(f"the workers' log: {out / 'training.log'}", soft_wrap=True)
+        messages.print(f"the workers' log: {out / 'training.log'}", markup=False, soft_wrap=True)
         on_ray: dict[str, Any] = {"workers": workers, "threads": threads or 1, "loaders": loaders, "address": address}
         train_on_ray(training, out, device=chosen, max_minutes=max_minutes, **on_ray)
 
@@ -373,8 +378,4 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the console script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        messages.print("dfpir: interrupted; the same command goes on from here")
-        sys.exit(130)
+    app()

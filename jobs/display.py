@@ -10,7 +10,7 @@ from rich.text import Text
 
 from classifier.weights import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
-from jobs.restore import Job
+from jobs.restore import Job, find_references
 from models.registry import list_models
 from pipeline.plan import Estimate
 from pipeline.report import Summary
@@ -26,11 +26,13 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         "compute": f"{options.engine}, {job.context.device}, {config.dtype}",
         "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
     }
+    if references := find_references(job):
+        lines["references"] = f"{config.reference}, for {references[0]} of {references[1]} images looked at"
     changes = {name: getattr(job.changes, name) for name in ("new", "changed", "again", "vanished")}
     if any(changes.values()) and job.changes.new < job.planned:
         lines["changes"] = _counts(changes)
-    for folder in job.unreadable_directories:
-        lines.setdefault("unreadable", f"{len(job.unreadable_directories)} folders, the first {folder}")
+    if job.unreadable_directories:
+        lines["unreadable"] = _unreadable(job)
     for name, text in lines.items():
         console.print(f"{name:<11}{text}", markup=False, soft_wrap=True)
 
@@ -73,6 +75,7 @@ def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
         "images": job.planned,
         "left": job.images_left,
         "ignored": job.ignored,
+        "unreadable_directories": len(job.unreadable_directories),
         "shards": len(job.shards),
         "bytes": job.shards.size_bytes,
         "megapixels": estimated.megapixels,
@@ -94,6 +97,8 @@ def plan(console: Console, job: Job, estimated: Estimate) -> None:
         "images",
         f"{job.planned} in {len(job.shards)} shards, {job.images_left} left, {job.ignored} other files ignored",
     )
+    if job.unreadable_directories:
+        table.add_row("unreadable", Text(_unreadable(job)))
     table.add_row(
         "size", f"{record['bytes'] / 1e6:.1f} MB, about {estimated.megapixels:.1f} megapixels "
         f"(from {estimated.sampled} headers, {estimated.unreadable_fraction:.1%} unreadable)"
@@ -140,6 +145,10 @@ def _figures(record: dict[str, Any], prefix: str = "") -> list[str]:
         full = f"{prefix}{name}"
         figures += _figures(value, f"{full}.") if isinstance(value, dict) else [f"{full} {value}"]
     return figures
+
+
+def _unreadable(job: Job) -> str:
+    return f"{len(job.unreadable_directories)} folders, the first {job.unreadable_directories[0]}"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -142,16 +142,19 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
         group = [result for result in results if result.sigma_255 == sigma_255]
         right = sum(result.predicted_label == result.label for result in group)
         name = dataset if sigma_255 is None else f"{dataset} {sigma_255}"
-        reported = ", ".join(f"{model} {psnr:.2f}" for model, psnr in published(dataset, sigma_255).items())
+        reported = ", ".join(
+            f"{model.removeprefix('dfpir-')} {psnr:.2f}" for model, psnr in published(dataset, sigma_255).items()
+        )
 
         def cells(measure: str, digits: int, group: list[Result] = group) -> list[str]:
             kinds = ("input", "given", "predicted")
             unit = "_db" if measure == "psnr" else ""
             columns = [[getattr(result, f"{measure}_{kind}{unit}") for result in group] for kind in kinds]
-            return [f"{np.mean(values):.{digits}f} ±{interval(values):.{digits}f}" for values in columns]
+            either_side = [f" ±{interval(values):.{digits}f}" if len(values) > 1 else "" for values in columns]
+            return [f"{np.mean(v):.{digits}f}{sides}" for v, sides in zip(columns, either_side, strict=True)]
 
         shown.add_row(name, str(len(group)), "PSNR", *cells("psnr", 2), reported)
-        shown.add_row("", f"{right} right", "SSIM", *cells("ssim", 4), "")
+        shown.add_row("", f"{right} right", "SSIM", *cells("ssim", 3), "")
     return shown
 
 

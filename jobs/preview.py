@@ -12,15 +12,22 @@ from jobs.sheets import side_by_side
 from pipeline.images import ImageFault, decode, to_uint8
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
+from pipeline.source import IMAGE_EXTENSIONS
+
+DEFAULT_ENDING = ".preview.png"
 
 
 def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Console) -> None:
     """Prints probabilities and the decision in words, and writes a before/after picture.
 
-    Raises `UsageError` if the image cannot be read, weights are at fault, or the picture would overwrite the image.
+    Raises `UsageError` if the image cannot be read, weights are at fault, or the picture would overwrite another one.
     """
     if picture.resolve() == image.resolve():
         raise UsageError(f"--picture {picture} is the image itself; choose another name")
+    if picture.suffix.lower() not in IMAGE_EXTENSIONS:
+        raise UsageError(f"--picture {picture}: give a name that ends in {', '.join(sorted(IMAGE_EXTENSIONS))}")
+    if picture.exists() and not picture.name.endswith(DEFAULT_ENDING):
+        raise UsageError(f"--picture {picture} is there already; choose another name")
     try:
         decoded = decode(image.read_bytes(), max_pixels=options.max_pixels)
     except OSError as error:
@@ -41,6 +48,8 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     for name, probability in sorted(prediction.probabilities.items(), key=lambda item: -item[1]):
         table.add_row(str(name), f"{probability:6.1%}", "#" * round(40 * probability))
     console.print(table)
+    for warning in decoded.warnings:
+        console.print(f"note: {warning}", markup=False, soft_wrap=True)
     console.print(f"estimated noise: sigma {prediction.noise_sigma_255:.1f} of 255")
     console.print(f"{decision.status}: {decision.reason}", markup=False, soft_wrap=True)
     cells = [("before", shown)]

@@ -27,6 +27,7 @@ from jobs.errors import UsageError
 from jobs.runner import Runner
 from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
+from pipeline.outputs import ReferenceIndex
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import Outcome, Status
@@ -115,18 +116,20 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     config = _resolve(options, device)
     directory = RunDirectory(out)
     job = _read_job(directory)
-    if job is not None:
+    if job is not None and (directory.parts() or any(directory.images_dir.glob("*"))):
         differences = config.differences(job["config"])
-        if job["source_root"] != str(src.resolve()):
-            differences.append(f"source: was {job['source_root']!r}, is now {str(src.resolve())!r}")
         if differences:
             raise UsageError(
                 f"{out} holds a run of another configuration:\n  "
                 + "\n  ".join(differences)
                 + "\nUse another OUT, or the options of the first call to go on with that run."
             )
-    elif out.exists() and any(path for path in out.iterdir() if path.name != directory.lock_path.name):
+    elif job is None and out.exists() and any(path for path in out.iterdir() if path.name != directory.lock_path.name):
         raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")
+    if job is not None and job["source_root"] != str(src.resolve()):
+        raise UsageError(f"{out} holds a run over {job['source_root']}, not {src.resolve()}; use another OUT")
+    if config.clean == "link" and out.exists() and out.stat().st_dev != src.stat().st_dev:
+        raise UsageError("--clean link: SRC and OUT are on different file systems; use copy or skip")
     context = RunContext(
         run_id=job["run_id"] if job else uuid.uuid4().hex,
         run_dir=str(out.resolve()),
@@ -136,7 +139,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         device=device,
         threads=torch.get_num_threads(),
     )
-    if job is None:
+    if job is None or job["config_digest"] != config.digest:
         directory.write_json(directory.job_path, _job_record(context, options))
     try:
         rows = done(out)
@@ -187,9 +190,19 @@ def measure_speed(options: RestoreOptions) -> float:
 
 
 def estimate_job(job: Job, *, megapixels_per_s: float | None) -> Estimate:
-    """Time and disk for the images planned, from a sample of their headers."""
-    uris = job.shards.table["uri"]
+    """Time and disk for the images left, from a sample of their headers."""
+    uris = job.left.table["uri"]
     return estimate(uris, megapixels_per_s=megapixels_per_s, output_format=job.context.config.output_format)
+
+
+def find_references(job: Job) -> tuple[int, int] | None:
+    """Of up to a thousand images of the plan, how many have a reference, and how many were looked at; None without."""
+    if job.context.config.reference is None:
+        return None
+    names = job.shards.table["relative_path"]
+    index = ReferenceIndex(Path(job.context.config.reference))
+    sample = np.unique(np.linspace(0, len(names) - 1, min(1000, len(names))).astype(int))
+    return sum(index.find(names[int(i)].as_py()) is not None for i in sample), len(sample)
 
 
 @contextmanager

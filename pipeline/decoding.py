@@ -101,7 +101,7 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
             raise _fault(
                 "too_many_pixels",
                 f"the image is {image.width} x {image.height} = {image.width * image.height:,} pixels; "
-                f"the limit is {max_pixels:,}",
+                f"the limit is {max_pixels:,} (max-pixels)",
             )
         # Codecs raise nearly any exception on bytes that are not what they should be.
         try:

@@ -185,7 +185,7 @@ def _read_list(src: Path) -> Listing:
 def _names_in(src: Path) -> Iterator[str]:
     """The paths in a list, a few at a time."""
     if src.suffix.lower() == ".txt":
-        with src.open(encoding="utf-8", errors="surrogateescape") as lines:
+        with src.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for line in lines:
                 if name := line.rstrip("\r\n"):
                     yield name

@@ -1,5 +1,6 @@
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,9 @@ def test_bad_images_become_failed_rows_and_decide_the_exit_code(
         (["SRC", "OUT", "--reference", "SRC/none"], "--reference"),
         (["SRC", "OUT", "--config", "SRC/none.toml"], "none.toml"),
         (["SRC", "SRC/notes.txt"], "notes.txt"),
+        (["SRC", "SRC/../photographs/notes.txt/sub"], "notes.txt"),
+        (["SRC", "/proc/nowhere/out"], "/proc/nowhere"),
+        (["no:camera:such", "OUT"], "no:camera:such"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_any_work(
@@ -211,8 +215,38 @@ def test_plan_writes_no_image_and_restore_goes_on_from_it(
     assert record["worker_seconds"] > 0
     assert (out / "job.json").exists()
     assert not [*out.rglob("*.png"), *out.rglob("*.jpg")]
-    assert restore(photographs, out, weights, "--label", "rain")[0] == 0
-    assert len(read_manifest(out)) == 2
+    assert restore(photographs, out, weights, "--label", "haze")[0] == 0  # nothing was done yet: options may change
+    assert {row["prompt"] for row in read_manifest(out).to_pylist()} == {"haze"}
+    assert json.loads((out / "job.json").read_text())["config"]["label"] == "haze"
+    code, stdout, _ = invoke("plan", photographs, out, *weights, "--label", "haze", "--json")
+    assert (json.loads(stdout)["left"], json.loads(stdout)["megapixels"]) == (0, 0)
+    assert restore(photographs, out, weights, "--label", "rain")[0] == 2
+
+
+def test_references_that_match_nothing_are_told_before_the_work(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    _, _, stderr = restore(photographs, tmp_path / "a", weights, "--label", "rain", "--reference", photographs)
+    assert "for 2 of 2 images looked at" in stderr
+    _, _, stderr = restore(photographs, tmp_path / "b", weights, "--label", "rain", "--reference", photographs.parent)
+    assert "for 0 of 2 images looked at" in stderr
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    listed = photographs / "list.txt"
+    listed.write_text("astronaut.png\n", encoding="utf-8-sig")
+    assert restore(listed, tmp_path / "out", weights, "--label", "rain")[0] == 0
+    assert [row["status"] for row in read_manifest(tmp_path / "out").to_pylist()] == ["restored"]
+
+
+def test_links_to_another_file_system_are_refused_before_the_work(photographs: Path, weights: list[str]) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == photographs.stat().st_dev:
+        pytest.skip("no second file system here")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        code, _, stderr = restore(photographs, Path(folder) / "out", weights, "--clean", "link")
+    assert code == 2
+    assert "different file systems" in stderr
 
 
 def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
@@ -224,6 +258,14 @@ def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path
     assert "restored" in stdout
     assert "haze" in stdout
     assert Image.open(picture).width > 2 * 90
+    before = tree(photographs)
+    for name in ("holiday/coffee.jpg", "picture.raw", "notes.txt/picture.png"):
+        code, _, stderr = invoke(
+            "preview", photographs / "astronaut.png", "--picture", photographs / name, *weights, "--label", "haze"
+        )
+        assert code == 2, name
+        assert Path(name).parts[0] in stderr
+    assert tree(photographs) == before
     code, _, stderr = invoke("preview", photographs / "notes.txt", *weights)
     assert code == 2
     assert "notes.txt" in stderr
