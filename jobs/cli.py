@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 
 app = typer.Typer(
     name="dfpir",
@@ -43,30 +43,34 @@ Label = Annotated[
 Reference = Annotated[
     Path | None, typer.Option(help="Folder of undamaged originals, matched by relative path without extension.")
 ]
-Format = Annotated[str | None, typer.Option(help="Format of restored images: same, png, jpeg or webp.")]
-Quality = Annotated[int | None, typer.Option(help="JPEG and WebP quality, 1 to 100.")]
-Clean = Annotated[str | None, typer.Option(help="Images that are not restored: copy, link or skip.")]
-Engine = Annotated[str | None, typer.Option(help="ray or local (no Ray at all).")]
+Format = Annotated[str | None, typer.Option(help="Format of restored images: same, png, jpeg or webp; default: same.")]
+Quality = Annotated[int | None, typer.Option(help="JPEG and WebP quality, 1 to 100; default: 95.")]
+Clean = Annotated[str | None, typer.Option(help="Images that are not restored: copy, link or skip; default: copy.")]
+Engine = Annotated[str | None, typer.Option(help="ray or local (no Ray at all); default: ray.")]
 Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster; default: one is started here.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; default: auto.")]
 MaxWorkers = Annotated[int | None, typer.Option(help="At most this many workers.")]
-Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels.")]
+Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels; default: auto.")]
 MinConfidence = Annotated[
     float | None, typer.Option(help="Abstain below this probability, 0 to 1; default: the classifier's thresholds.")
 ]
 SecondLook = Annotated[
-    bool | None, typer.Option("--second-look/--no-second-look", help="Classify results too: `clean_probability_after`.")
+    bool | None,
+    typer.Option(
+        "--second-look/--no-second-look", help="Classify results too: `clean_probability_after`; default: yes."
+    ),
 ]
 MaxFailedFraction = Annotated[
-    float | None, typer.Option(help="More failures than this share make the exit code 1; the run never stops for it.")
+    float | None,
+    typer.Option(help="More failures than this share make the exit code 1; the run never stops for it; default: 0.05."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Of what is not planned yet, only what is among the first N images.")]
 RetryFailed = Annotated[
     bool | None, typer.Option("--retry-failed", help="Do images again that failed or were quarantined.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these options.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
 
 @contextmanager
@@ -78,7 +82,7 @@ def _faults_explained() -> Iterator[None]:
         yield
     except UsageError as error:
         code, fault = 2, cast(Exception, error)
-    except RunInterruptedError as error:
+    except (RunInterruptedError, TrainingInterruptedError) as error:
         code, fault = 128 + error.signal_number, error
     except (RunError, TrainingError) as error:
         code, fault = 1, error

@@ -14,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.runner import Assignment, Dispatcher, OnOutcomes, RunInterruptedError, StopRequest, log_to, stop_on_signals
+from jobs.runner import Assignment, Dispatcher, OnOutcomes, RunInterruptedError, log_to
+from jobs.signals import StopRequest, stop_on_signals
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory

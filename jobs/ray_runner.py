@@ -23,10 +23,9 @@ from jobs.runner import (
     Dispatcher,
     OnOutcomes,
     RunInterruptedError,
-    StopRequest,
     log_to,
-    stop_on_signals,
 )
+from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext

@@ -3,13 +3,10 @@
 import os
 import signal
 import sys
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from pipeline.journal import Journal
@@ -190,40 +187,3 @@ def log_to(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-class StopRequest:
-    """Whether the run has been asked to end, and by which signal."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal_number is not None
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """While open, the first SIGINT or SIGTERM asks for an orderly end; a second one acts as usual.
-
-    Outside the main thread, where Python allows no handlers, signals keep their meaning.
-    """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

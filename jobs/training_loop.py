@@ -6,12 +6,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.signals import StopRequest, stop_on_signals
 from jobs.training_diary import Diary
 from jobs.training_group import Group
 
@@ -57,20 +59,31 @@ def run(
         begun: when the call began, by `time.monotonic`.
         max_minutes: of the call.
         save_every_s: seconds between checkpoints.
+
+    Raises:
+        TrainingInterruptedError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
     """
     first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
-    while training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes:
-        loss = learn()
-        training.seconds = before + group.first_says(time.monotonic() - first)
-        if diary is not None:
-            rate = training.optimiser.param_groups[0]["lr"]
-            diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
-        if time.monotonic() - last_save > save_every_s:
-            keep(False)
-            last_save = time.monotonic()
-    keep(True)
+
+    def goes_on() -> bool:
+        return training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes
+
+    # One of several processes must not leave the others waiting for it.
+    with stop_on_signals() if group.size == 1 else nullcontext(StopRequest()) as request:
+        while goes_on() and not request:
+            loss = learn()
+            training.seconds = before + group.first_says(time.monotonic() - first)
+            if diary is not None:
+                rate = training.optimiser.param_groups[0]["lr"]
+                diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
+            if time.monotonic() - last_save > save_every_s:
+                keep(False)
+                last_save = time.monotonic()
+        keep(True)
     how = "over" if training.progress >= 1 else "stopped"
     log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
+    if request.signal_number is not None:
+        raise TrainingInterruptedError(request.signal_number)
 
 
 def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[str, Any]) -> dict[str, Any]:

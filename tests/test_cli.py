@@ -12,6 +12,7 @@ from synthetic_weights import write_tiny_model
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.config import RestoreOptions
 from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
 
@@ -381,3 +382,12 @@ def test_names_in_brackets_are_told_as_they_are(photographs: Path, tmp_path: Pat
     code, stdout, _ = restore(photographs, out, weights, "--label", "rain")
     assert code == 0
     assert "a[/b][red]/images" in "".join(stdout.split())
+
+
+def test_the_help_tells_the_defaults() -> None:
+    _, stdout, _ = invoke("restore", "--help")
+    told = " ".join(stdout.split())
+    for name in ("format", "quality", "clean", "engine", "device", "dtype", "tile", "max_failed_fraction"):
+        option = told.index(f"--{name.replace('_', '-')} ")
+        default = RestoreOptions.model_fields[name].default
+        assert f"default: {default}." in told[option : told.index(" --", option + 1)], name

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 import pytest
 from tiny_runs import TinyRun
 
-from jobs.runner import Dispatcher, RunError, stop_on_signals
+from jobs.runner import Dispatcher, RunError
+from jobs.signals import stop_on_signals
 from pipeline.journal import Journal
 from pipeline.records import ImageRef, Outcome, Shard, Status
 

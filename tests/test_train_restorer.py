@@ -1,5 +1,7 @@
 import math
+import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from skimage import data
 
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.restorer_samples import Batch, Batches, Sources
 from jobs.train_restorer import (
     PORTABLE,
@@ -174,6 +176,26 @@ def test_a_call_ends_after_its_minutes_and_the_next_goes_on(photographs: Path, t
     assert train(config, tmp_path / "out", threads=1).step == 2
     assert train(config, tmp_path / "out", threads=1).step == 2
     assert (tmp_path / "out" / "samples" / "step-0000002.png").exists()
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs), tmp_path / "whole", threads=1)
+    learn = Training.learn
+
+    def learn_and_interrupt(training: Training, batch: Batch) -> float:
+        if training.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn(training, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "learn", learn_and_interrupt)
+        with pytest.raises(TrainingInterruptedError, match="ended by SIGINT; the same command goes on"):
+            train(tiny(photographs), tmp_path / "cut", threads=1)
+    assert torch.load(tmp_path / "cut" / CHECKPOINT, weights_only=True)["step"] == 3
+    assert train(tiny(photographs), tmp_path / "cut", threads=1).step == 4
+    first, second = averages(tmp_path / "whole"), averages(tmp_path / "cut")
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.usefixtures("quick_validation")
