@@ -304,6 +304,9 @@ TrainingConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML fil
 TrainingFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder: checkpoints, logs, samples.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
 Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead; of each worker, if there are several.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Faster steps after minutes of compiling; needs a C++ compiler.")
+]
 MaxMinutes = Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")]
 
 
@@ -314,6 +317,7 @@ def train_restorer(
     device: Device = None,
     threads: Threads = 0,
     loaders: Loaders = 0,
+    compiled: Compiled = False,
     max_minutes: MaxMinutes = math.inf,
     workers: Annotated[int, typer.Option(min=1, help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
     address: Address = None,
@@ -328,14 +332,14 @@ def train_restorer(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = read_options(None, {"device": device}).device
         training = read_config(RestorerTraining, config)
+        options: dict[str, Any] = {"loaders": loaders, "compiled": compiled, "max_minutes": max_minutes}
         if workers == 1 and address is None:
-            run(training, out, device=resolve_device(chosen), threads=threads, loaders=loaders, max_minutes=max_minutes)
+            run(training, out, device=resolve_device(chosen), threads=threads, **options)
             return
         from jobs.ray_train import train_on_ray
 
         messages.print(f"the workers' log: {out / 'training.log'}", markup=False, soft_wrap=True)
-        on_ray: dict[str, Any] = {"workers": workers, "threads": threads or 1, "loaders": loaders, "address": address}
-        train_on_ray(training, out, device=chosen, max_minutes=max_minutes, **on_ray)
+        train_on_ray(training, out, device=chosen, workers=workers, threads=threads or 1, address=address, **options)
 
 
 @train.command("classifier")

@@ -44,11 +44,12 @@ def after(console: Console, summary: Summary) -> None:
     table.add_column(overflow="fold")
     table.add_row("status", _counts(summary.counts))
     table.add_row("labels", _counts(summary.labels) or "none")
-    table.add_row(
-        "speed",
-        f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} MP/s in {summary.elapsed_s:.1f} s",
-    )
-    table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
+    if summary.images_per_s:
+        rates = f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} MP/s"
+        table.add_row("speed", f"{rates} in {summary.elapsed_s:.1f} s")
+        table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
+    else:
+        table.add_row("speed", "nothing was left to do")
     if summary.psnr_db is not None and summary.psnr_input_db is not None:
         table.add_row("PSNR", f"{summary.psnr_input_db:.2f} dB before, {summary.psnr_db:.2f} dB after")
     if summary.ssim is not None and summary.ssim_input is not None:

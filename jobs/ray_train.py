@@ -27,6 +27,7 @@ def train_on_ray(
     device: str,
     threads: int = 1,
     loaders: int = 0,
+    compiled: bool = False,
     max_minutes: float,
     save_every_s: float = 300.0,
     address: str | None = None,
@@ -43,6 +44,7 @@ def train_on_ray(
         device: `cpu`, `cuda`, or `auto`: GPUs if the cluster has some.
         threads: of torch, and CPUs, for each worker.
         loaders: processes of each worker that make samples ahead, and CPUs for them.
+        compiled: the network of each worker, see `jobs.train_restorer.train`.
         max_minutes: of this call.
         save_every_s: seconds between checkpoints.
         address: of a running cluster; None: one is started here.
@@ -57,6 +59,7 @@ def train_on_ray(
         "out": out.resolve(),
         "threads": threads,
         "loaders": loaders,
+        "compiled": compiled,
         "max_minutes": max_minutes,
         "save_every_s": save_every_s,
     }

@@ -112,8 +112,8 @@ def initialise(network: DFPIR) -> None:
 class Training:
     """A network in training with its moving average and optimiser, in a folder."""
 
-    def __init__(self, config: RestorerTraining, out: Path, device: torch.device) -> None:
-        """Takes up the folder's checkpoint, or a portable one, or begins."""
+    def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
+        """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
         self.config, self.out, self.device, self.group = config, out, device, Group(device)
         for phase in config.phases:
             if phase.batch % self.group.size:
@@ -132,6 +132,7 @@ class Training:
         if config.start_from is not None and state is None:
             self.network.load_state_dict(averaged_weights(config.start_from))
         self.network.to(device).to(memory_format=torch.channels_last)
+        self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
@@ -177,13 +178,18 @@ class Training:
         """One step; returns the loss.
 
         Raises:
-            TrainingError: loss or gradient is not finite; parameters and checkpoint are as they were.
+            TrainingError: loss or gradient is not finite, or the network cannot be compiled; parameters and checkpoint
+            are as they were.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate_at(self.progress)
         self.optimiser.zero_grad(set_to_none=True)
         degraded, clean = batch.to(self.device)
-        loss = LOSSES[self.config.loss](self._restored(self.network, degraded, batch.prompts), clean)
+        try:
+            restored = self._restored(self.learner, degraded, batch.prompts)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise TrainingError(f"the network cannot be compiled here, try without --compile: {error}") from error
+        loss = LOSSES[self.config.loss](restored, clean)
         loss.backward()  # type: ignore[no-untyped-call]
         self.group.average_gradients(self.trained.values())
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
@@ -200,7 +206,7 @@ class Training:
             torch._foreach_lerp_(list(self.averaged.values()), list(self.trained.values()), 1 - decay)
         return float(loss.detach())
 
-    def _restored(self, network: DFPIR, degraded: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _restored(self, network: Callable[..., Any], degraded: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             restored: Tensor = network(degraded, self.embeddings[self.bank.indices(prompts)])
         return restored
@@ -234,6 +240,7 @@ def train(
     device: str = "cpu",
     threads: int = 0,
     loaders: int = 0,
+    compiled: bool = False,
     max_minutes: float = math.inf,
     save_every_s: float = 300.0,
 ) -> Training:
@@ -245,6 +252,7 @@ def train(
         device: `cpu` or a CUDA device.
         threads: of torch; 0 leaves its choice.
         loaders: processes that make samples ahead; 0: none, samples are made between steps.
+        compiled: by `torch.compile`, once for each patch size, which takes minutes and a C++ compiler.
         max_minutes: of this call.
         save_every_s: seconds between checkpoints, each with a validation.
 
@@ -257,7 +265,7 @@ def train(
     begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
-    training = Training(config, out, torch.device(device))
+    training = Training(config, out, torch.device(device), compiled=compiled)
     if training.progress < 1:
         sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
@@ -320,7 +328,9 @@ def _run(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of a host that has none of the other commands' libraries."""
-    options = read_arguments(str(__doc__), argv)
+    help_text = "faster steps after minutes of compiling; needs a C++ compiler"
+    more: dict[str, Any] = {"compile": {"action": "store_true", "dest": "compiled", "help": help_text}}
+    options = read_arguments(str(__doc__), argv, **more)
     config, out = options.pop("config"), options.pop("out")
     told_plainly(lambda: train(read_config(RestorerTraining, config), out, **options))
 

@@ -106,6 +106,11 @@ def test_the_same_command_again_does_nothing_twice_and_new_files_are_added(
     assert len(second) == 3
     assert {key: second[key] for key in first} == first
     assert json.loads(stdout)["done_before"] == 2
+    written = tree(out / "manifest")
+    code, stdout, _ = restore(photographs, out, weights, "--label", "rain")
+    assert (code, tree(out / "manifest")) == (0, written)
+    assert "nothing was left to do" in stdout
+    assert "0.00 images/s" not in stdout
 
 
 def test_another_configuration_is_refused_naming_the_fields(

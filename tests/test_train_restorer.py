@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,33 @@ def test_samples_made_ahead_by_other_processes_change_nothing(photographs: Path,
 
 
 @pytest.mark.usefixtures("quick_validation")
+def test_a_compiled_training_gives_what_a_plain_one_does(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_validation: None
+) -> None:
+    # Without its C++ backend, which takes minutes: the graph is taken from the network and run operator by operator.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = tiny(photographs, steps=2)
+    plain = train(config, tmp_path / "plain", threads=1)
+    compiled = train(config, tmp_path / "compiled", threads=1, compiled=True)
+    assert compiled.learner is not compiled.network
+    first, second = averages(tmp_path / "plain"), averages(tmp_path / "compiled")
+    assert first.keys() == second.keys()
+    close = [torch.isclose(first[key].float(), second[key].float(), atol=1e-4).float().mean() for key in first]
+    assert float(torch.stack(close).mean()) > 0.99
+    assert plain.step == compiled.step == 2
+
+
+def test_a_network_that_cannot_be_compiled_is_told_plainly(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: object, inputs: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    with pytest.raises(TrainingError, match=r"(?s)cannot be compiled here, try without --compile.*no compiler"):
+        train(tiny(photographs), tmp_path, threads=1, compiled=True)
+
+
 def test_a_call_ends_after_its_minutes_and_the_next_goes_on(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs, steps=2)
     assert train(config, tmp_path / "out", threads=1, max_minutes=0.0).step == 0
