@@ -42,3 +42,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_interrupts_to_parent(worker: int) -> None:
+    """For processes that make samples ahead: a terminal's Ctrl-C reaches them, but the training needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

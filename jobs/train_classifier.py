@@ -31,6 +31,7 @@ from classifier.view import ViewSettings
 from classifier.weights import save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError
+from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
 from jobs.training_diary import Diary
@@ -220,7 +221,15 @@ def _run(
         log.info("resumed at step %d", training.step)
     lacking, renewed = training.numbers()
     numbers = itertools.chain(lacking, renewed)
-    coming = iter(DataLoader(synthesis, batch_size=None, sampler=numbers, num_workers=loaders, collate_fn=_as_bytes))
+    batches = DataLoader(
+        synthesis,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=loaders,
+        collate_fn=_as_bytes,
+        worker_init_fn=leave_interrupts_to_parent,
+    )
+    coming = iter(batches)
 
     def renew() -> None:
         training.pool.add(next(coming).numpy().view(training.pool.samples.dtype))

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from jobs.errors import TrainingError, UsageError
 from jobs.restorer_samples import Batch, Batches, Sources
+from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
 from jobs.training_group import Group
@@ -301,6 +302,7 @@ def _run(
         batch_size=None,
         sampler=places(),
         num_workers=loaders,
+        worker_init_fn=leave_interrupts_to_parent,
         pin_memory=training.device.type == "cuda",
     )
 

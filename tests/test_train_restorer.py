@@ -1,4 +1,5 @@
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -172,7 +174,7 @@ def test_samples_made_ahead_by_other_processes_change_nothing(photographs: Path,
 
 @pytest.mark.usefixtures("quick_validation")
 def test_a_compiled_training_gives_what_a_plain_one_does(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_validation: None
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without its C++ backend, which takes minutes: the graph is taken from the network and run operator by operator.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -198,6 +200,7 @@ def test_a_network_that_cannot_be_compiled_is_told_plainly(
         train(tiny(photographs), tmp_path, threads=1, compiled=True)
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_a_call_ends_after_its_minutes_and_the_next_goes_on(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs, steps=2)
     assert train(config, tmp_path / "out", threads=1, max_minutes=0.0).step == 0
@@ -224,6 +227,23 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
     assert train(tiny(photographs), tmp_path / "cut", threads=1).step == 4
     first, second = averages(tmp_path / "whole"), averages(tmp_path / "cut")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_ctrl_c_leaves_the_processes_that_make_samples_alone(photographs: Path, tmp_path: Path) -> None:
+    learn = Training.learn
+
+    def learn_and_interrupt(training: Training, batch: Batch) -> float:
+        if training.step == 1:  # a terminal sends SIGINT to all of its processes
+            loaders = multiprocessing.active_children()
+            assert loaders
+            for each in loaders:
+                os.kill(cast(int, each.pid), signal.SIGINT)
+        return learn(training, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "learn", learn_and_interrupt)
+        assert train(tiny(photographs, steps=8), tmp_path, threads=1, loaders=1).step == 8
 
 
 @pytest.mark.usefixtures("quick_validation")
