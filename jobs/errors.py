@@ -12,7 +12,7 @@ class TrainingError(Exception):
 
 
 class TrainingInterruptedError(TrainingError):
-    """SIGINT or SIGTERM: the checkpoint is of the last step."""
+    """SIGINT or SIGTERM: the checkpoint is of the last step, on Ray that of some minutes before."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"ended by {signal.Signals(signal_number).name}; the same command goes on from here")

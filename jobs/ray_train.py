@@ -1,13 +1,14 @@
 """Trains a restorer on several workers of a Ray cluster, with the loop of `jobs.train_restorer`."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.ray_cluster import all_nodes, connected, measure_room
 from jobs.train_restorer import train
 from jobs.training_config import RestorerTraining
@@ -52,6 +53,7 @@ def train_on_ray(
     Raises:
         UsageError: the cluster has no room for the workers.
         TrainingError: a worker failed; the message holds its fault.
+        TrainingInterruptedError: SIGINT ended it; what came after the last checkpoint is lost.
     """
     options = {
         "started_in": str(Path.cwd()),
@@ -81,5 +83,7 @@ def train_on_ray(
         )
         try:
             trainer.fit()
+        except SystemExit as end:  # Ray Train's own handler aborts the workers and ends the process as if all were well
+            raise TrainingInterruptedError(signal.SIGINT) from end
         except Exception as error:  # Ray Train wraps a worker's fault in classes of its own
             raise TrainingError(f"training on Ray failed: {error}") from error

@@ -1,5 +1,6 @@
 """Training on Ray: the loop is that of `jobs.train_restorer`, whose tests hold here too."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from test_train_restorer import averages, photographs, tiny
 
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.ray_train import train_on_ray
 from jobs.train_restorer import Training, train
 from jobs.training_config import Data, Phase
@@ -51,6 +52,14 @@ def test_a_workers_fault_ends_the_training_with_its_message(
     phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
     with pytest.raises(TrainingError, match="a batch of 3 cannot be shared among 2 workers"):
         train_on_ray(tiny(photographs, phases=(phase,)), tmp_path, workers=2, device="cpu", max_minutes=60.0)
+
+
+def test_ctrl_c_is_told_as_an_interruption(
+    ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", lambda self: sys.exit(0))  # what Ray Train's handler does
+    with pytest.raises(TrainingInterruptedError, match="ended by SIGINT; the same command goes on"):
+        train_on_ray(tiny(photographs), tmp_path, workers=1, device="cpu", max_minutes=60.0)
 
 
 @pytest.mark.slow
