@@ -27,6 +27,7 @@ from jobs.errors import UsageError
 from jobs.runner import Runner
 from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
+from models.precision import fastest_dtype
 from pipeline.outputs import ReferenceIndex
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
@@ -87,12 +88,8 @@ def resolve_run_device(options: RestoreOptions) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` becomes bfloat16 where the hardware multiplies it natively (CUDA, AMX, AVX-512 BF16), else float32."""
-    if dtype != "auto":
-        return dtype
-    capabilities = torch.cpu.get_capabilities()
-    native = device == "cuda" or capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-    return "bfloat16" if native else "float32"
+    """`auto` becomes what is fastest on the device (`models.precision.fastest_dtype`)."""
+    return str(fastest_dtype(device)).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def code_version() -> str:

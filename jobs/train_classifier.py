@@ -36,7 +36,7 @@ from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_loop import read_arguments, run, told_plainly
+from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -170,7 +170,7 @@ class Training:
         samples = self.pool.draw(rng, newest=self.newest, count=self.config.batch)
         crops, thumbnails, labels = (each.to(self.device) for each in as_batch(samples))
         crops, thumbnails = flipped(crops, thumbnails, rng)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with mixed_precision(self.device):
             logits = self.network(crops, thumbnails)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
         self.optimiser.zero_grad(set_to_none=True)
@@ -348,7 +348,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         },
     }
     provenance = {
-        "training": "jobs/train_classifier.py, bfloat16 autocast",
+        "training": "jobs/train_classifier.py",
         "start_from": str(trained.config.start_from or "nothing"),
         "photographs": trained.photographs,
         "degradations": "synthesised, jobs/classifier_samples.py",

@@ -27,7 +27,7 @@ from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_loop import read_arguments, run, told_plainly
+from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -37,7 +37,7 @@ from jobs.training_state import (
     last_good,
     save_atomically,
 )
-from models.dfpir import DFPIR, PerturbationBlock
+from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
@@ -76,6 +76,22 @@ def prompt_bank(name: str) -> PromptBank:
         return load_checkpoint(resolve(name).path).prompts
     except WeightsError as error:
         raise UsageError(f"prompts: {error}") from error
+
+
+def weights_to_start_from(source: Path, model: DFPIRConfig) -> dict[str, Tensor]:
+    """The averaged weights of a training's checkpoint (`.pt`), or those of a model by name or file.
+
+    Raises UsageError if there are none, or if they are of another network than `model`.
+    """
+    if source.suffix == ".pt":
+        return averaged_weights(source)
+    try:
+        network = load_checkpoint(resolve(str(source)).path).network
+    except WeightsError as error:
+        raise UsageError(f"start_from: {error}") from error
+    if network.config != model:
+        raise UsageError(f"start_from: {source} is {network.config}, the configuration's model is {model}")
+    return network.state_dict()
 
 
 @torch.no_grad()
@@ -131,7 +147,7 @@ class Training:
         if config.initialisation == "identity":
             initialise(self.network)
         if config.start_from is not None and state is None:
-            self.network.load_state_dict(averaged_weights(config.start_from))
+            self.network.load_state_dict(weights_to_start_from(config.start_from, config.model))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
@@ -208,7 +224,7 @@ class Training:
         return float(loss.detach())
 
     def _restored(self, network: Callable[..., Any], degraded: Tensor, prompts: Sequence[str]) -> Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with mixed_precision(self.device):
             restored: Tensor = network(degraded, self.embeddings[self.bank.indices(prompts)])
         return restored
 

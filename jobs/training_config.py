@@ -95,7 +95,10 @@ class TrainingConfig:
     minutes: float = 0.0
     seed: int = 0
     start_from: Path | None = None
-    """A checkpoint whose averaged weights are taken up, with a new optimiser."""
+    """A checkpoint (`.pt`) whose averaged weights are taken up, with a new optimiser.
+
+    For a restorer it may also be a model's name or weights file.
+    """
     learning_rate: float = 2e-4
     """The peak, after a warm-up, from which it falls as a cosine."""
     warm_up: float = 0.02

@@ -16,8 +16,14 @@ from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.signals import StopRequest, stop_on_signals
 from jobs.training_diary import Diary
 from jobs.training_group import Group
+from models.precision import fastest_dtype
 
 log = logging.getLogger("training")
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Products in bfloat16, sums and weights in float32; all float32 where bfloat16 would be slower."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fastest_dtype(device) is torch.bfloat16)
 
 
 class Trained(Protocol):

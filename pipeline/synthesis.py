@@ -442,7 +442,7 @@ def degrade(image: FloatImage, label: Degradation, rng: np.random.Generator) -> 
         case Degradation.BLUR:
             return add_motion_blur(image, rng, wander=float(rng.choice([1.0, 4.0]))), None
         case Degradation.LOWLIGHT:
-            return add_lowlight(image, rng), None
+            return (add_deep_shadow if rng.random() < 0.4 else add_lowlight)(image, rng), None
         case Degradation.OTHER:
             return add_other(image, rng), None
         case Degradation.CLEAN:

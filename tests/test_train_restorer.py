@@ -33,8 +33,11 @@ from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraini
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
+from models.registry import resolve
+from models.weights import load_checkpoint
 from pipeline import synthesis
 
+CPU = torch.device("cpu")
 COMPACT = read_config(RestorerTraining, Path(__file__).parents[1] / "configs" / "compact.toml")
 TINY = DFPIRConfig(
     dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, ffn_expansion_factor=1.5, unshuffle_factor=2
@@ -254,7 +257,7 @@ def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: 
     there.mkdir()
     (there / PORTABLE).write_bytes((here / PORTABLE).read_bytes())
     assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 4
-    resumed = Training(config, there, torch.device("cpu"))
+    resumed = Training(config, there, CPU)
     assert resumed.step == 4
     wanted = averages(here)
     for key, value in resumed.average.state_dict().items():
@@ -265,10 +268,24 @@ def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: 
 def test_a_training_may_start_from_anothers_average(photographs: Path, tmp_path: Path) -> None:
     train(tiny(photographs), tmp_path / "first", threads=1)
     second = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT, seed=1)
-    begun = Training(second, tmp_path / "second", torch.device("cpu"))
+    begun = Training(second, tmp_path / "second", CPU)
     wanted = averages(tmp_path / "first")
     assert begun.step == 0
     assert all(torch.equal(value, wanted[key]) for key, value in begun.network.state_dict().items())
+
+
+def test_a_training_may_start_from_a_models_weights(photographs: Path, tmp_path: Path) -> None:
+    begun = Training(tiny(photographs, model=COMPACT.model, start_from=Path("dfpir-compact")), tmp_path, CPU)
+    wanted = load_checkpoint(resolve("dfpir-compact").path).network.state_dict()
+    assert begun.step == 0
+    assert all(torch.equal(value, wanted[key]) for key, value in begun.network.state_dict().items())
+
+
+def test_weights_of_another_network_are_not_started_from(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"dfpir-compact is .*dim=24.*model is .*dim=8"):
+        Training(tiny(photographs, start_from=Path("dfpir-compact")), tmp_path, CPU)
+    with pytest.raises(UsageError, match=r"start_from: .*neither a weights file nor a shipped model"):
+        Training(tiny(photographs, start_from=Path("nowhere.safetensors")), tmp_path, CPU)
 
 
 @pytest.mark.usefixtures("quick_validation")
@@ -349,9 +366,9 @@ def test_a_label_is_drawn_apart_from_its_sample(photographs: Path, tmp_path: Pat
 
 def test_prompts_that_a_task_needs_are_asked_for(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"prompts: .*no such file"):
-        Training(tiny(photographs, prompts="clip:nowhere.pt"), tmp_path, torch.device("cpu"))
+        Training(tiny(photographs, prompts="clip:nowhere.pt"), tmp_path, CPU)
     with pytest.raises(UsageError, match=r"start_from .*nowhere\.pt is no checkpoint"):
-        Training(tiny(photographs, start_from=Path("nowhere.pt")), tmp_path, torch.device("cpu"))
+        Training(tiny(photographs, start_from=Path("nowhere.pt")), tmp_path, CPU)
 
 
 def test_banks_are_told_by_name() -> None:

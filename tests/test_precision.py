@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from jobs.restore import resolve_dtype
+from jobs.training_loop import mixed_precision
+from models.precision import fastest_dtype
+
+AVX2 = {"avx2": True, "avx512_bf16": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "wanted"),
+    [
+        ("cpu", AVX2, torch.float32),
+        ("cpu", {}, torch.float32),
+        ("cpu", AVX2 | {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", AVX2 | {"amx_bf16": True}, torch.bfloat16),
+        ("cuda", AVX2, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_hardware_has_it(monkeypatch, device, capabilities, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert fastest_dtype(device) is wanted
+    assert resolve_dtype("auto", device) == str(wanted).removeprefix("torch.")
+    assert resolve_dtype("bfloat16", device) == "bfloat16"
+
+
+@pytest.mark.parametrize(("native", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_training_multiplies_in_what_is_fastest(monkeypatch, native, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": native})
+    matrix = torch.ones(4, 4)
+    with mixed_precision(torch.device("cpu")):
+        assert (matrix @ matrix).dtype is wanted
