@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.record import RESULTS, write_csv
-from jobs.restorer_samples import Batch
+from jobs.restorer_samples import Batch, ReadyBatch, Sample
 from jobs.train_restorer import Training
 from jobs.training_config import Phase, RestorerTraining, read_config
 from models.memory import keep_freed_memory
@@ -24,18 +24,12 @@ CONFIG = Path(__file__).parents[1] / "configs" / "compact.toml"
 
 def random_batch(phase: Phase) -> Batch:
     """Random pixels under the phase's first task: a step takes as long on any."""
-    shape = phase.batch, phase.patch_px, phase.patch_px, 3
-    clean = np.random.default_rng(0).random(shape, dtype=np.float32)
-    prompt = prompts_for(next(iter(phase.tasks)))[0]
-    return Batch(
-        degraded=torch.from_numpy((clean * 255).astype(np.uint8)),
-        clean=torch.from_numpy(clean),
-        prompts=(prompt,) * phase.batch,
-        names=("random",) * phase.batch,
-    )
+    shape = phase.patch_px, phase.patch_px, 3
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return Batch.of([Sample(pixels, pixels, prompts_for(next(iter(phase.tasks)))[0], "random")] * phase.batch)
 
 
-def seconds_per_step(training: Training, batch: Batch) -> float:
+def seconds_per_step(training: Training, batch: ReadyBatch) -> float:
     """Of one step; a GPU is waited for, since the loss is read."""
     begun = time.perf_counter()
     training.learn(batch)
@@ -63,7 +57,7 @@ def main() -> None:
         for (side, size), phase in sorted(phases.items(), key=lambda item: item[0]):
             if arguments.patches and side not in arguments.patches:
                 continue
-            batch = random_batch(phase)
+            batch = random_batch(phase).to(device)
             first = [seconds_per_step(training, batch) for training in both for _ in range(2)]
             times = [[seconds_per_step(training, batch) for training in both] for _ in range(arguments.steps)]
             plain, compiled = (statistics.median(each) for each in zip(*times, strict=True))

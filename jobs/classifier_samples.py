@@ -17,8 +17,8 @@ from classifier.network import to_input
 from classifier.view import ViewSettings, take_views
 from jobs.errors import TrainingError
 from jobs.training_data import Photographs
+from pipeline.degradations import FAINTEST_STREAKS
 from pipeline.synthesis import (
-    FAINTEST_STREAKS,
     FloatImage,
     add_camera_noise,
     add_deep_shadow,

@@ -1,11 +1,12 @@
 """Training samples of the restorer: patches of photographs, degraded by synthesis or taken from pairs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -14,8 +15,9 @@ from classifier.sigma import estimate_sigma
 from jobs.errors import UsageError
 from jobs.training_config import Data, Phase, RestorerTraining
 from jobs.training_data import Photographs
+from pipeline.degradations import CameraNoise, Noise, Recipe, apply
 from pipeline.prompting import noise_prompt
-from pipeline.synthesis import FloatImage, add_jpeg, add_noise, degrade, to_uint8
+from pipeline.synthesis import add_jpeg, damaged, draw_recipe, from_uint8, to_uint8
 
 LABELS_KEY = 2**32 - 1
 """Beside seed and step, for the draw of a step's labels; its samples have their places in the batch instead."""
@@ -23,10 +25,11 @@ LABELS_KEY = 2**32 - 1
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair, H x W x 3 float32 in [0, 1], its prompt, and where it is from."""
+    """One training pair, H x W x 3 uint8, its prompt, and where it is from."""
 
-    degraded: FloatImage
-    clean: FloatImage
+    degraded: NDArray[np.uint8] | Recipe
+    """Or what makes it of the clean one."""
+    clean: NDArray[np.uint8]
     prompt: str
     name: str
 
@@ -51,34 +54,50 @@ class Sources:
         }
         return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)
 
-    def draw(self, rng: np.random.Generator, *, label: Degradation, side_px: int, jpeg_share: float) -> Sample:
+    def draw(
+        self, rng: np.random.Generator, *, label: Degradation, side_px: int, jpeg_share: float, as_recipe: bool = False
+    ) -> Sample:
         """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
 
-        Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error.
+        Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error. With `as_recipe` what
+        is synthesised comes as its recipe, but for sensor noise and JPEG, whose tools want the pixels here.
         """
         pairs = self.pairs.get(label)
-        sigma_255: float | None
-        prompt = str(label)
         if pairs is not None and (self.clean is None or rng.random() < self.data.pair_share):
             name, (degraded, clean) = pairs.patches(rng, side_px=side_px, smallest_scale=1.0)
-            sigma_255 = estimate_sigma(to_uint8(degraded)) if label is Degradation.NOISE else None
-        elif self.clean is not None:
-            scale = self.data.smallest_scale.get(label, 0.5)
-            name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
-            if label is Degradation.NOISE and self.data.noise_sigmas_255:
-                exact = float(rng.choice(self.data.noise_sigmas_255))
-                degraded, sigma_255, prompt = add_noise(clean, rng, sigma_255=exact), None, noise_prompt(exact)
-            else:
-                degraded, sigma_255 = degrade(clean, label, rng)
-            if rng.random() < jpeg_share:
-                degraded = add_jpeg(degraded, quality=int(rng.integers(70, 96)))
-        else:
+            return Sample(degraded, clean, _prompt_seen(label, degraded, rng), name)
+        if self.clean is None:
             raise UsageError(f"there are neither clean photographs nor pairs for {label}")
-        if sigma_255 is not None:
-            prompt = noise_prompt(sigma_255 * rng.normal(1, 0.1))
-        return Sample(to_uint8(degraded).astype(np.float32) / np.float32(255), clean, prompt, name)
+        scale = self.data.smallest_scale.get(label, 0.5)
+        name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
+        recipe, prompt = self._draw_recipe(label, rng, side_px)
+        quality = int(rng.integers(70, 96)) if rng.random() < jpeg_share else None
+        if as_recipe and quality is None and not isinstance(recipe, CameraNoise):
+            return Sample(recipe, clean, prompt, name)
+        image = damaged(from_uint8(clean), recipe)
+        if isinstance(recipe, CameraNoise):
+            prompt = _prompt_seen(label, to_uint8(image), rng)
+        if quality is not None:
+            image = add_jpeg(image, quality=quality)
+        return Sample(to_uint8(image), clean, prompt, name)
 
-    def batch(self, config: RestorerTraining, phase: Phase, step: int, *, part: slice = slice(None)) -> list[Sample]:
+    def _draw_recipe(self, label: Degradation, rng: np.random.Generator, side_px: int) -> tuple[Recipe, str]:
+        """Damage for a patch of a clean photograph, and its prompt."""
+        if label is Degradation.NOISE and self.data.noise_sigmas_255:
+            sigma_255 = float(rng.choice(self.data.noise_sigmas_255))
+            return Noise.draw(rng, sigma_255=sigma_255), noise_prompt(sigma_255)
+        recipe = draw_recipe(label, rng, side_px, side_px)
+        return recipe, noise_prompt(recipe.sigma_255 * rng.normal(1, 0.1)) if isinstance(recipe, Noise) else str(label)
+
+    def batch(
+        self,
+        config: RestorerTraining,
+        phase: Phase,
+        step: int,
+        *,
+        part: slice = slice(None),
+        as_recipe: bool = False,
+    ) -> list[Sample]:
         """The samples of a step, or a part of them: the same whenever and wherever they are drawn."""
         shares = np.array(list(phase.tasks.values()))
         labels = np.random.default_rng([config.seed, step, LABELS_KEY]).choice(
@@ -90,26 +109,38 @@ class Sources:
                 label=Degradation(labels[place]),
                 side_px=phase.patch_px,
                 jpeg_share=config.jpeg_share,
+                as_recipe=as_recipe,
             )
             for place in range(phase.batch)[part]
         ]
 
 
+def _prompt_seen(label: Degradation, degraded: NDArray[np.uint8], rng: np.random.Generator) -> str:
+    """The prompt for a degraded image whose noise is as strong as an estimator makes of it, with a tenth of error."""
+    return noise_prompt(estimate_sigma(degraded) * rng.normal(1, 0.1)) if label is Degradation.NOISE else str(label)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: B x H x W x 3, degraded uint8 and clean float32 in [0, 1], with their prompts and names."""
+    """Samples stacked: B x H x W x 3 uint8, degraded and clean, with their prompts and names."""
 
     degraded: Tensor
+    """Where there is a recipe, the clean image."""
     clean: Tensor
+    recipes: Mapping[int, Recipe]
+    """By place in the batch: what `to` makes the degraded image with."""
     prompts: tuple[str, ...]
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Batch":
         """Stacks samples of one size."""
+        recipes = {place: s.degraded for place, s in enumerate(samples) if isinstance(s.degraded, Recipe)}
+        degraded = [s.clean if isinstance(s.degraded, Recipe) else s.degraded for s in samples]
         return cls(
-            degraded=torch.from_numpy(np.stack([to_uint8(sample.degraded) for sample in samples])),
+            degraded=torch.from_numpy(np.stack(degraded)),
             clean=torch.from_numpy(np.stack([sample.clean for sample in samples])),
+            recipes=recipes,
             prompts=tuple(sample.prompt for sample in samples),
             names=tuple(sample.name for sample in samples),
         )
@@ -118,18 +149,56 @@ class Batch:
         """In memory that a GPU reads by itself; called by torch's loader."""
         return replace(self, degraded=self.degraded.pin_memory(), clean=self.clean.pin_memory())
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Degraded and clean images, B x 3 x H x W float32 in [0, 1], channels last in memory."""
-        degraded, clean = (pixels.to(device, non_blocking=True) for pixels in (self.degraded, self.clean))
-        return degraded.permute(0, 3, 1, 2).float() / 255, clean.permute(0, 3, 1, 2)
+    @torch.no_grad()
+    def to(self, device: torch.device) -> "ReadyBatch":
+        """On a device, where recipes are applied to all images of a kind at once, and rounded to eight bits."""
+        degraded, clean = (
+            pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+            for pixels in (self.degraded, self.clean)
+        )
+        if self.recipes:
+            index = torch.tensor(list(self.recipes), device=device)
+            made = apply(clean[index].contiguous(), list(self.recipes.values()))
+            degraded[index] = (made * 255).round() / 255
+        return ReadyBatch(degraded, clean, self.prompts, self.names)
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """What a step learns from: B x 3 x H x W float32 in [0, 1] on the network's device, channels last in memory."""
+
+    degraded: Tensor
+    clean: Tensor
+    prompts: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+class Ahead:
+    """Batches on a device, of which the next one is made while a GPU is at the step on this one."""
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.ready: ReadyBatch | None = None
+
+    def prepare(self) -> None:
+        """Takes the next batch to the device."""
+        self.ready = next(self.batches).to(self.device)
+
+    def take(self) -> ReadyBatch:
+        """The next batch, prepared or not."""
+        if self.ready is None:
+            self.prepare()
+        taken, self.ready = self.ready, None
+        assert taken is not None
+        return taken
 
 
 class Batches(Dataset[Batch]):
-    """The part of every step's samples that one process trains on, by (step, phase)."""
+    """The part of every step's samples that one process trains on, by (step, phase); see `Sources.draw`."""
 
-    def __init__(self, sources: Sources, config: RestorerTraining, part: slice) -> None:
-        self.sources, self.config, self.part = sources, config, part
+    def __init__(self, sources: Sources, config: RestorerTraining, part: slice, *, as_recipe: bool = False) -> None:
+        self.sources, self.config, self.part, self.as_recipe = sources, config, part, as_recipe
 
     def __getitem__(self, place: tuple[int, Phase]) -> Batch:
         step, phase = place
-        return Batch.of(self.sources.batch(self.config, phase, step, part=self.part))
+        return Batch.of(self.sources.batch(self.config, phase, step, part=self.part, as_recipe=self.as_recipe))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from jobs.errors import TrainingError, UsageError
-from jobs.restorer_samples import Batch, Batches, Sources
+from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
 from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
@@ -191,8 +191,8 @@ class Training:
         light = {"network": halved(self.trained), "average": halved(self.averaged)}
         save_atomically(common | light, self.out / PORTABLE)
 
-    def learn(self, batch: Batch) -> float:
-        """One step; returns the loss.
+    def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:
+        """One step; returns the loss. `meanwhile` is called where a GPU has work ahead of it.
 
         Raises:
             TrainingError: loss or gradient is not finite, or the network cannot be compiled; parameters and checkpoint
@@ -201,13 +201,13 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate_at(self.progress)
         self.optimiser.zero_grad(set_to_none=True)
-        degraded, clean = batch.to(self.device)
         try:
-            restored = self._restored(self.learner, degraded, batch.prompts)
+            restored = self._restored(self.learner, batch.degraded, batch.prompts)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"the network cannot be compiled here, try without --compile: {error}") from error
-        loss = LOSSES[self.config.loss](restored, clean)
+        loss = LOSSES[self.config.loss](restored, batch.clean)
         loss.backward()  # type: ignore[no-untyped-call]
+        meanwhile()
         self.group.average_gradients(self.trained.values())
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
@@ -238,13 +238,13 @@ class Training:
             psnr = []
             for number in range(count):
                 sample = held_out.draw(rng, label=label, side_px=VALIDATION_PX, jpeg_share=self.config.jpeg_share)
-                degraded, _ = Batch.of([sample]).to(self.device)
-                output = self._restored(self.average, degraded, [sample.prompt])[0].float().clamp(0, 1)
-                restored = output.permute(1, 2, 0).cpu().numpy()
-                errors = [float(np.square(image - sample.clean).mean()) for image in (sample.degraded, restored)]
+                given = Batch.of([sample]).to(self.device)
+                restored = self._restored(self.average, given.degraded, given.prompts).float().clamp(0, 1)
+                errors = [float((image - given.clean).square().mean()) for image in (given.degraded, restored)]
                 psnr.append([-10 * math.log10(max(error, 1e-10)) for error in errors])
                 if number == 0:
-                    rows.append(np.concatenate([sample.degraded, restored, sample.clean], axis=1))
+                    row = torch.cat([given.degraded, restored, given.clean], dim=3)[0]
+                    rows.append(row.permute(1, 2, 0).cpu().numpy())
             before, after = np.mean(psnr, axis=0)
             found[str(label)] = float(before), float(after)
         return found, np.concatenate(rows)
@@ -314,7 +314,7 @@ def _run(
             yield step, config.phase_at(config.progress(step, training.seconds))
 
     batches = DataLoader(
-        Batches(sources, config, group.part),
+        Batches(sources, config, group.part, as_recipe=training.device.type == "cuda"),
         batch_size=None,
         sampler=places(),
         num_workers=loaders,
@@ -331,10 +331,10 @@ def _run(
             )
             diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
-    coming = iter(batches)
+    ahead = Ahead(iter(batches), training.device)
     run(
         training,
-        lambda: training.learn(next(coming)),
+        lambda: training.learn(ahead.take(), ahead.prepare),
         keep,
         diary=diary,
         group=group,

@@ -12,7 +12,6 @@ from PIL import Image
 
 from jobs.datasets import PARTNERS, SUFFIXES, partnered, read_rgb
 from jobs.errors import UsageError
-from pipeline.synthesis import FloatImage, resize
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +152,8 @@ class Photographs:
 
     def patches(
         self, rng: np.random.Generator, *, side_px: int, smallest_scale: float
-    ) -> tuple[str, tuple[FloatImage, ...]]:
-        """One random square patch of every version of a scene, side_px x side_px x 3 in [0, 1], and the scene's name.
+    ) -> tuple[str, tuple[NDArray[np.uint8], ...]]:
+        """One random square patch of every version of a scene, side_px x side_px x 3, and the scene's name.
 
         It is cut at a scale between `smallest_scale` and 1, log-uniform, shrunk to size, flipped and turned at random.
         """
@@ -168,10 +167,10 @@ class Photographs:
         top, left = rng.integers(height - source_px + 1), rng.integers(width - source_px + 1)
         mirrored, turns = rng.random() < 0.5, int(rng.integers(1, 4)) if rng.random() < 0.3 else 0
 
-        def cut(image: NDArray[np.uint8]) -> FloatImage:
-            crop = image[top : top + source_px, left : left + source_px].astype(np.float32) / np.float32(255)
+        def cut(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            crop = image[top : top + source_px, left : left + source_px]
             if source_px != side_px:
-                crop = resize(crop, side_px, side_px)
+                crop = np.asarray(Image.fromarray(crop).resize((side_px, side_px), Image.Resampling.LANCZOS))
             if mirrored:
                 crop = crop[:, ::-1]
             return np.ascontiguousarray(np.rot90(crop, turns))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from classifier.sigma import estimate_sigma
-from pipeline.synthesis import smooth_field
+from pipeline.point_spread import smooth_field
 
 CBSD68 = Path(__file__).parents[2] / "shared" / "data" / "test" / "cbsd68"
 

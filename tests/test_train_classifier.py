@@ -31,7 +31,7 @@ from jobs.train_classifier import Training, export, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
 from jobs.training_state import CHECKPOINT, PORTABLE
-from pipeline.synthesis import smooth_field
+from pipeline.point_spread import smooth_field
 
 # With views of 32 or 64 px the last strided convolution ends at 1 x 1, for which oneDNN's bfloat16 weight gradient
 # holds uninitialised memory.

@@ -19,7 +19,7 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
-from jobs.restorer_samples import Batch, Batches, Sources
+from jobs.restorer_samples import Ahead, Batches, ReadyBatch, Sources
 from jobs.train_restorer import (
     PORTABLE,
     Training,
@@ -35,7 +35,6 @@ from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
-from pipeline import synthesis
 
 CPU = torch.device("cpu")
 COMPACT = read_config(RestorerTraining, Path(__file__).parents[1] / "configs" / "compact.toml")
@@ -90,10 +89,46 @@ def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs:
     for _ in range(12):
         for label in EVERYTHING:
             sample = sources.draw(rng, label=label, side_px=32, jpeg_share=0.5)
-            assert np.allclose(sample.degraded * 255, np.rint(sample.degraded * 255), atol=1e-4)
+            assert isinstance(sample.degraded, np.ndarray)
+            assert sample.degraded.dtype == sample.clean.dtype == np.uint8
             assert sample.prompt.rstrip("0123456789") == label
             prompts.add(sample.prompt)
     assert prompts == set(orthogonal_bank().keys)
+
+
+def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: Path) -> None:
+    phase = Phase(start=0.0, patch_px=64, batch=40, tasks=EVERYTHING)
+    config = tiny(photographs, phases=(phase,), jpeg_share=0.2)
+    sources = Sources.load(config.data, validation=False)
+    made, left = (Batches(sources, config, slice(None), as_recipe=flag)[3, phase] for flag in (False, True))
+    assert not made.recipes
+    assert 20 <= len(left.recipes) < 40  # sensor noise and JPEG are made where they are drawn
+    first, second = made.to(CPU), left.to(CPU)
+    assert first.prompts == second.prompts
+    assert torch.equal(first.clean, second.clean)
+    levels = (first.degraded - second.degraded).abs() * 255
+    assert levels.max() < 1.01  # rounded to eight bits, of numbers that differ by rounding
+    assert (levels > 0.5).float().mean() < 1e-3
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_the_next_batch_is_made_within_the_step_and_none_is_lost(photographs: Path, tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def ahead_of(step: str) -> Callable[..., object]:
+        whole = getattr(Ahead, step)
+
+        def noted(self: Ahead) -> object:
+            made.append(step)
+            return whole(self)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for step in ("take", "prepare"):
+            patch.setattr(Ahead, step, ahead_of(step))
+        train(tiny(photographs, steps=3), tmp_path, threads=1)
+    assert made == ["take", "prepare", "prepare", "take", "prepare", "take", "prepare"]
 
 
 def test_noise_may_be_of_the_published_strengths_alone(photographs: Path) -> None:
@@ -101,8 +136,9 @@ def test_noise_may_be_of_the_published_strengths_alone(photographs: Path) -> Non
     rng = np.random.default_rng(0)
     for _ in range(12):
         sample = sources.draw(rng, label=Degradation.NOISE, side_px=64, jpeg_share=0.0)
-        inside = (sample.clean > 0.45) & (sample.clean < 0.55)
-        spread = float((sample.degraded - sample.clean)[inside].std()) * 255
+        assert isinstance(sample.degraded, np.ndarray)
+        inside = (sample.clean > 115) & (sample.clean < 140)
+        spread = float((sample.degraded.astype(float) - sample.clean)[inside].std())
         assert inside.sum() < 100 or abs(spread - int(sample.prompt.removeprefix("noise"))) < 6
         assert sample.prompt in ("noise15", "noise50")
 
@@ -118,7 +154,8 @@ def test_pairs_are_used_for_their_label_alone_in_the_share_asked_for(photographs
     def share_of_pairs(label: Degradation, **options: object) -> float:
         sources = Sources.load(Data(pairs=pairs, **options), validation=False)  # type: ignore[arg-type]
         drawn = [sources.draw(rng, label=label, side_px=32, jpeg_share=0.0).degraded for _ in range(60)]
-        return float(np.mean([np.ptp(image.reshape(-1, 3), axis=0).max() == 0 for image in drawn]))
+        flat = [np.ptp(cast(np.ndarray, image).reshape(-1, 3), axis=0).max() == 0 for image in drawn]
+        return float(np.mean(flat))
 
     assert share_of_pairs(Degradation.RAIN) == 1
     assert 0.05 < share_of_pairs(Degradation.RAIN, clean=(photographs,), pair_share=0.25) < 0.5
@@ -144,10 +181,10 @@ def averages(out: Path) -> dict[str, torch.Tensor]:
 def break_at(step: int) -> Callable[..., float]:
     whole = Training.learn
 
-    def learn(self: Training, batch: Batch) -> float:
+    def learn(self: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
         if self.step == step:
             raise KeyboardInterrupt
-        return whole(self, batch)
+        return whole(self, batch, meanwhile)
 
     return learn
 
@@ -217,10 +254,10 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
     train(tiny(photographs), tmp_path / "whole", threads=1)
     learn = Training.learn
 
-    def learn_and_interrupt(training: Training, batch: Batch) -> float:
+    def learn_and_interrupt(training: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
         if training.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return learn(training, batch)
+        return learn(training, batch, meanwhile)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", learn_and_interrupt)
@@ -236,13 +273,13 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
 def test_ctrl_c_leaves_the_processes_that_make_samples_alone(photographs: Path, tmp_path: Path) -> None:
     learn = Training.learn
 
-    def learn_and_interrupt(training: Training, batch: Batch) -> float:
+    def learn_and_interrupt(training: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
         if training.step == 1:  # a terminal sends SIGINT to all of its processes
             loaders = multiprocessing.active_children()
             assert loaders
             for each in loaders:
                 os.kill(cast(int, each.pid), signal.SIGINT)
-        return learn(training, batch)
+        return learn(training, batch, meanwhile)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", learn_and_interrupt)
@@ -333,18 +370,17 @@ def test_the_command_of_a_bare_host_tells_faults_plainly(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("quick_validation")
 def test_training_lowers_the_loss_on_noise(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.synthesis.draw_noise_sigma", lambda rng: 40.0)
-    monkeypatch.setattr("pipeline.synthesis.add_camera_noise", synthesis.add_noise)
+    noisy = Data(clean=(photographs,), noise_sigmas_255=(40.0,))
     phase = Phase(start=0.0, patch_px=32, batch=4, tasks={Degradation.NOISE: 1.0})
     losses = []
     whole = Training.learn
 
-    def recorded(self: Training, batch: Batch) -> float:
-        losses.append(whole(self, batch))
+    def recorded(self: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
+        losses.append(whole(self, batch, meanwhile))
         return losses[-1]
 
     monkeypatch.setattr(Training, "learn", recorded)
-    train(tiny(photographs, phases=(phase,), steps=80, learning_rate=5e-3), tmp_path / "out", threads=1)
+    train(tiny(photographs, data=noisy, phases=(phase,), steps=80, learning_rate=5e-3), tmp_path / "out", threads=1)
     assert len(losses) == 80
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.1
 
