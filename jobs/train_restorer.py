@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,21 @@ class Training:
         return found, np.concatenate(rows)
 
 
+def batches(
+    training: Training, sources: Sources, places: Iterable[tuple[int, Phase]], *, loaders: int
+) -> DataLoader[Batch]:
+    """This process's part of the batch of every step and phase; a GPU gets recipes, and makes the pixels itself."""
+    on_gpu = training.device.type == "cuda"
+    return DataLoader(
+        Batches(sources, training.config, training.group.part, as_recipe=on_gpu),
+        batch_size=None,
+        sampler=places,
+        num_workers=loaders,
+        worker_init_fn=leave_interrupts_to_parent,
+        pin_memory=on_gpu,
+    )
+
+
 def train(
     config: RestorerTraining,
     out: Path,
@@ -313,15 +328,6 @@ def _run(
         for step in itertools.count(training.step):
             yield step, config.phase_at(config.progress(step, training.seconds))
 
-    batches = DataLoader(
-        Batches(sources, config, group.part, as_recipe=training.device.type == "cuda"),
-        batch_size=None,
-        sampler=places(),
-        num_workers=loaders,
-        worker_init_fn=leave_interrupts_to_parent,
-        pin_memory=training.device.type == "cuda",
-    )
-
     def keep(last: bool) -> None:
         if diary is not None:
             training.save()
@@ -331,7 +337,7 @@ def _run(
             )
             diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
-    ahead = Ahead(iter(batches), training.device)
+    ahead = Ahead(iter(batches(training, sources, places(), loaders=loaders)), training.device)
     run(
         training,
         lambda: training.learn(ahead.take(), ahead.prepare),

@@ -18,6 +18,7 @@ from models.padding import pad, padded_size
 from models.prompts import PromptBank
 from models.registry import resolve
 from models.tiling import run_tiled
+from models.transfer import download, upload
 from models.weights import load_checkpoint
 
 Tile = Literal["auto", "off"] | int
@@ -183,8 +184,8 @@ class Restorer:
                 batch = torch.stack([pad(_to_tensor(images[i], place), height, width) for i in chunk])
                 keys = [prompts[i] for i in chunk]
                 out = self._run(batch, keys) if side is None else self._run_tiles(batch[0], keys[0], side, limit)[None]
-                for i, pixels in zip(chunk, out, strict=True):
-                    restored[i] = _to_array(pixels, images[i])
+                found = [_as_image(pixels, images[i]) for i, pixels in zip(chunk, out, strict=True)]
+                restored |= zip(chunk, download(found), strict=True)
         return [restored[i] for i in range(len(images))]
 
     def _run(self, batch: Tensor, prompts: list[int]) -> Tensor:
@@ -233,15 +234,13 @@ def load_restorer(
 
 def _to_tensor(image: Image, device: torch.device) -> Tensor:
     """H x W x 3 of any of the dtypes as 3 x H x W float32 in [0, 1]; it travels in its own dtype."""
-    pixels = torch.tensor(np.ascontiguousarray(image)).to(device)
-    return pixels.permute(2, 0, 1).float() / _FULL_SCALE[image.dtype]
+    return upload(image, device).permute(2, 0, 1).float() / _FULL_SCALE[image.dtype]
 
 
-def _to_array(pixels: Tensor, like: Image) -> Image:
-    """3 x H x W float32 cropped to the size of `like`, in its dtype, in which it travels."""
+def _as_image(pixels: Tensor, like: Image) -> Tensor:
+    """3 x H x W float32 as H x W x 3 of the size of `like`, in its dtype, in which it travels."""
     height, width, _ = like.shape
     cropped = pixels[:, :height, :width].permute(1, 2, 0).clamp(0, 1)
     if like.dtype != np.float32:
         cropped = (cropped * _FULL_SCALE[like.dtype]).round_().to(_TORCH_DTYPE[like.dtype])
-    found: Image = cropped.contiguous().cpu().numpy()
-    return found
+    return cropped.contiguous()
