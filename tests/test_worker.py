@@ -11,17 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from synthetic_weights import tiny_network
 from tiny_runs import TinyRun, config_of, plan_run, rows_of, write_pictures
 
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
+from models.memory import bytes_per_pixel
 from models.prompts import orthogonal_bank
+from models.restorer import Restorer
 from pipeline.faults import FAULT
 from pipeline.images import to_uint8
 from pipeline.item import Item, SourceGoneError
 from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
 from pipeline.records import ImageRef, Outcome, Shard, Status
+from pipeline.restoring import ImageRestorer
 from pipeline.sink import done
 from pipeline.worker import ReadAhead, Worker, codec_threads
 
@@ -95,7 +99,7 @@ def red(label: Degradation) -> int:
 
 
 def work(
-    run: TinyRun, restorer: Brightener | None = None, *, attempt: int = 1, worker: Worker | None = None
+    run: TinyRun, restorer: ImageRestorer | None = None, *, attempt: int = 1, worker: Worker | None = None
 ) -> dict[str, dict[str, Any]]:
     """Works off all shards and returns the manifest's rows by relative path."""
     worker = worker or Worker(run.context, restorer=restorer or Brightener(), classifier=Reader(), worker_id="w")
@@ -198,6 +202,27 @@ def test_an_image_whose_smallest_tiles_are_too_large_fails(tmp_path: Path) -> No
     marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=64, width=40)
     row = work(plan(tmp_path), Brightener(memory_px=7))["large.png"]
     assert (row["status"], row["error_class"], row["oom_retries"]) == ("failed", "out_of_memory", 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_without_room_for_an_image_has_it_in_tiles_and_the_run_goes_on(tmp_path: Path) -> None:
+    network, side_px = tiny_network(unshuffle_factor=1), 1536
+    marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=side_px, width=side_px)
+    marked(tmp_path / "src" / "small.png", red(Degradation.RAIN))
+    restorer = Restorer(network, orthogonal_bank(), device="cuda")
+    restorer.memory_budget_bytes = 10**12  # so that its own estimate does not foresee what is to happen
+    needed = side_px**2 * bytes_per_pixel(network.config, torch.float32, "cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + needed / 3) / total)
+    try:
+        rows = work(plan(tmp_path), restorer)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert {row["status"] for row in rows.values()} == {"restored"}
+    assert rows["large.png"]["oom_retries"] > 0
+    assert rows["large.png"]["tiled"]
+    assert not rows["small.png"]["tiled"]
 
 
 def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
