@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from classifier.weights import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
+from models.precision import fastest_dtype
 from models.registry import list_models
 from pipeline.plan import Estimate
 from pipeline.report import Summary
@@ -23,7 +25,7 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         "run": f"{job.context.run_id[:12]}, configuration {config.digest[:12]}",
         "model": f"{config.model}, sha256 {config.weights_sha256[:12]}",
         "classifier": f"{config.classifier}, sha256 {config.classifier_sha256[:12]}",
-        "compute": f"{options.engine}, {job.context.device}, {config.dtype}",
+        "compute": f"{options.engine}, {job.context.device}, {_precision(config.dtype, job.context.device)}",
         "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
     }
     if references := find_references(job):
@@ -146,6 +148,12 @@ def _figures(record: dict[str, Any], prefix: str = "") -> list[str]:
         full = f"{prefix}{name}"
         figures += _figures(value, f"{full}.") if isinstance(value, dict) else [f"{full} {value}"]
     return figures
+
+
+def _precision(dtype: str, device: str) -> str:
+    """A run's dtype, and a hint where it is the slower one: another machine's run may go on here."""
+    emulated = dtype == "bfloat16" and fastest_dtype(device) is torch.float32
+    return f"{dtype}, which this processor emulates: float32 is many times faster here" if emulated else dtype
 
 
 def _unreadable(job: Job) -> str:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from jobs import display
 from jobs.restore import resolve_dtype
 from jobs.training_loop import mixed_precision
 from models.precision import fastest_dtype
@@ -31,3 +32,10 @@ def test_training_multiplies_in_what_is_fastest(monkeypatch, native, wanted):
     matrix = torch.ones(4, 4)
     with mixed_precision(torch.device("cpu")):
         assert (matrix @ matrix).dtype is wanted
+
+
+def test_a_run_says_where_its_precision_is_the_slower_one(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX2)
+    assert "float32 is many times faster here" in display._precision("bfloat16", "cpu")
+    assert display._precision("float32", "cpu") == "float32"
+    assert display._precision("bfloat16", "cuda") == "bfloat16"
