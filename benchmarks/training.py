@@ -58,10 +58,13 @@ def fed(training: Training, sources: Sources, phase: Phase, *, loaders: int, ste
     """Mean seconds of a step with samples as a training gets them, once the loaders are under way."""
     places = ((step, phase) for step in itertools.count())
     ahead = Ahead(iter(batches(training, sources, places, loaders=loaders)), training.device)
-    warm_up = 2 * loaders + 2  # what loaders have made before the first step is used up
-    for _ in range(warm_up):
-        training.learn(ahead.take(), ahead.prepare)
-    return statistics.fmean(seconds(lambda: training.learn(ahead.take(), ahead.prepare)) for _ in range(steps))
+    on_gpu = training.device.type == "cuda"
+    meanwhile = [ahead.prepare] if on_gpu else []
+    for _ in range(100 if on_gpu else 0):  # a GPU plans a Fourier transform when its size comes for the first time
+        ahead.take()
+    for _ in range(2 * loaders + 2):  # what loaders have made before the first step is used up
+        training.learn(ahead.take(), *meanwhile)
+    return statistics.fmean(seconds(lambda: training.learn(ahead.take(), *meanwhile)) for _ in range(steps))
 
 
 def main() -> None:

@@ -122,25 +122,26 @@ def _prompt_seen(label: Degradation, degraded: NDArray[np.uint8], rng: np.random
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: B x H x W x 3 uint8, degraded and clean, with their prompts and names."""
+    """Samples stacked, with their prompts and names; pixels are uint8, H x W x 3 each."""
 
-    degraded: Tensor
-    """Where there is a recipe, the clean image."""
     clean: Tensor
+    """Of all B samples."""
+    degraded: Tensor
+    """Of those without a recipe, in their order."""
     recipes: Mapping[int, Recipe]
-    """By place in the batch: what `to` makes the degraded image with."""
+    """By place in the batch: what `to` makes the degraded images with."""
     prompts: tuple[str, ...]
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Batch":
         """Stacks samples of one size."""
-        recipes = {place: s.degraded for place, s in enumerate(samples) if isinstance(s.degraded, Recipe)}
-        degraded = [s.clean if isinstance(s.degraded, Recipe) else s.degraded for s in samples]
+        clean = np.stack([sample.clean for sample in samples])
+        made = [sample.degraded for sample in samples if not isinstance(sample.degraded, Recipe)]
         return cls(
-            degraded=torch.from_numpy(np.stack(degraded)),
-            clean=torch.from_numpy(np.stack([sample.clean for sample in samples])),
-            recipes=recipes,
+            clean=torch.from_numpy(clean),
+            degraded=torch.from_numpy(np.stack(made) if made else clean[:0]),
+            recipes={place: s.degraded for place, s in enumerate(samples) if isinstance(s.degraded, Recipe)},
             prompts=tuple(sample.prompt for sample in samples),
             names=tuple(sample.name for sample in samples),
         )
@@ -152,14 +153,18 @@ class Batch:
     @torch.no_grad()
     def to(self, device: torch.device) -> "ReadyBatch":
         """On a device, where recipes are applied to all images of a kind at once, and rounded to eight bits."""
-        degraded, clean = (
+        clean, made = (
             pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-            for pixels in (self.degraded, self.clean)
+            for pixels in (self.clean, self.degraded)
         )
+        degraded = torch.empty_like(clean)
+        drawn, ready = (
+            torch.tensor([place for place in range(len(clean)) if (place in self.recipes) is there], dtype=torch.int64)
+            for there in (True, False)
+        )
+        degraded[ready] = made
         if self.recipes:
-            index = torch.tensor(list(self.recipes), device=device)
-            made = apply(clean[index].contiguous(), list(self.recipes.values()))
-            degraded[index] = (made * 255).round() / 255
+            degraded[drawn] = (apply(clean[drawn].contiguous(), list(self.recipes.values())) * 255).round() / 255
         return ReadyBatch(degraded, clean, self.prompts, self.names)
 
 
@@ -174,22 +179,34 @@ class ReadyBatch:
 
 
 class Ahead:
-    """Batches on a device, of which the next one is made while a GPU is at the step on this one."""
+    """Batches on a device; a GPU makes the next one on a stream of its own, beside the step on this one."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
         self.batches, self.device = batches, device
-        self.ready: ReadyBatch | None = None
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.ready: ReadyBatch | Exception | None = None
 
     def prepare(self) -> None:
-        """Takes the next batch to the device."""
-        self.ready = next(self.batches).to(self.device)
+        """Takes the next batch to the device; a fault is kept for `take`, since the step at hand has none."""
+        try:
+            with torch.cuda.stream(self.stream):
+                self.ready = next(self.batches).to(self.device)
+        except Exception as fault:
+            self.ready = fault
 
     def take(self) -> ReadyBatch:
         """The next batch, prepared or not."""
         if self.ready is None:
             self.prepare()
         taken, self.ready = self.ready, None
+        if isinstance(taken, Exception):
+            raise taken
         assert taken is not None
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for pixels in (taken.degraded, taken.clean):
+                pixels.record_stream(current)
         return taken
 
 

@@ -192,7 +192,7 @@ class Training:
         save_atomically(common | light, self.out / PORTABLE)
 
     def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:
-        """One step; returns the loss. `meanwhile` is called where a GPU has work ahead of it.
+        """One step; returns the loss. `meanwhile` is called once a GPU has all of the gradient's work before it.
 
         Raises:
             TrainingError: loss or gradient is not finite, or the network cannot be compiled; parameters and checkpoint
@@ -338,9 +338,10 @@ def _run(
             diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
     ahead = Ahead(iter(batches(training, sources, places(), loaders=loaders)), training.device)
+    meanwhile = [ahead.prepare] if training.device.type == "cuda" else []  # a CPU would only be kept from the step
     run(
         training,
-        lambda: training.learn(ahead.take(), ahead.prepare),
+        lambda: training.learn(ahead.take(), *meanwhile),
         keep,
         diary=diary,
         group=group,

@@ -53,7 +53,7 @@ class Data:
     smallest_scale: Mapping[Degradation, float] = field(default_factory=dict)
     """Clean photographs are shrunk by down to this; half if a label is not named. Pairs never are."""
     noise_sigmas_255: tuple[float, ...] = ()
-    """Noise is white, of one of these standard deviations on the 0..255 scale; none named: as `degrade` draws it."""
+    """Noise is white, of one of these standard deviations on the 0..255 scale; none named: as `draw_recipe` has it."""
     on_disk: bool = False
     """Photographs are read for every patch, since they do not fit into memory."""
 

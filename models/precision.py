@@ -4,14 +4,15 @@ import torch
 
 
 def fastest_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (CUDA, AMX, AVX-512 BF16), else float32.
+    """bfloat16 where the hardware multiplies it natively (NVIDIA from Ampere on, AMX, AVX-512 BF16), else float32.
+
+    A GPU that is not in this machine, but elsewhere in a cluster, is taken for one that does.
 
     Elsewhere bfloat16 is emulated: on a CPU with AVX2 alone a training step takes ten times as long in it.
     """
-    capabilities = torch.cpu.get_capabilities()
-    native = (
-        torch.device(device).type == "cuda"
-        or capabilities.get("amx_bf16", False)
-        or capabilities.get("avx512_bf16", False)
-    )
+    if torch.device(device).type == "cuda":
+        native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32

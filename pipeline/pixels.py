@@ -96,11 +96,12 @@ def column(values: Sequence[Any], like: Tensor) -> Tensor:
 
 
 def maps(values: Sequence[Field | float], like: Tensor) -> Tensor:
-    """A map, or a number that holds everywhere, for each image: B x 1 x H x W."""
+    """A map, or a number that holds everywhere, for each image: B x 1 x H x W, or B x 1 x 1 x 1 without maps."""
+    if not any(isinstance(value, np.ndarray) for value in values):
+        return column(values, like)
     size = tuple(like.shape[2:])
-    return torch.from_numpy(np.stack([np.broadcast_to(np.float32(value), size) for value in values])[:, None]).to(
-        like.device
-    )
+    stack = np.stack([np.broadcast_to(np.float32(value), size) for value in values])
+    return torch.from_numpy(stack[:, None]).to(like.device)
 
 
 def mean(images: Tensor) -> Tensor:

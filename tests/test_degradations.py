@@ -82,4 +82,4 @@ def test_a_gpu_applies_what_a_cpu_does():
     images = photographs(len(mixed))
     there, here = apply(images.cuda(), mixed).cpu(), apply(images, mixed)
     assert torch.isfinite(there).all()
-    torch.testing.assert_close(there.mean(dim=(1, 2, 3)), here.mean(dim=(1, 2, 3)), atol=0.03, rtol=0)
+    torch.testing.assert_close(there.mean(dim=(1, 2, 3)), here.mean(dim=(1, 2, 3)), atol=0.08, rtol=0)

@@ -21,6 +21,7 @@ AVX2 = {"avx2": True, "avx512_bf16": False, "amx_bf16": False}
 )
 def test_bfloat16_is_chosen_where_the_hardware_has_it(monkeypatch, device, capabilities, wanted):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert fastest_dtype(device) is wanted
     assert resolve_dtype("auto", device) == str(wanted).removeprefix("torch.")
     assert resolve_dtype("bfloat16", device) == "bfloat16"
@@ -39,3 +40,10 @@ def test_a_run_says_where_its_precision_is_the_slower_one(monkeypatch):
     assert "float32 is many times faster here" in display._precision("bfloat16", "cpu")
     assert display._precision("float32", "cpu") == "float32"
     assert display._precision("bfloat16", "cuda") == "bfloat16"
+
+
+@pytest.mark.parametrize(("native", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_is_asked_whether_it_emulates(monkeypatch, native, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert fastest_dtype("cuda") is wanted

@@ -5,7 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,7 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
-from jobs.restorer_samples import Ahead, Batches, ReadyBatch, Sources
+from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
 from jobs.train_restorer import (
     PORTABLE,
     Training,
@@ -111,24 +111,57 @@ def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: P
     assert (levels > 0.5).float().mean() < 1e-3
 
 
+def test_batches_come_in_order_whether_prepared_or_not(photographs: Path) -> None:
+    phase = Phase(start=0.0, patch_px=32, batch=2, tasks=EVERYTHING)
+    config = tiny(photographs, phases=(phase,))
+    made = Batches(Sources.load(config.data, validation=False), config, slice(None))
+    wanted = [made[step, phase].names for step in range(4)]
+    ahead = Ahead((made[step, phase] for step in range(4)), CPU)
+    found = [ahead.take().names]
+    for _ in range(2):
+        ahead.prepare()
+        found.append(ahead.take().names)
+    found.append(ahead.take().names)
+    assert found == wanted
+
+
+def test_a_batch_that_cannot_be_made_spares_the_step_before() -> None:
+    def broken() -> Iterator[Batch]:
+        raise UsageError("the photograph is gone")
+        yield
+
+    ahead = Ahead(broken(), CPU)
+    ahead.prepare()
+    with pytest.raises(UsageError, match="the photograph is gone"):
+        ahead.take()
+
+
+def test_other_work_is_done_between_gradient_and_update(photographs: Path, tmp_path: Path) -> None:
+    config = tiny(photographs)
+    training = Training(config, tmp_path, CPU)
+    batch = Sources.load(config.data, validation=False).batch(config, config.phases[0], 0)
+    before = {name: p.detach().clone() for name, p in training.trained.items()}
+    seen = []
+
+    def look() -> None:
+        unchanged = all(torch.equal(p, before[name]) for name, p in training.trained.items())
+        seen.append((unchanged, any(p.grad is not None and p.grad.any() for p in training.trained.values())))
+
+    training.learn(Batch.of(batch).to(CPU), look)
+    assert seen == [(True, True)]
+    assert any(not torch.equal(p, before[name]) for name, p in training.trained.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("quick_validation")
-def test_the_next_batch_is_made_within_the_step_and_none_is_lost(photographs: Path, tmp_path: Path) -> None:
-    made: list[str] = []
-
-    def ahead_of(step: str) -> Callable[..., object]:
-        whole = getattr(Ahead, step)
-
-        def noted(self: Ahead) -> object:
-            made.append(step)
-            return whole(self)
-
-        return noted
-
-    with pytest.MonkeyPatch.context() as patch:
-        for step in ("take", "prepare"):
-            patch.setattr(Ahead, step, ahead_of(step))
-        train(tiny(photographs, steps=3), tmp_path, threads=1)
-    assert made == ["take", "prepare", "prepare", "take", "prepare", "take", "prepare"]
+def test_a_gpu_learns_the_same_with_and_without_loaders(photographs: Path, tmp_path: Path) -> None:
+    config = tiny(photographs, steps=3)
+    train(config, tmp_path / "between", device="cuda")
+    train(config, tmp_path / "ahead", device="cuda", loaders=2)
+    first, second = averages(tmp_path / "between"), averages(tmp_path / "ahead")
+    close = [torch.isclose(first[key].float(), second[key].float(), atol=1e-4).float().mean() for key in first]
+    assert float(torch.stack(close).mean()) > 0.98
 
 
 def test_noise_may_be_of_the_published_strengths_alone(photographs: Path) -> None:
@@ -181,10 +214,10 @@ def averages(out: Path) -> dict[str, torch.Tensor]:
 def break_at(step: int) -> Callable[..., float]:
     whole = Training.learn
 
-    def learn(self: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
+    def learn(self: Training, batch: ReadyBatch, *meanwhile: Callable[[], None]) -> float:
         if self.step == step:
             raise KeyboardInterrupt
-        return whole(self, batch, meanwhile)
+        return whole(self, batch, *meanwhile)
 
     return learn
 
@@ -254,10 +287,10 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
     train(tiny(photographs), tmp_path / "whole", threads=1)
     learn = Training.learn
 
-    def learn_and_interrupt(training: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
+    def learn_and_interrupt(training: Training, batch: ReadyBatch, *meanwhile: Callable[[], None]) -> float:
         if training.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return learn(training, batch, meanwhile)
+        return learn(training, batch, *meanwhile)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", learn_and_interrupt)
@@ -273,13 +306,13 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
 def test_ctrl_c_leaves_the_processes_that_make_samples_alone(photographs: Path, tmp_path: Path) -> None:
     learn = Training.learn
 
-    def learn_and_interrupt(training: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
+    def learn_and_interrupt(training: Training, batch: ReadyBatch, *meanwhile: Callable[[], None]) -> float:
         if training.step == 1:  # a terminal sends SIGINT to all of its processes
             loaders = multiprocessing.active_children()
             assert loaders
             for each in loaders:
                 os.kill(cast(int, each.pid), signal.SIGINT)
-        return learn(training, batch, meanwhile)
+        return learn(training, batch, *meanwhile)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", learn_and_interrupt)
@@ -375,8 +408,8 @@ def test_training_lowers_the_loss_on_noise(photographs: Path, tmp_path: Path, mo
     losses = []
     whole = Training.learn
 
-    def recorded(self: Training, batch: ReadyBatch, meanwhile: Callable[[], None]) -> float:
-        losses.append(whole(self, batch, meanwhile))
+    def recorded(self: Training, batch: ReadyBatch, *meanwhile: Callable[[], None]) -> float:
+        losses.append(whole(self, batch, *meanwhile))
         return losses[-1]
 
     monkeypatch.setattr(Training, "learn", recorded)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import transfer
 from models.transfer import download, upload
 
 CPU = torch.device("cpu")
@@ -36,3 +37,14 @@ def test_many_images_come_back_from_a_gpu_as_they_went():
         images = [rng.integers(0, 256, (int(side), 300, 3), dtype=np.uint8) for side in rng.integers(1, 400, 8)]
         for image, back in zip(images, download([255 - upload(image, device) for image in images]), strict=True):
             np.testing.assert_array_equal(back, 255 - image)
+
+
+def test_without_page_locked_memory_plain_memory_is_taken(monkeypatch):
+    def refuse(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return whole(*args, **kwargs)
+
+    whole = torch.empty
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert transfer._page_locked((2, 3), torch.uint8).shape == (2, 3)

@@ -1,3 +1,4 @@
+import gc
 import os
 import threading
 import time
@@ -213,6 +214,8 @@ def test_a_gpu_without_room_for_an_image_has_it_in_tiles_and_the_run_goes_on(tmp
     restorer = Restorer(network, orthogonal_bank(), device="cuda")
     restorer.memory_budget_bytes = 10**12  # so that its own estimate does not foresee what is to happen
     needed = side_px**2 * bytes_per_pixel(network.config, torch.float32, "cuda")
+    gc.collect()
+    torch.cuda.empty_cache()  # what other tests left would be room enough
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + needed / 3) / total)
     try:
