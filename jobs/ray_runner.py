@@ -89,7 +89,8 @@ class WorkerActor:
             return _Report("failed", self._take(), f"{type(error).__name__}: {error}")
         return _Report("given_back" if self._worker.is_stopping else "done", self._take())
 
-    @ray.method(concurrency_group="control")
+    # Called several times a second: noted as tasks, the calls would fill the memory of Ray's control store.
+    @ray.method(concurrency_group="control", enable_task_events=False)
     def outcomes(self) -> list[Outcome]:
         """Images done since the last call; waits a moment for one."""
         try:
