@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.record import RESULTS, write_csv
 from classifier.labels import Degradation
 from jobs.datasets import read_rgb, with_noise
-from pipeline.synthesis import convolve, to_uint8
+from pipeline.synthesis import convolve, from_uint8, to_uint8
 
 NOISE_SIGMAS = (15, 25, 50)
 IMAGE_COLUMNS = (
@@ -56,7 +56,7 @@ def blurred(data: Path, work: Path) -> Set:
     reference.mkdir(parents=True, exist_ok=True)
     kernels = np.load(data / "blur_kernels" / "levin09.npz")
     for path in sorted((data / "urban").glob("*.png")):
-        clean = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / np.float32(255)
+        clean = from_uint8(read_rgb(path))
         for name in kernels.files:
             blurry = convolve(clean, kernels[name])
             Image.fromarray(to_uint8(blurry)).save(folder / f"{path.stem}-{name}.png")

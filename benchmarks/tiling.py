@@ -28,7 +28,7 @@ from models.inference import InferenceDFPIR
 from models.padding import padded_size
 from models.tiling import run_tiled
 from pipeline.metrics import psnr_db
-from pipeline.synthesis import add_haze, to_uint8
+from pipeline.synthesis import add_haze, from_uint8, to_uint8
 
 VARIANTS = ("bands", "tiles 512", "tiles 256", "tiles 512, thumbnail's attention", "tiles 512, middle tile's attention")
 BASELINE = VARIANTS[0]
@@ -91,7 +91,7 @@ def damaged(clean: np.ndarray[Any, Any], damage: str, number: int) -> np.ndarray
     """H x W x 3 uint8 with noise or haze."""
     if damage == "noise":
         return noisy(clean, 25, seed=number)
-    return to_uint8(add_haze(clean.astype(np.float32) / np.float32(255), np.random.default_rng(number)))
+    return to_uint8(add_haze(from_uint8(clean), np.random.default_rng(number)))
 
 
 def runner(arguments: argparse.Namespace, damage: str) -> tuple[Callable[[Tensor], Tensor], int]:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,10 @@ def seconds(step: Callable[[], float]) -> float:
 def alone(trainings: dict[str, Training], phase: Phase, steps: int) -> dict[str, float]:
     """Median seconds of a step on a batch that lies on the device, the variants in turn."""
     times: dict[str, list[float]] = {name: [] for name in trainings}
+    ready = random_batch(phase).to(next(iter(trainings.values())).device)
     for number in range(steps + 2):
         for name, training in trainings.items():
-            ready = random_batch(phase).to(training.device)
-            taken = seconds(lambda training=training, ready=ready: training.learn(ready))  # type: ignore[misc]
+            taken = seconds(partial(training.learn, ready))
             if number >= 2:  # the first ones compile and warm up
                 times[name].append(taken)
     return {name: statistics.median(each) for name, each in times.items()}
@@ -58,13 +59,12 @@ def fed(training: Training, sources: Sources, phase: Phase, *, loaders: int, ste
     """Mean seconds of a step with samples as a training gets them, once the loaders are under way."""
     places = ((step, phase) for step in itertools.count())
     ahead = Ahead(iter(batches(training, sources, places, loaders=loaders)), training.device)
-    on_gpu = training.device.type == "cuda"
-    meanwhile = [ahead.prepare] if on_gpu else []
-    for _ in range(100 if on_gpu else 0):  # a GPU plans a Fourier transform when its size comes for the first time
+    # A GPU plans a Fourier transform when its size comes for the first time.
+    for _ in range(100 if training.device.type == "cuda" else 0):
         ahead.take()
     for _ in range(2 * loaders + 2):  # what loaders have made before the first step is used up
-        training.learn(ahead.take(), *meanwhile)
-    return statistics.fmean(seconds(lambda: training.learn(ahead.take(), *meanwhile)) for _ in range(steps))
+        training.learn(ahead.take(), *ahead.meanwhile)
+    return statistics.fmean(seconds(lambda: training.learn(ahead.take(), *ahead.meanwhile)) for _ in range(steps))
 
 
 def main() -> None:
@@ -93,9 +93,7 @@ def main() -> None:
             name: Training(config, Path(folder) / name, device, compiled=name == "compiled")
             for name in arguments.variants
         }
-        phases = [
-            phase if arguments.batch is None else replace(phase, batch=arguments.batch) for phase in config.phases
-        ]
+        phases = [replace(phase, batch=arguments.batch or phase.batch) for phase in config.phases]
         for (side, size), phase in sorted({(p.patch_px, p.batch): p for p in phases}.items(), key=lambda item: item[0]):
             if arguments.patches and side not in arguments.patches:
                 continue

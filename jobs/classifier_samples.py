@@ -28,6 +28,7 @@ from pipeline.synthesis import (
     add_noise,
     add_other,
     add_rain,
+    from_uint8,
     resize,
     to_uint8,
     vary_clean,
@@ -68,7 +69,7 @@ def draw_scene(photographs: Photographs, rng: np.random.Generator) -> FloatImage
     if scale != 1.0:
         size = max(160, round(source_width * scale)), max(160, round(source_height * scale))
         part = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.LANCZOS))
-    return part.astype(np.float32) / np.float32(255)
+    return from_uint8(part)
 
 
 def vary_tone(image: FloatImage, rng: np.random.Generator) -> FloatImage:

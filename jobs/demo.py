@@ -22,7 +22,16 @@ from jobs.progress import ProgressView
 from jobs.restore import make_runner, prepare, run, sole_driver
 from jobs.sheets import side_by_side
 from pipeline.sink import read_manifest
-from pipeline.synthesis import FloatImage, add_haze, add_lowlight, add_motion_blur, add_noise, add_rain, to_uint8
+from pipeline.synthesis import (
+    FloatImage,
+    add_haze,
+    add_lowlight,
+    add_motion_blur,
+    add_noise,
+    add_rain,
+    from_uint8,
+    to_uint8,
+)
 
 MARKER = "dfpir-demo.json"
 LABELS = (
@@ -109,7 +118,7 @@ def _write_photographs(out: Path) -> None:
             (out / folder / damage).mkdir(parents=True, exist_ok=True)
         for index, (name, image) in enumerate(photographs().items()):
             rng = np.random.default_rng([2026, number, index])
-            degraded = degrade_for_demo(image.astype(np.float32) / np.float32(255), damage, rng)
+            degraded = degrade_for_demo(from_uint8(image), damage, rng)
             Image.fromarray(to_uint8(degraded)).save(out / "source" / damage / f"{name}.png")
             Image.fromarray(image).save(out / "reference" / damage / f"{name}.png")
 

@@ -27,6 +27,7 @@ from jobs.restore import code_version
 from models import Restorer
 from models.registry import list_models
 from pipeline.prompting import decide, noise_prompt, prompts_for
+from pipeline.synthesis import from_uint8
 
 SSIM_WINDOW_PX = 7
 
@@ -91,7 +92,7 @@ def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classi
     """
     for example in examples:
         degraded, reference = example.read()
-        image, truth = (pixels.astype(np.float32) / np.float32(255) for pixels in (degraded, reference))
+        image, truth = (from_uint8(pixels) for pixels in (degraded, reference))
         prediction = classifier.predict([degraded])[0]
         sigma_255 = prediction.noise_sigma_255 if example.sigma_255 is None else example.sigma_255
         given = noise_prompt(sigma_255) if example.label is Degradation.NOISE else str(example.label)

@@ -183,6 +183,8 @@ class Ahead:
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
         self.batches, self.device = batches, device
+        # What a step may do while the GPU has work; a CPU would only be kept from the step.
+        self.meanwhile = (self.prepare,) if device.type == "cuda" else ()
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.ready: ReadyBatch | Exception | None = None
 

@@ -46,7 +46,7 @@ from jobs.training_state import (
     last_good,
     save_atomically,
 )
-from pipeline.synthesis import FloatImage
+from pipeline.synthesis import FloatImage, from_uint8
 
 log = logging.getLogger("training")
 
@@ -90,7 +90,7 @@ def hardest(logits: Tensor, samples: Samples) -> FloatImage:
         side = min(crops.shape[1], worst["thumbnail"].shape[0])
         thumbnail[:side, :side] = worst["thumbnail"][:side, :side]
         rows.append(np.concatenate([thumbnail, *crops], axis=1))
-    return np.concatenate(rows).astype(np.float32) / np.float32(255)
+    return from_uint8(np.concatenate(rows))
 
 
 @torch.no_grad()

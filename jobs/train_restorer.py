@@ -338,10 +338,9 @@ def _run(
             diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
     ahead = Ahead(iter(batches(training, sources, places(), loaders=loaders)), training.device)
-    meanwhile = [ahead.prepare] if training.device.type == "cuda" else []  # a CPU would only be kept from the step
     run(
         training,
-        lambda: training.learn(ahead.take(), *meanwhile),
+        lambda: training.learn(ahead.take(), *ahead.meanwhile),
         keep,
         diary=diary,
         group=group,

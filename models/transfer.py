@@ -1,5 +1,6 @@
 """Pixels to a device and back. A GPU copies page-locked memory by itself, while it computes and Python goes on."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ def _page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory that a GPU reads and writes by itself; plain memory where the system gives no more of it."""
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
-    except RuntimeError:  # a GPU that is lost will say so when it copies
+    except RuntimeError as error:  # a GPU that is lost will say so when it copies
+        warnings.warn(f"models: no page-locked memory, copies are slower: {error}", stacklevel=3)
         return torch.empty(shape, dtype=dtype)
 
 

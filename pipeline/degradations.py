@@ -46,19 +46,24 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 class Recipe(ABC):
     """What was drawn for the damage of one image."""
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for recipes that are applied together."""
+        return (type(self),)
+
     @staticmethod
     @abstractmethod
     def applied(images: Tensor, recipes: Sequence[Any]) -> Tensor:
-        """Images, each damaged by its recipe of this class."""
+        """Images, each damaged by its recipe; these are of this class and of one kind."""
 
 
 def apply(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
     """Images, B x 3 x H x W in [0, 1], each damaged by its recipe; those of a kind go together."""
     out = torch.empty_like(images)
-    for kind in dict.fromkeys(type(recipe) for recipe in recipes):
-        places = [place for place, recipe in enumerate(recipes) if type(recipe) is kind]
+    for kind in dict.fromkeys(recipe.kind for recipe in recipes):
+        places = [place for place, recipe in enumerate(recipes) if recipe.kind == kind]
         index = torch.tensor(places, device=images.device)
-        out[index] = kind.applied(images[index], [recipes[place] for place in places])
+        out[index] = recipes[places[0]].applied(images[index], [recipes[place] for place in places])
     return out
 
 
@@ -249,13 +254,17 @@ class Haze(Recipe):
             airlight=tuple(np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-tint, tint, 3), 0, 1).tolist()),
         )
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """See `Recipe`."""
+        return type(self), self.to_sky
+
     @staticmethod
     def applied(images: Tensor, recipes: Sequence["Haze"]) -> Tensor:
         """See `Recipe`."""
         depth = maps([r.depth for r in recipes], images)
-        if places := [place for place, r in enumerate(recipes) if r.to_sky]:
-            index = torch.tensor(places, device=images.device)
-            depth[index] = torch.maximum(depth[index], sky(images[index]))
+        if recipes[0].to_sky:
+            depth = torch.maximum(depth, sky(images))
         transmission = (-column([r.beta for r in recipes], images) * depth).exp()
         airlight = column([r.airlight for r in recipes], images)
         return (images * transmission + airlight * (1 - transmission)).clamp(0, 1)
@@ -286,14 +295,21 @@ class MotionBlur(Recipe):
         highlights = float(rng.uniform(0, 3)) if rng.random() < 0.3 else None
         return cls(_draw_seed(rng), path, highlights, float(rng.uniform(0, 2)))
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """See `Recipe`."""
+        return type(self), self.highlights is not None
+
     @staticmethod
     def applied(images: Tensor, recipes: Sequence["MotionBlur"]) -> Tensor:
         """See `Recipe`."""
-        summed = column([r.highlights is not None for r in recipes], images) > 0
-        over = ((images.amin(dim=1, keepdim=True) - 0.94) / 0.06).clamp(0, 1)
-        light = to_linear(images) * (1 + column([r.highlights or 0 for r in recipes], images) * over)
-        blurred = convolve(torch.where(summed, light, images), [r.path for r in recipes])
-        blurred = torch.where(summed, to_srgb(blurred), blurred)
+        paths = [r.path for r in recipes]
+        if recipes[0].highlights is None:
+            blurred = convolve(images, paths)
+        else:
+            over = ((images.amin(dim=1, keepdim=True) - 0.94) / 0.06).clamp(0, 1)
+            brighter = 1 + column([r.highlights for r in recipes], images) * over
+            blurred = to_srgb(convolve(to_linear(images) * brighter, paths))
         return _noisy(blurred, RandomPixels([r.seed for r in recipes], images), [r.sigma_255 for r in recipes])
 
 
@@ -378,6 +394,11 @@ class DeepShadow(Recipe):
             sigma_255=float(rng.uniform(0, 2)),
         )
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """See `Recipe`."""
+        return type(self), self.linear
+
     @staticmethod
     def applied(images: Tensor, recipes: Sequence["DeepShadow"]) -> Tensor:
         """See `Recipe`."""
@@ -385,12 +406,14 @@ class DeepShadow(Recipe):
         low, high = (quantiles(local, column(q, images)) for q in ([r.low for r in recipes], [r.high for r in recipes]))
         lit = ((local - low) / (high - low).clamp_min(1e-3)).clamp(0, 1)
         lit = lit * lit * (3 - 2 * lit)
-        linear = column([r.linear for r in recipes], images) > 0
-        level = torch.where(linear, to_linear(images), images)
-        dark = level ** column([r.dark_gamma for r in recipes], images)
-        bright = level ** column([r.lit_gamma for r in recipes], images)
-        out = (1 - lit) * dark * column([r.dark_gain for r in recipes], images)
-        out = out + lit * bright * column([r.lit_gain for r in recipes], images)
-        out = torch.where(linear, to_srgb(out), out)
+        dark_gain, lit_gain = (
+            column(gains, images) for gains in ([r.dark_gain for r in recipes], [r.lit_gain for r in recipes])
+        )
+        if recipes[0].linear:
+            out = to_srgb(to_linear(images) * (dark_gain + (lit_gain - dark_gain) * lit))
+        else:
+            dark = images ** column([r.dark_gamma for r in recipes], images)
+            bright = images ** column([r.lit_gamma for r in recipes], images)
+            out = (1 - lit) * dark * dark_gain + lit * bright * lit_gain
         out = out * (0.55 * mean(images) / mean(out).clamp_min(1e-6)).clamp_max(1)
         return _noisy(out.clamp(0, 1), RandomPixels([r.seed for r in recipes], images), [r.sigma_255 for r in recipes])
