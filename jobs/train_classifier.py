@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
+from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
-from classifier.weights import save_classifier, write_card
+from classifier.weights import load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
-from jobs.errors import TrainingError
+from jobs.errors import TrainingError, UsageError
 from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
@@ -102,6 +103,29 @@ def follow(average: DegradationNetwork, network: DegradationNetwork, *, decay: f
             value.lerp_(current[name], 1 - decay)
 
 
+def prior_shift(temperature: float) -> Tensor:
+    """What a weights file's output bias has more than a training's: how often labels are expected in use."""
+    return torch.from_numpy(temperature * np.log(prior_weights(SHARES)))
+
+
+def weights_to_start_from(source: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training's checkpoint (`.pt`), or those of a classifier by name or file.
+
+    Raises UsageError if there are none, or if they are of another network.
+    """
+    if source.suffix == ".pt":
+        return averaged_weights(source)
+    try:
+        found = load_weights(str(source))
+    except ClassifierWeightsError as error:
+        raise UsageError(f"start_from: {error}") from error
+    if (found.network.architecture, found.view) != (Architecture(), VIEW):
+        raise UsageError(f"start_from: {source} is {found.network.architecture} on {found.view}, not of this version")
+    with torch.no_grad():
+        found.network.output_bias.sub_(prior_shift(found.temperature))
+    return found.network.state_dict()
+
+
 class Training:
     """A network in training with its moving average and optimiser, in a folder."""
 
@@ -115,7 +139,7 @@ class Training:
         if state is not None:
             self.network.load_state_dict(state["network"])
         elif config.start_from is not None:
-            self.network.load_state_dict(averaged_weights(config.start_from))
+            self.network.load_state_dict(weights_to_start_from(config.start_from))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(
@@ -325,13 +349,12 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
     logits, targets = (t.double().numpy() for t in all_logits(trained.network, trained.held_out))
     labels = targets.astype(np.int64)
     temperature = fit_temperature(logits[::2], labels[::2])
-    weights = prior_weights(SHARES)
-    shift = temperature * np.log(weights)
-    probability = probabilities(logits + shift, temperature)
+    weights, shift = prior_weights(SHARES), prior_shift(temperature)
+    probability = probabilities(logits + shift.numpy(), temperature)
     thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
     network = copy.deepcopy(trained.network)
     with torch.no_grad():
-        network.output_bias.add_(torch.from_numpy(shift))
+        network.output_bias.add_(shift)
     probability, labels = probability[1::2], labels[1::2]
     predicted, top, weight = probability.argmax(axis=1), probability.max(axis=1), weights[labels]
     sure = top >= np.array([thresholds[label] for label in LABELS])[predicted]

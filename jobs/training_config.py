@@ -95,9 +95,9 @@ class TrainingConfig:
     minutes: float = 0.0
     seed: int = 0
     start_from: Path | None = None
-    """A checkpoint (`.pt`) whose averaged weights are taken up, with a new optimiser.
+    """A checkpoint (`.pt`) whose averaged weights are taken up, or a model's name or weights file.
 
-    For a restorer it may also be a model's name or weights file.
+    The optimiser is new.
     """
     learning_rate: float = 2e-4
     """The peak, after a warm-up, from which it falls as a cosine."""

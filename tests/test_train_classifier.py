@@ -26,7 +26,7 @@ from jobs.classifier_samples import (
     draw_scene,
     vary_tone,
 )
-from jobs.errors import TrainingError
+from jobs.errors import TrainingError, UsageError
 from jobs.train_classifier import Training, export, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
@@ -335,6 +335,22 @@ def test_another_configuration_is_refused_and_its_average_may_be_taken_up(folder
     taken = train(other, tmp_path / "other", threads=1, max_minutes=0.0)
     wanted = torch.load(out / CHECKPOINT, weights_only=True)["average"]
     assert all(torch.equal(value, wanted[key]) for key, value in taken.network.state_dict().items())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_training_may_start_from_a_classifiers_weights(folder, tmp_path):
+    """An export adds to the output bias how often labels are expected in use; a training takes it off again."""
+    trained = train(small(folder, steps=2), tmp_path / "first", threads=1)
+    export(trained, tmp_path / "first.safetensors")
+    again = small(folder, steps=1, start_from=tmp_path / "first.safetensors")
+    taken = train(again, tmp_path / "again", threads=1, max_minutes=0.0)
+    for name, value in taken.network.state_dict().items():
+        half = 1e-3 * trained.network.state_dict()[name].abs() + 1e-6  # matrices are stored in float16
+        assert ((value - trained.network.state_dict()[name]).abs() <= half).all(), name
+    with pytest.raises(UsageError, match="start_from: no classifier 'nowhere'"):
+        train(small(folder, steps=1, start_from=Path("nowhere")), tmp_path / "none", threads=1)
+    with pytest.raises(UsageError, match=r"start_from: degradation-small is Architecture.* not of this version"):
+        train(small(folder, steps=1, start_from=Path("degradation-small")), tmp_path / "none", threads=1)
 
 
 @pytest.mark.usefixtures("tiny")
