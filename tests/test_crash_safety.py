@@ -24,7 +24,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])])
 def test_a_run_whose_driver_is_killed_goes_on_to_the_same_end(
     engine: str, step: str, make_run: Callable[..., TinyRun], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -22,6 +22,8 @@ from jobs.restore import resolve_run_device
 from jobs.runner import RunError, RunInterruptedError
 from pipeline.faults import FAULT, MARKER
 
+pytestmark = pytest.mark.ray
+
 MakeRun = Callable[..., TinyRun]
 NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
 
