@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from classifier.base import Classifier
 
-__all__ = ["CLIP_PREFIX", "load_classifier"]
+__all__ = ["CLIP_PREFIX", "classifier_sha256", "load_classifier"]
 
 CLIP_PREFIX = "clip:"
 """Before the path of CLIP weights, where a classifier is named."""
@@ -36,3 +36,18 @@ def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: tor
     from classifier.weights import load_weights
 
     return TimmClassifier(load_weights(name_or_path), device=device, dtype=dtype)
+
+
+def classifier_sha256(name_or_path: str) -> str:
+    """The `sha256` that `load_classifier` would give, found without building the network, which takes seconds.
+
+    Raises:
+        ClassifierWeightsError: as `load_classifier`, but for weights that do not fit the network they name.
+    """
+    if name_or_path.startswith(CLIP_PREFIX):
+        from classifier.clip_classifier import read_calibrated
+
+        return read_calibrated(Path(name_or_path.removeprefix(CLIP_PREFIX)))[1]
+    from classifier.files import read_weights_file
+
+    return read_weights_file(name_or_path).sha256

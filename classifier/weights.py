@@ -5,7 +5,6 @@ variance may lie below float16's range. A JSON card of the same name beside the 
 size and measured quality.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from classifier.errors import ClassifierWeightsError
+from classifier.files import FORMAT, read_weights_file
 from classifier.labels import LABELS, Degradation
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
-
-FORMAT = "dfpir-classifier-1"
-SHIPPED = Path(__file__).parent / "shipped"
 
 
 @dataclass(frozen=True)
@@ -40,12 +36,6 @@ class ClassifierWeights:
     name: str
     sha256: str
     path: Path
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -96,47 +86,6 @@ def write_card(path: Path, *, quality: Mapping[str, Any]) -> Path:
     return card_path
 
 
-def shipped_names() -> list[str]:
-    """Names of the classifiers that come with the project."""
-    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
-
-
-def find_weights(name_or_path: str | Path) -> Path:
-    """The file of a shipped classifier, or the given path.
-
-    Raises:
-        ClassifierWeightsError: no shipped classifier has this name and no file lies there.
-    """
-    shipped = SHIPPED / f"{name_or_path}.safetensors"
-    if isinstance(name_or_path, str) and name_or_path in shipped_names():
-        return shipped
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    names = ", ".join(shipped_names()) or "none"
-    raise ClassifierWeightsError(
-        f"no classifier {str(name_or_path)!r}: expected the name of a shipped one ({names}) or the path of a "
-        ".safetensors file; nothing is downloaded"
-    )
-
-
-def _check_card(path: Path, sha256: str) -> None:
-    card_path = path.with_suffix(".json")
-    if not card_path.exists():
-        if path.parent == SHIPPED:
-            raise ClassifierWeightsError(f"{card_path} is missing: restore it from the project's repository")
-        return
-    try:
-        expected = json.loads(card_path.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ClassifierWeightsError(f"{card_path} is not a classifier's card with a `sha256`: {error!r}") from error
-    if sha256 != expected:
-        raise ClassifierWeightsError(
-            f"{path} has sha256 {sha256}, but its card {card_path.name} says {expected}: the file is damaged or "
-            "was replaced; fetch both again, or remove the card of weights of your own"
-        )
-
-
 def _checked_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [
@@ -156,25 +105,6 @@ def _checked_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mappin
     return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
 
 
-def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if metadata.get("format") != FORMAT:
-        raise ClassifierWeightsError(
-            f"{path} is not a classifier of this project: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-        )
-    try:
-        description: dict[str, Any] = json.loads(metadata["classifier"])
-        missing = {"labels", "architecture", "view", "temperature", "thresholds", "licence"} - description.keys()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ClassifierWeightsError(f"{path} has no readable description in its metadata: {error!r}") from error
-    if missing:
-        raise ClassifierWeightsError(f"the description in {path} lacks {', '.join(sorted(missing))}")
-    if description["labels"] != [str(label) for label in LABELS]:
-        raise ClassifierWeightsError(
-            f"{path} was trained for the labels {description['labels']}, this version has {list(map(str, LABELS))}"
-        )
-    return description
-
-
 def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> ClassifierWeights:
     """Loads a weights file strictly; nothing is downloaded.
 
@@ -182,16 +112,9 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         ClassifierWeightsError: the file is not there, is none of ours, has another hash than its card says, or
             does not fit the architecture it names.
     """
-    path = find_weights(name_or_path)
-    sha256 = file_sha256(path)
-    if check_card:
-        _check_card(path, sha256)
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = _described(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ClassifierWeightsError(f"{path} is not a readable .safetensors file: {error}") from error
+    file = read_weights_file(name_or_path, check_card=check_card)
+    path, description = file.path, file.description
+    tensors = load_file(path)
     try:
         view = ViewSettings(**description["view"])
         network = DegradationNetwork(Architecture(**description["architecture"]), crop_px=view.crop_px)
@@ -208,6 +131,6 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         licence=description["licence"],
         provenance=description.get("provenance", {}),
         name=path.stem,
-        sha256=sha256,
+        sha256=file.sha256,
         path=path,
     )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from classifier.weights import SHIPPED as CLASSIFIERS_DIR
+from classifier.files import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
 from models.precision import fastest_dtype

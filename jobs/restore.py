@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from classifier import CLIP_PREFIX, load_classifier
+from classifier import CLIP_PREFIX, classifier_sha256, load_classifier
 from classifier.base import Classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import Degradation
@@ -262,13 +262,13 @@ def make_runner(options: RestoreOptions) -> Runner:
 
 
 def _resolve(options: RestoreOptions, device: str) -> RunConfig:
-    """Loads the weights once, so that a fault of theirs stops the run before the first image."""
+    """Looks at the weights, so that a fault of theirs stops the run before the first worker starts."""
     if options.reference is not None and not options.reference.is_dir():
         raise UsageError(f"--reference {options.reference} is not a folder")
     label, sigma = parse_label(options.label)
     try:
         restorer = load_restorer(options.model, device="cpu")
-        classifier = load_classifier(options.classifier, device="cpu")
+        classifier = classifier_sha256(options.classifier)
     except (WeightsError, ClassifierWeightsError) as error:
         raise UsageError(str(error)) from error
     if label != "auto" and not set(prompts_for(Degradation(label))) & set(restorer.prompts.keys):
@@ -277,7 +277,7 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
         model=_absolute(options.model),
         weights_sha256=restorer.sha256,
         classifier=_absolute(options.classifier),
-        classifier_sha256=classifier.sha256,
+        classifier_sha256=classifier,
         label=label,
         noise_sigma_255=sigma,
         reference=str(options.reference.resolve()) if options.reference else None,

@@ -12,9 +12,10 @@ from synthetic_classifier import TINY, TINY_VIEW, write_tiny_classifier
 
 from classifier import load_classifier
 from classifier.errors import ClassifierWeightsError
+from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
 from classifier.network import Architecture, DegradationNetwork, PowerSpectrum, inference_form, to_input
-from classifier.weights import file_sha256, load_weights, save_classifier, write_card
+from classifier.weights import load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
 TEST_DATA = Path(__file__).parents[2] / "shared" / "data" / "test"
