@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from skimage import data
 from synthetic_classifier import TINY, TINY_VIEW, write_tiny_classifier
 
-from classifier import load_classifier
+from classifier import classifier_sha256, load_classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
@@ -189,8 +189,9 @@ def test_weights_of_something_else_are_refused(tmp_path, metadata):
 
 def test_a_damaged_file_is_refused(tiny):
     tiny.write_bytes(tiny.read_bytes()[:200])
-    with pytest.raises(ClassifierWeightsError, match="not a readable"):
-        load_classifier(tiny)
+    for look in (load_classifier, classifier_sha256):
+        with pytest.raises(ClassifierWeightsError, match="not a readable"):
+            look(str(tiny))
 
 
 def test_a_card_of_another_file_is_refused(tiny):
@@ -199,9 +200,11 @@ def test_a_card_of_another_file_is_refused(tiny):
     assert described["sha256"] == load_classifier(tiny).sha256
     assert described["size_bytes"] == tiny.stat().st_size
     assert described["quality"] == {"accuracy": 0.1}
+    assert described["sha256"] == classifier_sha256(str(tiny))
     card.write_text(json.dumps({**described, "sha256": "0" * 64}))
-    with pytest.raises(ClassifierWeightsError, match="but its card"):
-        load_classifier(tiny)
+    for look in (load_classifier, classifier_sha256):
+        with pytest.raises(ClassifierWeightsError, match="but its card"):
+            look(str(tiny))
     card.write_text("{}")
     with pytest.raises(ClassifierWeightsError, match="not a classifier's card"):
         load_classifier(tiny)

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -49,6 +51,19 @@ def restore(src: Path, out: Path, weights: list[str], *more: object) -> tuple[in
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    """Importing it takes seconds, which only workers need."""
+    code = (
+        "import sys; from pathlib import Path; from jobs.config import RestoreOptions; from jobs.restore import prepare; "
+        "src, out, model, classifier = sys.argv[1:]; options = RestoreOptions(model=model, classifier=classifier); "
+        "assert prepare(Path(src), Path(out), options).planned == 2; assert 'timm' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
+    subprocess.run(command, check=True)
 
 
 def test_a_folder_is_restored_and_its_summary_is_one_json_object(
