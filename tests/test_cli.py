@@ -58,8 +58,9 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
 ) -> None:
     """Importing it takes seconds, which only workers need."""
     code = (
-        "import sys; from pathlib import Path; from jobs.config import RestoreOptions; from jobs.restore import prepare; "
-        "src, out, model, classifier = sys.argv[1:]; options = RestoreOptions(model=model, classifier=classifier); "
+        "import sys; from pathlib import Path; from jobs.config import RestoreOptions; "
+        "from jobs.restore import prepare; src, out, model, classifier = sys.argv[1:]; "
+        "options = RestoreOptions(model=model, classifier=classifier); "
         "assert prepare(Path(src), Path(out), options).planned == 2; assert 'timm' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
