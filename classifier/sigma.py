@@ -58,11 +58,12 @@ def _noise_variance(patches: NDArray[np.float32]) -> float:
     # torch computes here because its threads are those of the network; NumPy's own would compete with them.
     flat = torch.from_numpy(patches.reshape(len(patches), -1))
     centred = flat - flat.mean(dim=0)
-    eigenvalues = torch.linalg.eigvalsh((centred.T @ centred).double() / len(flat)).flip(0).numpy()
-    smallest = np.triu(np.ones((len(eigenvalues), len(eigenvalues)), dtype=bool))  # row i: all but the i largest
-    means = np.average(np.broadcast_to(eigenvalues, smallest.shape), axis=1, weights=smallest)[:, None]
-    above, below = ((smallest & part).sum(axis=1) for part in (eigenvalues > means, eigenvalues < means))
-    return max(float(means[np.argmax(above >= below)][0]), 0.0)
+    eigenvalues = torch.linalg.eigvalsh((centred.T @ centred).double() / len(flat)).numpy()  # the smallest first
+    counts = np.arange(1, len(eigenvalues) + 1)
+    means = eigenvalues.cumsum() / counts
+    below = np.searchsorted(eigenvalues, means, side="left")
+    above = counts - np.minimum(np.searchsorted(eigenvalues, means, side="right"), counts)
+    return max(float(means[above >= below][-1]), 0.0)
 
 
 def _kept_by_clipping(means: NDArray[np.float32], sigma_255: float) -> float:
