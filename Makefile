@@ -9,11 +9,11 @@ STAMP := $(VENV)/.ready
 demo: $(STAMP)
 	$(BIN)/dfpir demo demo-run
 
-# On up to four cores, torch with one thread in each: threads that share a core wait for one another. A Ray cluster
-# wants all cores, so its tests come by themselves.
+# On up to four cores, torch with one thread in each: threads that share a core wait for one another. Tests with a Ray
+# cluster come by themselves, since every process would start one of its own.
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m ray
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

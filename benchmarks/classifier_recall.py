@@ -21,7 +21,7 @@ from classifier import load_classifier
 from classifier.base import Prediction
 from classifier.labels import Degradation
 from jobs.restore import resolve_dtype
-from pipeline.synthesis import convolve, from_uint8
+from pipeline.synthesis import convolve, from_uint8, to_uint8
 
 Pixels = NDArray[np.uint8]
 LABELLED = ("noise", "rain", "haze", "blur", "lowlight", "clean")
@@ -52,8 +52,7 @@ def noisy(image: Pixels, sigma_255: float, seed: int) -> Pixels:
 
 def blurred(image: Pixels, kernel: NDArray[np.floating]) -> Pixels:
     """The image under a measured camera-shake kernel, in eight bits."""
-    sharp = from_uint8(image)
-    return np.rint(np.clip(convolve(sharp, kernel), 0, 1) * 255).astype(np.uint8)
+    return to_uint8(convolve(from_uint8(image), kernel))
 
 
 def cases(test: Path) -> Iterator[Case]:

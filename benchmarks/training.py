@@ -63,8 +63,8 @@ def fed(training: Training, sources: Sources, phase: Phase, *, loaders: int, ste
     for _ in range(100 if training.device.type == "cuda" else 0):
         ahead.take()
     for _ in range(2 * loaders + 2):  # what loaders have made before the first step is used up
-        training.learn(ahead.take(), *ahead.meanwhile)
-    return statistics.fmean(seconds(lambda: training.learn(ahead.take(), *ahead.meanwhile)) for _ in range(steps))
+        training.learn(ahead.take(), ahead.meanwhile)
+    return statistics.fmean(seconds(lambda: training.learn(ahead.take(), ahead.meanwhile)) for _ in range(steps))
 
 
 def main() -> None:

@@ -38,16 +38,14 @@ def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: tor
     return TimmClassifier(load_weights(name_or_path), device=device, dtype=dtype)
 
 
-def classifier_sha256(name_or_path: str) -> str:
-    """The `sha256` that `load_classifier` would give, found without building the network, which takes seconds.
+def classifier_sha256(name_or_path: str | Path) -> str:
+    """The `sha256` that `load_classifier` gives; of our weights files found without building their network.
 
     Raises:
-        ClassifierWeightsError: as `load_classifier`, but for weights that do not fit the network they name.
+        ClassifierWeightsError: as `load_classifier`, but for weights that do not fit the architecture they name.
     """
-    if name_or_path.startswith(CLIP_PREFIX):
-        from classifier.clip_classifier import read_calibrated
-
-        return read_calibrated(Path(name_or_path.removeprefix(CLIP_PREFIX)))[1]
+    if isinstance(name_or_path, str) and name_or_path.startswith(CLIP_PREFIX):
+        return load_classifier(name_or_path).sha256
     from classifier.files import read_weights_file
 
     return read_weights_file(name_or_path).sha256

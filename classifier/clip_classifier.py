@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +100,6 @@ class ClipCalibration:
             ) from error
 
 
-def read_calibrated(weights: Path, calibration: ClipCalibration | None = None) -> tuple[ClipCalibration, str]:
-    """The calibration of weights, the one given or the one beside them, and the sha256 of all that decides.
-
-    Raises:
-        ClassifierWeightsError: open_clip is not installed, the weights are not there, or the calibration beside them
-            is at fault.
-    """
-    if find_spec("open_clip") is None:
-        raise ClassifierWeightsError("CLIP needs the package open_clip_torch; install it")
-    if not weights.is_file():
-        raise ClassifierWeightsError(f"{weights}: no such file; name CLIP weights that are on this machine")
-    sha256 = file_sha256(weights)
-    calibration = calibration or ClipCalibration.read(weights, sha256)
-    described = json.dumps(asdict(calibration) | {"sentences": SENTENCES}, sort_keys=True)
-    return calibration, hashlib.sha256((sha256 + described).encode()).hexdigest()
-
-
 class ClipClassifier(Backend):
     """`name` is `clip:` and the file's name, `sha256` that of weights and calibration together."""
 
@@ -140,9 +122,14 @@ class ClipClassifier(Backend):
         Raises:
             ClassifierWeightsError: open_clip is not installed, or weights or calibration are missing or at fault.
         """
-        self.calibration, self.sha256 = read_calibrated(weights, calibration)
-        import open_clip
-
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ClassifierWeightsError("CLIP needs the package open_clip_torch; install it") from error
+        if not weights.is_file():
+            raise ClassifierWeightsError(f"{weights}: no such file; name CLIP weights that are on this machine")
+        sha256 = file_sha256(weights)
+        self.calibration = calibration or ClipCalibration.read(weights, sha256)
         architecture = self.calibration.architecture
         try:
             network: Any = open_clip.create_model(architecture, pretrained=str(weights), precision="fp32")
@@ -151,6 +138,8 @@ class ClipClassifier(Backend):
                 f"{weights} does not hold the weights of CLIP {architecture}: {error}"
             ) from error
         self.name = CLIP_PREFIX + weights.name
+        described = json.dumps(asdict(self.calibration) | {"sentences": SENTENCES}, sort_keys=True)
+        self.sha256 = hashlib.sha256((sha256 + described).encode()).hexdigest()
         self.thresholds = self.calibration.thresholds
         self.device, self.dtype = torch.device(device), dtype
         with torch.inference_mode():

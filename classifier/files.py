@@ -10,19 +10,31 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from classifier.errors import ClassifierWeightsError
-from classifier.labels import LABELS
+from classifier.labels import LABELS, Degradation
+from classifier.view import ViewSettings
 
 FORMAT = "dfpir-classifier-1"
 SHIPPED = Path(__file__).parent / "shipped"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """A file whose hash is that of its card, if it has one, and whose description is complete."""
+    """What a file says of itself."""
 
     path: Path
     sha256: str
-    description: Mapping[str, Any]
+    architecture: Mapping[str, Any]
+    """Of the network, which alone can tell whether it fits."""
+    view: ViewSettings
+    temperature: float
+    thresholds: Mapping[Degradation, float]
+    licence: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The file's, without its ending."""
+        return self.path.stem
 
 
 def file_sha256(path: Path) -> str:
@@ -95,7 +107,8 @@ def read_weights_file(name_or_path: str | Path, *, check_card: bool = True) -> W
     """Finds a weights file and checks what can be checked without its network.
 
     Raises:
-        ClassifierWeightsError: the file is not there, is none of ours, or has another hash than its card says.
+        ClassifierWeightsError: the file is not there, is none of ours, has another hash than its card says, or its
+            description is at fault.
     """
     path = find_weights(name_or_path)
     sha256 = file_sha256(path)
@@ -106,4 +119,17 @@ def read_weights_file(name_or_path: str | Path, *, check_card: bool = True) -> W
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ClassifierWeightsError(f"{path} is not a readable .safetensors file: {error}") from error
-    return WeightsFile(path, sha256, _described(path, metadata))
+    description = _described(path, metadata)
+    try:
+        return WeightsFile(
+            path=path,
+            sha256=sha256,
+            architecture=dict(description["architecture"]),
+            view=ViewSettings(**description["view"]),
+            temperature=float(description["temperature"]),
+            thresholds={label: float(description["thresholds"][label]) for label in LABELS},
+            licence=description["licence"],
+            provenance=description.get("provenance", {}),
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise ClassifierWeightsError(f"{path} describes a network that cannot be built: {error}") from error

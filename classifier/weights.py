@@ -13,29 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from classifier.errors import ClassifierWeightsError
-from classifier.files import FORMAT, read_weights_file
+from classifier.files import FORMAT, WeightsFile, read_weights_file
 from classifier.labels import LABELS, Degradation
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 
 
-@dataclass(frozen=True)
-class ClassifierWeights:
-    """A network in float32 and evaluation mode, with what belongs to it."""
+@dataclass(frozen=True, kw_only=True)
+class ClassifierWeights(WeightsFile):
+    """A weights file with its network, which is in float32 and evaluation mode."""
 
     network: DegradationNetwork
-    view: ViewSettings
-    temperature: float
-    thresholds: Mapping[Degradation, float]
-    licence: str
-    provenance: Mapping[str, Any]
-    name: str
-    sha256: str
-    path: Path
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -113,24 +106,12 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
             does not fit the architecture it names.
     """
     file = read_weights_file(name_or_path, check_card=check_card)
-    path, description = file.path, file.description
-    tensors = load_file(path)
     try:
-        view = ViewSettings(**description["view"])
-        network = DegradationNetwork(Architecture(**description["architecture"]), crop_px=view.crop_px)
-        thresholds = {label: float(description["thresholds"][label]) for label in LABELS}
-        temperature = float(description["temperature"])
+        tensors = load_file(file.path)
+        network = DegradationNetwork(Architecture(**file.architecture), crop_px=file.view.crop_px)
+    except SafetensorError as error:
+        raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ClassifierWeightsError(f"{path} describes a network that cannot be built: {error}") from error
-    network.load_state_dict(_checked_tensors(path, tensors, network.state_dict()))
-    return ClassifierWeights(
-        network=network.eval().requires_grad_(False),
-        view=view,
-        temperature=temperature,
-        thresholds=thresholds,
-        licence=description["licence"],
-        provenance=description.get("provenance", {}),
-        name=path.stem,
-        sha256=file.sha256,
-        path=path,
-    )
+        raise ClassifierWeightsError(f"{file.path} describes a network that cannot be built: {error}") from error
+    network.load_state_dict(_checked_tensors(file.path, tensors, network.state_dict()))
+    return ClassifierWeights(network=network.eval().requires_grad_(False), **vars(file))

@@ -262,13 +262,16 @@ def make_runner(options: RestoreOptions) -> Runner:
 
 
 def _resolve(options: RestoreOptions, device: str) -> RunConfig:
-    """Looks at the weights, so that a fault of theirs stops the run before the first worker starts."""
+    """Looks at the weights, so that a fault of theirs stops the run before the first image.
+
+    Only whether a classifier's tensors fit its architecture is left to the workers.
+    """
     if options.reference is not None and not options.reference.is_dir():
         raise UsageError(f"--reference {options.reference} is not a folder")
     label, sigma = parse_label(options.label)
     try:
         restorer = load_restorer(options.model, device="cpu")
-        classifier = classifier_sha256(options.classifier)
+        classifier_hash = classifier_sha256(options.classifier)
     except (WeightsError, ClassifierWeightsError) as error:
         raise UsageError(str(error)) from error
     if label != "auto" and not set(prompts_for(Degradation(label))) & set(restorer.prompts.keys):
@@ -277,7 +280,7 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
         model=_absolute(options.model),
         weights_sha256=restorer.sha256,
         classifier=_absolute(options.classifier),
-        classifier_sha256=classifier,
+        classifier_sha256=classifier_hash,
         label=label,
         noise_sigma_255=sigma,
         reference=str(options.reference.resolve()) if options.reference else None,

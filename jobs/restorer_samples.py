@@ -1,6 +1,6 @@
 """Training samples of the restorer: patches of photographs, degraded by synthesis or taken from pairs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,7 +184,7 @@ class Ahead:
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
         self.batches, self.device = batches, device
         # What a step may do while the GPU has work; a CPU would only be kept from the step.
-        self.meanwhile = (self.prepare,) if device.type == "cuda" else ()
+        self.meanwhile: Callable[[], None] = self.prepare if device.type == "cuda" else lambda: None
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.ready: ReadyBatch | Exception | None = None
 

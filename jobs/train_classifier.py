@@ -25,13 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
-from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import TrainingError
 from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import ClassifierTraining, as_plain, read_config
 from jobs.training_data import Photographs
@@ -41,11 +40,11 @@ from jobs.training_loop import mixed_precision, read_arguments, run, told_plainl
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
-    averaged_weights,
     found_state,
     halved,
     last_good,
     save_atomically,
+    start_from,
 )
 from pipeline.synthesis import FloatImage, from_uint8
 
@@ -108,19 +107,9 @@ def prior_shift(temperature: float) -> Tensor:
     return torch.from_numpy(temperature * np.log(prior_weights(SHARES)))
 
 
-def weights_to_start_from(source: Path) -> dict[str, Tensor]:
-    """The averaged weights of a training's checkpoint (`.pt`), or those of a classifier by name or file.
-
-    Raises UsageError if there are none, or if they are of another network.
-    """
-    if source.suffix == ".pt":
-        return averaged_weights(source)
-    try:
-        found = load_weights(str(source))
-    except ClassifierWeightsError as error:
-        raise UsageError(f"start_from: {error}") from error
-    if (found.network.architecture, found.view) != (Architecture(), VIEW):
-        raise UsageError(f"start_from: {source} is {found.network.architecture} on {found.view}, not of this version")
+def weights_of(name: str) -> dict[str, Tensor]:
+    """Those of a classifier by its name or file, without what labels are expected in use."""
+    found = load_weights(name)
     with torch.no_grad():
         found.network.output_bias.sub_(prior_shift(found.temperature))
     return found.network.state_dict()
@@ -139,7 +128,7 @@ class Training:
         if state is not None:
             self.network.load_state_dict(state["network"])
         elif config.start_from is not None:
-            self.network.load_state_dict(weights_to_start_from(config.start_from))
+            start_from(self.network, config.start_from, weights_of)
         self.network.to(device).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(
@@ -311,7 +300,7 @@ def train(
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
-        UsageError: too few photographs can be read.
+        UsageError: too few photographs can be read, or there are no weights to start from.
         TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), or the
             disk has no room for pool or checkpoint.
     """
@@ -367,7 +356,9 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         ),
         "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
         "confident_recall": {
-            str(label): round(float((sure & (predicted == i))[labels == i].mean()), 4) for i, label in enumerate(LABELS)
+            str(label): round(float((sure & (predicted == i))[labels == i].mean()), 4)
+            for i, label in enumerate(LABELS)
+            if (labels == i).any()
         },
     }
     provenance = {

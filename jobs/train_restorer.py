@@ -31,13 +31,13 @@ from jobs.training_loop import mixed_precision, read_arguments, run, told_plainl
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
-    averaged_weights,
     found_state,
     halved,
     last_good,
     save_atomically,
+    start_from,
 )
-from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
+from models.dfpir import DFPIR, PerturbationBlock
 from models.errors import WeightsError
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
@@ -78,20 +78,9 @@ def prompt_bank(name: str) -> PromptBank:
         raise UsageError(f"prompts: {error}") from error
 
 
-def weights_to_start_from(source: Path, model: DFPIRConfig) -> dict[str, Tensor]:
-    """The averaged weights of a training's checkpoint (`.pt`), or those of a model by name or file.
-
-    Raises UsageError if there are none, or if they are of another network than `model`.
-    """
-    if source.suffix == ".pt":
-        return averaged_weights(source)
-    try:
-        network = load_checkpoint(resolve(str(source)).path).network
-    except WeightsError as error:
-        raise UsageError(f"start_from: {error}") from error
-    if network.config != model:
-        raise UsageError(f"start_from: {source} is {network.config}, the configuration's model is {model}")
-    return network.state_dict()
+def weights_of(name: str) -> dict[str, Tensor]:
+    """Those of a model by its name or file."""
+    return load_checkpoint(resolve(name).path).network.state_dict()
 
 
 @torch.no_grad()
@@ -147,7 +136,7 @@ class Training:
         if config.initialisation == "identity":
             initialise(self.network)
         if config.start_from is not None and state is None:
-            self.network.load_state_dict(weights_to_start_from(config.start_from, config.model))
+            start_from(self.network, config.start_from, weights_of)
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
@@ -290,7 +279,7 @@ def train(
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
-        UsageError: too few photographs can be read.
+        UsageError: too few photographs can be read, or there are no weights to start from.
         TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), or the disk has
             no room for a checkpoint.
     """
@@ -340,7 +329,7 @@ def _run(
     ahead = Ahead(iter(batches(training, sources, places(), loaders=loaders)), training.device)
     run(
         training,
-        lambda: training.learn(ahead.take(), *ahead.meanwhile),
+        lambda: training.learn(ahead.take(), ahead.meanwhile),
         keep,
         diary=diary,
         group=group,

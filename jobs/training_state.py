@@ -1,16 +1,20 @@
 """Checkpoints that a failure cannot spoil, and that only the training they belong to takes up again."""
 
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from classifier.errors import ClassifierWeightsError
 from jobs.errors import TrainingError, UsageError
 from jobs.training_config import ConfigError, TrainingConfig, as_plain, differences, from_plain
+from models.errors import WeightsError
 
 CHECKPOINT = "checkpoint.pt"
 PORTABLE = "portable.pt"
@@ -42,16 +46,28 @@ def last_good(out: Path) -> str:
     return f"last good checkpoint: {path}" if path.exists() else "there is no checkpoint yet"
 
 
-def averaged_weights(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a training's checkpoint, for another training to start from.
+def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Mapping[str, Tensor]]) -> None:
+    """Gives a network the averaged weights of another training's checkpoint (`.pt`), or those of a model.
 
-    Raises UsageError if the file is not there, or is none.
+    Args:
+        network: takes the weights.
+        source: the checkpoint, or the model's name or file.
+        weights_of: the weights of a model by its name or file.
+
+    Raises:
+        UsageError: there are none, or they are of another network.
     """
     try:
-        found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["average"]
-    except (OSError, KeyError) as error:
-        raise UsageError(f"start_from {path} is no checkpoint of a training: {error}") from error
-    return found
+        if source.suffix == ".pt":
+            network.load_state_dict(torch.load(source, map_location="cpu", weights_only=True)["average"])
+        else:
+            network.load_state_dict(weights_of(str(source)))
+    except (OSError, KeyError, pickle.UnpicklingError) as error:
+        raise UsageError(f"start_from {source} is no checkpoint of a training: {error}") from error
+    except (WeightsError, ClassifierWeightsError) as error:
+        raise UsageError(f"start_from: {error}") from error
+    except RuntimeError as error:  # torch names every key
+        raise UsageError(f"start_from {source} is of another network: {shorten(str(error), 300)}") from error
 
 
 def found_state(out: Path, config: TrainingConfig) -> dict[str, Any] | None:

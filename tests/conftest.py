@@ -11,6 +11,12 @@ from tiny_runs import TinyRun, TinyWeights, config_of, plan_run, write_pictures
 from models.weights import load_checkpoint
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+
+
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
     from classifier import load_classifier

@@ -194,12 +194,22 @@ def test_wrong_usage_ends_with_2_before_any_work(
     assert not (tmp_path / "out" / "images").exists()
 
 
-def test_damaged_weights_end_with_2(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+@pytest.mark.parametrize("place", [1, 3], ids=["model", "classifier"])
+def test_damaged_weights_end_with_2(photographs: Path, tmp_path: Path, weights: list[str], place: int) -> None:
     broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(Path(weights[1]).read_bytes()[:-100])
-    code, _, stderr = restore(photographs, tmp_path / "out", [*weights, "--model", str(broken)])
+    broken.write_bytes(Path(weights[place]).read_bytes()[:-100])
+    code, _, stderr = restore(photographs, tmp_path / "out", [*weights, weights[place - 1], str(broken)])
     assert code == 2
     assert "broken.safetensors" in stderr
+    assert not (tmp_path / "out" / "job.json").exists()
+
+
+def test_a_file_that_is_no_clip_ends_with_2(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    (tmp_path / "clip.pt").write_text("no weights")
+    code, _, stderr = restore(photographs, tmp_path / "out", [*weights, "--classifier", f"clip:{tmp_path}/clip.pt"])
+    assert code == 2
+    assert "does not hold the weights of CLIP" in " ".join(stderr.split())
+    assert not (tmp_path / "out" / "job.json").exists()
 
 
 def test_options_come_from_a_toml_file_and_the_command_line_wins(

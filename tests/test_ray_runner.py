@@ -22,8 +22,6 @@ from jobs.restore import resolve_run_device
 from jobs.runner import RunError, RunInterruptedError
 from pipeline.faults import FAULT, MARKER
 
-pytestmark = pytest.mark.ray
-
 MakeRun = Callable[..., TinyRun]
 NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
 

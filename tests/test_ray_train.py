@@ -15,8 +15,6 @@ from jobs.training_config import Data, Phase
 
 __all__ = ["photographs"]
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.mark.slow
 def test_two_workers_learn_what_one_process_does(

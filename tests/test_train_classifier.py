@@ -349,7 +349,7 @@ def test_a_training_may_start_from_a_classifiers_weights(folder, tmp_path):
         assert ((value - trained.network.state_dict()[name]).abs() <= half).all(), name
     with pytest.raises(UsageError, match="start_from: no classifier 'nowhere'"):
         train(small(folder, steps=1, start_from=Path("nowhere")), tmp_path / "none", threads=1)
-    with pytest.raises(UsageError, match=r"start_from: degradation-small is Architecture.* not of this version"):
+    with pytest.raises(UsageError, match="start_from degradation-small is of another network"):
         train(small(folder, steps=1, start_from=Path("degradation-small")), tmp_path / "none", threads=1)
 
 

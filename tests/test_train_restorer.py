@@ -352,7 +352,13 @@ def test_a_training_may_start_from_a_models_weights(photographs: Path, tmp_path:
 
 
 def test_weights_of_another_network_are_not_started_from(photographs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"dfpir-compact is .*dim=24.*model is .*dim=8"):
+    torch.save({"average": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=r"other\.pt is of another network: .*DFPIR"):
+        Training(tiny(photographs, start_from=tmp_path / "other.pt"), tmp_path, CPU)
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(UsageError, match=r"start_from .*text\.pt is no checkpoint"):
+        Training(tiny(photographs, start_from=tmp_path / "text.pt"), tmp_path, CPU)
+    with pytest.raises(UsageError, match=r"start_from dfpir-compact is of another network: .*DFPIR"):
         Training(tiny(photographs, start_from=Path("dfpir-compact")), tmp_path, CPU)
     with pytest.raises(UsageError, match=r"start_from: .*neither a weights file nor a shipped model"):
         Training(tiny(photographs, start_from=Path("nowhere.safetensors")), tmp_path, CPU)
