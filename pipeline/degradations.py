@@ -141,32 +141,17 @@ class Streaks:
     white: float
 
     @classmethod
-    def draw(
-        cls,
-        rng: np.random.Generator,
-        height: int,
-        width: int,
-        *,
-        angle_deg: float,
-        downpours: bool,
-        mist: Field | None = None,
-    ) -> "Streaks":
+    def draw(cls, rng: np.random.Generator, height: int, width: int, *, angle_deg: float, downpours: bool) -> "Streaks":
         """See `Rain`."""
-        where: Field | float = 1.0
-        if mist is not None:
-            longest_px, widest_px, fewest, most, where = 30.0, 1.6, 2e-3, 2e-2, mist
-        else:
-            longest_px, widest_px = 80.0, 6.0
-            fewest, most = (4e-3, 2e-2) if downpours and rng.random() < 1 / 6 else (2e-4, 4e-3)
-            if downpours and rng.random() < 1 / 3:
-                where = smooth_field(height, width, rng, cells=int(rng.integers(2, 6)))
-        length_px = _log_uniform(rng, 6 if downpours else 8, longest_px)
-        width_px = _log_uniform(rng, 0.8, min(widest_px, 0.2 * length_px))
+        length_px = _log_uniform(rng, 6 if downpours else 8, 80)
+        width_px = _log_uniform(rng, 0.8, min(6.0, 0.2 * length_px))
+        fewest, most = (4e-3, 2e-2) if downpours and rng.random() < 1 / 6 else (2e-4, 4e-3)
+        in_parts = downpours and rng.random() < 1 / 3
         return cls(
             streak=line_kernel(length_px, angle_deg, width_px, taper=rng.uniform(0, 1)),
             density=_log_uniform(rng, fewest, most) * min(1.0, 40 / (length_px * width_px)),
             opacity=float(rng.uniform(0.1, 0.9)),
-            where=where,
+            where=smooth_field(height, width, rng, cells=int(rng.integers(2, 6))) if in_parts else 1.0,
             added=bool(rng.random() < 0.5),
             white=float(rng.uniform(0.7, 1.0)),
         )
@@ -180,11 +165,10 @@ class Rain(Recipe):
     0.2 to 4 drops per 1000 pixels (fewer when they are large), brightness 0.1..0.9. Streaks are blended towards a
     near-white of their own, or in half of the layers added, as light that reaches the sensor besides the scene's.
     With `downpours` streaks may be 6 px short, one of six layers has 4 to 20 drops, and a third of the layers show in
-    parts of the picture only: drops are seen where light falls on them. A quarter of these images have distant
-    showers: layers of fine streaks of at most 30 px, 2 to 20 drops, and a veil of up to 0.1 to 0.6, both by
-    `pseudo_depth`. Of the others three in ten have a veil of up to a tenth, one in ten of up to 0.4, thicker with
-    `pseudo_depth`: drops that are too small to be seen as streaks (Li et al., "Heavy rain image restoration", CVPR
-    2019). Veils are only where streaks change the image by `FAINTEST_STREAKS`: alone they are haze.
+    parts of the picture only: drops are seen where light falls on them.
+    Where streaks change the image by `FAINTEST_STREAKS`, three in ten have a veil of up to a tenth, one in ten of up to
+    0.4, thicker with `pseudo_depth`: distant drops that are too small to be seen as streaks (Li et al., "Heavy rain
+    image restoration", CVPR 2019).
     """
 
     seed: int
@@ -198,22 +182,15 @@ class Rain(Recipe):
     ) -> "Rain":
         """For an image of this size."""
         wind_deg = rng.uniform(-45, 45)
-        distant = downpours and rng.random() < 1 / 4
-        mist = 0.3 + 0.7 * pseudo_depth(height, width, rng) if distant else None
         layers = tuple(
-            Streaks.draw(
-                rng, height, width, angle_deg=wind_deg + rng.normal(0, spread_deg), downpours=downpours, mist=mist
-            )
+            Streaks.draw(rng, height, width, angle_deg=wind_deg + rng.normal(0, spread_deg), downpours=downpours)
             for _ in range(rng.integers(1, 4))
         )
         veil: Field | float = 0.0
-        light, chance = 0.8, rng.random()
-        if mist is not None:
-            veil = np.float32(rng.uniform(0.1, 0.6)) * mist
-            light = float(rng.uniform(0.5, 0.9))
-        elif chance < 0.3:
+        light, kind = 0.8, rng.random()
+        if kind < 0.3:
             veil = float(rng.uniform(0.0, 0.1))
-        elif chance < 0.4:
+        elif kind < 0.4:
             veil = np.float32(rng.uniform(0.1, 0.4)) * (0.4 + 0.6 * pseudo_depth(height, width, rng))
             light = float(rng.uniform(0.5, 0.9))
         return cls(_draw_seed(rng), layers, veil, light)
@@ -226,6 +203,7 @@ class Rain(Recipe):
             places = [place for place, r in enumerate(recipes) if number < len(r.layers)]
             index = torch.tensor(places, device=images.device)
             out[index] = _behind(out[index], [recipes[i].layers[number] for i in places], pixels.uniform(places))
+        # A veil alone is haze.
         seen = mean((out.clamp(0, 1) - images).abs()) >= FAINTEST_STREAKS
         veil = maps([r.veil for r in recipes], images) * seen
         return (out * (1 - veil) + veil * column([r.veil_light for r in recipes], images)).clamp(0, 1)

@@ -54,21 +54,6 @@ def test_a_batch_is_damaged_as_each_of_its_images_alone():
         np.testing.assert_allclose(out.permute(1, 2, 0).numpy(), alone, atol=2e-5, err_msg=str(recipe))
 
 
-def test_a_quarter_of_downpours_are_distant_showers():
-    """Fine streaks and a veil that thicken with the same depth."""
-    drawn = [Rain.draw(np.random.default_rng(seed), HEIGHT, WIDTH, downpours=True) for seed in range(400)]
-    distant = [
-        rain for rain in drawn if isinstance(rain.veil, np.ndarray) and isinstance(rain.layers[0].where, np.ndarray)
-        and np.allclose(rain.veil / rain.veil.max(), rain.layers[0].where / rain.layers[0].where.max(), atol=1e-6)
-    ]  # fmt: skip
-    assert 0.18 < len(distant) / len(drawn) < 0.32
-    for rain in distant:
-        assert all(layer.where is rain.layers[0].where for layer in rain.layers)
-        assert max(layer.streak.shape[0] for layer in rain.layers) <= 35
-        assert 0.1 * 0.3 <= rain.veil.min() <= rain.veil.max() <= 0.6
-    assert max(layer.streak.shape[0] for rain in drawn for layer in rain.layers) > 35
-
-
 def test_a_recipe_travels_between_processes():
     mixed = recipes(2, 3)
     images = photographs(len(mixed))
