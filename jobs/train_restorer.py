@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from jobs.training_state import (
     save_atomically,
     start_from,
 )
-from models.dfpir import DFPIR, PerturbationBlock
+from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
@@ -78,9 +79,15 @@ def prompt_bank(name: str) -> PromptBank:
         raise UsageError(f"prompts: {error}") from error
 
 
-def weights_of(name: str) -> dict[str, Tensor]:
-    """Those of a model by its name or file."""
-    return load_checkpoint(resolve(name).path).network.state_dict()
+def weights_of(name: str, *, model: DFPIRConfig) -> dict[str, Tensor]:
+    """Those of a model by its name or file.
+
+    Raises UsageError if they are of another network than `model`, which the shapes alone need not tell.
+    """
+    network = load_checkpoint(resolve(name).path).network
+    if network.config != model:
+        raise UsageError(f"start_from: {name} is {network.config}, the configuration's model is {model}")
+    return network.state_dict()
 
 
 @torch.no_grad()
@@ -136,7 +143,7 @@ class Training:
         if config.initialisation == "identity":
             initialise(self.network)
         if config.start_from is not None and state is None:
-            start_from(self.network, config.start_from, weights_of)
+            start_from(self.network, config.start_from, partial(weights_of, model=config.model))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)

@@ -46,6 +46,18 @@ def last_good(out: Path) -> str:
     return f"last good checkpoint: {path}" if path.exists() else "there is no checkpoint yet"
 
 
+def averaged_weights(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training's checkpoint.
+
+    Raises UsageError if the file is not there, or is none.
+    """
+    try:
+        found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UsageError(f"start_from {path} is no checkpoint of a training: {error}") from error
+    return found
+
+
 def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Mapping[str, Tensor]]) -> None:
     """Gives a network the averaged weights of another training's checkpoint (`.pt`), or those of a model.
 
@@ -58,14 +70,11 @@ def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Map
         UsageError: there are none, or they are of another network.
     """
     try:
-        if source.suffix == ".pt":
-            network.load_state_dict(torch.load(source, map_location="cpu", weights_only=True)["average"])
-        else:
-            network.load_state_dict(weights_of(str(source)))
-    except (OSError, KeyError, pickle.UnpicklingError) as error:
-        raise UsageError(f"start_from {source} is no checkpoint of a training: {error}") from error
+        weights = averaged_weights(source) if source.suffix == ".pt" else weights_of(str(source))
     except (WeightsError, ClassifierWeightsError) as error:
         raise UsageError(f"start_from: {error}") from error
+    try:
+        network.load_state_dict(weights)
     except RuntimeError as error:  # torch names every key
         raise UsageError(f"start_from {source} is of another network: {shorten(str(error), 300)}") from error
 

@@ -371,6 +371,7 @@ class DeepShadow(Recipe):
     high: float
     """Quantiles of the local brightness, between which what is lit begins."""
     linear: bool
+    """Gains in linear light; both gammas are 1 then."""
     dark_gamma: float
     dark_gain: float
     lit_gamma: float

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -355,11 +356,16 @@ def test_weights_of_another_network_are_not_started_from(photographs: Path, tmp_
     torch.save({"average": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match=r"other\.pt is of another network: .*DFPIR"):
         Training(tiny(photographs, start_from=tmp_path / "other.pt"), tmp_path, CPU)
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(UsageError, match=r"start_from .*text\.pt is no checkpoint"):
-        Training(tiny(photographs, start_from=tmp_path / "text.pt"), tmp_path, CPU)
-    with pytest.raises(UsageError, match=r"start_from dfpir-compact is of another network: .*DFPIR"):
+    whole = (tmp_path / "other.pt").read_bytes()
+    for content in (b"no checkpoint", b"", whole[: len(whole) // 2]):
+        (tmp_path / "spoilt.pt").write_bytes(content)
+        with pytest.raises(UsageError, match=r"start_from .*spoilt\.pt is no checkpoint"):
+            Training(tiny(photographs, start_from=tmp_path / "spoilt.pt"), tmp_path, CPU)
+    with pytest.raises(UsageError, match=r"dfpir-compact is .*dim=24.*model is .*dim=8"):
         Training(tiny(photographs, start_from=Path("dfpir-compact")), tmp_path, CPU)
+    other = replace(COMPACT.model, kept_fraction=0.5)  # of the same shapes
+    with pytest.raises(UsageError, match=r"dfpir-compact is .*, the configuration's model is "):
+        Training(tiny(photographs, model=other, start_from=Path("dfpir-compact")), tmp_path, CPU)
     with pytest.raises(UsageError, match=r"start_from: .*neither a weights file nor a shipped model"):
         Training(tiny(photographs, start_from=Path("nowhere.safetensors")), tmp_path, CPU)
 
