@@ -136,21 +136,30 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
             return add_other(image, rng)
 
 
-def draw_damaged(photographs: Photographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
+def draw_training_scene(photographs: Photographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
+    """A scene to learn a label on: six of ten have another tone, and dark ones are more than among photographs.
+
+    A quarter of those that no lack of light is to damage are dark, so that darkness alone says nothing.
+    """
+    dark = label is not Degradation.LOWLIGHT and rng.random() < 0.25
+    scene = (draw_dark_scene if dark else draw_scene)(photographs, rng)
+    return vary_tone(scene, rng) if rng.random() < 0.6 else scene
+
+
+def draw_damaged(
+    photographs: Photographs, label: Degradation, rng: np.random.Generator, *, training: bool = False
+) -> FloatImage:
     """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
 
-    Six of ten scenes get another tone, the others keep their photographer's; a quarter of those that no lack of light
-    is to damage are dark ones. Half of those to be damaged are first varied within what counts as clean. So neither
-    darkness nor softness nor grain alone says anything.
+    Half of those to be damaged are first varied within what counts as clean, so that softness or grain alone says
+    nothing. For a `training` the scene is one of `draw_training_scene`, else as its photographer took it: calibration
+    has to see what is met in use, as often as it is met.
 
     Raises:
         ValueError: the damage stays too faint on a thousand scenes, as on photographs that are blank.
     """
     for _ in range(1000):
-        dark = label is not Degradation.LOWLIGHT and rng.random() < 0.25
-        scene = (draw_dark_scene if dark else draw_scene)(photographs, rng)
-        if rng.random() < 0.6:
-            scene = vary_tone(scene, rng)
+        scene = draw_training_scene(photographs, label, rng) if training else draw_scene(photographs, rng)
         if label is not Degradation.CLEAN and rng.random() < 0.5:
             scene = vary_clean(scene, rng)
         damaged = damage(scene, label, rng)
@@ -186,10 +195,13 @@ def sample_type(view: ViewSettings) -> np.dtype[np.void]:
 
 
 class Synthesis(Dataset[Samples]):
-    """Samples by their numbers: each is the same whenever and wherever it is made."""
+    """Samples by their numbers: each is the same whenever and wherever it is made.
 
-    def __init__(self, photographs: Photographs, *, seed: int, view: ViewSettings) -> None:
-        self.photographs, self.seed, self.view = photographs, seed, view
+    Those for `training` and those for validation have their scenes as `draw_damaged` says.
+    """
+
+    def __init__(self, photographs: Photographs, *, seed: int, view: ViewSettings, training: bool) -> None:
+        self.photographs, self.seed, self.view, self.training = photographs, seed, view, training
 
     def __getitem__(self, numbers: Sequence[int]) -> Samples:
         samples = np.zeros(len(numbers), sample_type(self.view))
@@ -197,7 +209,8 @@ class Synthesis(Dataset[Samples]):
         for sample, number in zip(samples, numbers, strict=True):
             rng = np.random.default_rng([self.seed, number])
             label = int(rng.choice(len(LABELS), p=shares / shares.sum()))
-            views = take_views(as_filed(draw_damaged(self.photographs, LABELS[label], rng), rng), self.view)
+            image = draw_damaged(self.photographs, LABELS[label], rng, training=self.training)
+            views = take_views(as_filed(image, rng), self.view)
             sample["number"], sample["label"] = number, label
             sample["crops"], sample["thumbnail"] = views.crops, views.thumbnail
         return samples

@@ -312,11 +312,12 @@ def train(
         for validation in (False, True)
     )
     training = Training(config, out, torch.device(device))
-    held_out = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW)[range(1, config.validation_samples + 1)]
+    validation_set = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW, training=False)
+    held_out = validation_set[range(1, config.validation_samples + 1)]
     if training.progress < 1:
         with closing(Diary(out)) as diary:
             log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
-            synthesis = Synthesis(photographs, seed=config.seed, view=VIEW)
+            synthesis = Synthesis(photographs, seed=config.seed, view=VIEW, training=True)
             _run(training, synthesis, held_out, diary, begun, loaders, max_minutes, save_every_s)
     return Trained(
         config=config,

@@ -85,20 +85,33 @@ def test_a_changed_tone_keeps_the_shapes(folder):
         assert np.corrcoef(version.mean(axis=2).ravel(), scene.mean(axis=2).ravel())[0, 1] > 0.8
 
 
-def test_dark_subjects_come_more_often_where_light_is_not_what_is_missing(monkeypatch):
+@pytest.fixture
+def dark_and_bright(monkeypatch):
+    """One dark and three bright photographs, which damage leaves as they are."""
     levels = (20, 200, 200, 200)
-    pictures = Photographs(("a.png",) * 4, tuple((np.full((170, 180, 3), level, np.uint8),) for level in levels))
-    monkeypatch.setattr(classifier_samples, "vary_tone", lambda scene, rng: scene)
     monkeypatch.setattr(classifier_samples, "damage", lambda image, label, rng: image)
     monkeypatch.setattr(classifier_samples, "vary_clean", lambda image, rng: image)
     monkeypatch.setattr(classifier_samples, "FAINTEST", {})
+    return Photographs(("a.png",) * 4, tuple((np.full((170, 180, 3), level, np.uint8),) for level in levels))
+
+
+def test_a_training_has_more_dark_subjects_where_light_is_not_what_is_missing(dark_and_bright, monkeypatch):
+    monkeypatch.setattr(classifier_samples, "vary_tone", lambda scene, rng: scene)
     shares = {}
     for label in (Degradation.NOISE, Degradation.CLEAN, Degradation.LOWLIGHT):
         rng = np.random.default_rng(0)
-        shares[label] = np.mean([draw_damaged(pictures, label, rng).mean() < 0.5 for _ in range(400)])
+        drawn = [draw_damaged(dark_and_bright, label, rng, training=True).mean() < 0.5 for _ in range(400)]
+        shares[label] = np.mean(drawn)
     assert 0.2 < shares[Degradation.LOWLIGHT] < 0.3  # as among the photographs
     assert 0.31 < shares[Degradation.CLEAN] < 0.41  # 0.75 * 0.25 + 0.25 * (1 - 0.75 ** 4)
     assert 0.31 < shares[Degradation.NOISE] < 0.41
+
+
+def test_calibration_sees_scenes_as_they_were_taken(dark_and_bright):
+    rng = np.random.default_rng(0)
+    drawn = [draw_damaged(dark_and_bright, Degradation.CLEAN, rng) for _ in range(400)]
+    assert {round(255 * float(value)) for scene in drawn for value in (scene.min(), scene.max())} == {20, 200}
+    assert 0.2 < np.mean([scene.mean() < 0.5 for scene in drawn]) < 0.3
 
 
 def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
@@ -110,6 +123,7 @@ def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(classifier_samples, "damage", faint_at_first)
+    monkeypatch.setattr(classifier_samples, "SHRINKABLE", set())
     damaged = draw_damaged(photographs, Degradation.RAIN, np.random.default_rng(0))
     assert len(drawn) == 3
     assert damaged is drawn[2]
@@ -117,7 +131,6 @@ def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
 
 def test_photographs_that_show_no_damage_are_refused(monkeypatch):
     blank = Photographs(("blank.png",), ((np.full((170, 180, 3), 128, np.uint8),),))
-    monkeypatch.setattr(classifier_samples, "vary_tone", lambda scene, rng: scene)
     monkeypatch.setattr(classifier_samples, "damage", lambda image, label, rng: image)
     with pytest.raises(ValueError, match="blur shows on none of the photographs"):
         draw_damaged(blank, Degradation.BLUR, np.random.default_rng(0))
@@ -140,7 +153,7 @@ def test_filed_images_stay_close_to_what_was_given():
 
 
 def test_a_sample_depends_on_seed_and_number_alone(folder):
-    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=3, view=SMALL_VIEW)
+    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=3, view=SMALL_VIEW, training=True)
     three, second = synthesis[range(1, 4)], synthesis[[2]]
     assert three["number"].tolist() == [1, 2, 3]
     np.testing.assert_array_equal(three[1:2], second)
@@ -152,7 +165,7 @@ def test_a_sample_depends_on_seed_and_number_alone(folder):
 
 
 def test_the_pool_holds_the_newest_and_knows_what_it_lacks(folder, tmp_path):
-    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW)
+    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW, training=True)
     pool = Pool(tmp_path / "pool", 4, SMALL_VIEW)
     assert pool.missing(3) == [1, 2, 3]
     made = synthesis[range(1, 7)]
@@ -298,7 +311,7 @@ from jobs.classifier_samples import Synthesis
 from jobs.train_classifier import _as_bytes
 from jobs.training_data import Photographs
 photographs = Photographs.clean([Path({str(folder)!r})], validation=True)
-made = Synthesis(photographs, seed=0, view=ViewSettings())
+made = Synthesis(photographs, seed=0, view=ViewSettings(), training=True)
 loader = DataLoader(made, batch_size=None, sampler=[range(1, 9)] * 9, num_workers=1, collate_fn=_as_bytes)
 coming = iter(loader)
 next(coming)
