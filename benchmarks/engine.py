@@ -4,7 +4,8 @@ The baseline is the plain module in float32, eager, one image at a time, as the 
 variant has a process of its own, the inference form with memory kept as workers keep it. Variants take turns round by
 round, and a ratio is the median over rounds of two neighbouring times: a busy machine slows both. Peak memory is
 measured in another process each, beyond what it holds before the image; on a CPU that needs Linux. Errors are the
-largest differences from the plain network in float64, on a photograph in [0, 1].
+largest differences from the plain network in float64, on a photograph in [0, 1]. Where the hardware has no bfloat16
+and would imitate it for hours, those variants are left out.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
 from models.memory import keep_freed_memory
 from models.padding import pad, padded_size
+from models.precision import fastest_dtype
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
@@ -223,11 +225,20 @@ def contend(connection: Connection, variant: str, arguments: argparse.Namespace,
         connection.send(timed(run, image, clock))
 
 
+def variants_on(device: str) -> list[str]:
+    """The variants to measure on a device: those in bfloat16 only where it has that."""
+    return [
+        variant
+        for variant in VARIANTS[torch.device(device).type]
+        if "bfloat16" not in variant or fastest_dtype(device) is torch.bfloat16
+    ]
+
+
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float | None]) -> list[dict[str, object]]:
-    """A row for each variant."""
-    contenders = {variant: Contender(variant, arguments, shape) for variant in VARIANTS[arguments.device]}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS[arguments.device]}
+    """A row for each variant, those whose peaks are given."""
+    contenders = {variant: Contender(variant, arguments, shape) for variant in peaks}
+    seconds: dict[str, list[float]] = {variant: [] for variant in peaks}
     for _ in range(arguments.rounds):
         for variant, contender in contenders.items():
             seconds[variant].append(contender.seconds())
@@ -269,8 +280,11 @@ def main() -> None:
         return print_peak(arguments)
     if arguments.profile:
         return print_profile(arguments)
-    print(f"{'variant':<28}{'shape':>11}{'MP/s':>8}{'ratio':>6} {'(range)':<11}{'error':>8}{'B/px':>7}")
-    peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in VARIANTS[arguments.device]}
+    variants = variants_on(arguments.device)
+    if len(variants) < len(VARIANTS[torch.device(arguments.device).type]):
+        print("bfloat16 is left out: this hardware would only imitate it")
+    print(f"{'variant':<28}{'shape':>11}{'MP/s':>8}{'ratio':>6} {'(range)':<11}{'error':>8}{'B/px':>7}", flush=True)
+    peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in variants}
     rows = []
     for text in arguments.shapes:
         for row in measure(arguments, Shape.parse(text), peaks):
