@@ -1,8 +1,8 @@
 """Calibrates CLIP zero-shot on photographs of one's own: `python -m jobs.calibrate_clip --help`.
 
-Clean photographs are degraded as for training. On every other sample temperature and bias are fitted to the logits
-(vector scaling without its gains: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), then
-thresholds; the rest tells what came of it. The result lies beside the weights, where `--classifier clip:WEIGHTS`
+Clean photographs are degraded as for a training's validation. On every other sample temperature and bias are fitted
+to the logits (vector scaling without its gains: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017),
+then thresholds; the rest tells what came of it. The result lies beside the weights, where `--classifier clip:WEIGHTS`
 finds it.
 """
 
