@@ -7,14 +7,16 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import passes
+from models import native, passes
 from models.dfpir import ChannelLayerNorm
 from models.memory import on_device
 
-BAND_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
-"""Size of the wide features of one band: what stays in a core's cache, and what fills a GPU."""
+BAND_BYTES = {"cpu": 2 << 20 if native.library is None else 8 << 20, "cuda": 512 << 20}
+"""Size of the wide features of one band: what stays in a core's cache, or in a processor's where each is read once; and
+what fills a GPU."""
 
 
 def matrix_of(convolution: nn.Module) -> Tensor:
@@ -24,16 +26,27 @@ def matrix_of(convolution: nn.Module) -> Tensor:
 
 
 def kernel_of(convolution: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a 3x3 convolution, dense or depth-wise, channels last."""
+    """The weight of a dense 3x3 convolution, channels last."""
     assert isinstance(convolution, nn.Conv2d)
     return convolution.weight.detach().to(dtype, memory_format=torch.channels_last, copy=True)
+
+
+def taps_of(convolution: nn.Module) -> Tensor:
+    """The weights of a depth-wise 3x3 convolution, C x 9, row by row."""
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.weight.detach().flatten(1)
+
+
+def filled_up(weights: Tensor, parts: int) -> Tensor:
+    """Rows of zeros behind each part of the rows, so that it has a multiple of 16, as processors want it."""
+    return torch.cat([F.pad(part, (0, 0, 0, -len(part) % 16)) for part in weights.chunk(parts)])
 
 
 @functools.cache
 def passes_for(device: torch.device) -> ModuleType:
     """The module whose passes run on a device: Triton's kernels on a GPU, once they have agreed with torch's there."""
     if device.type != "cuda":
-        return passes
+        return passes if native.library is None else native
     try:
         from models import kernels
 
@@ -64,10 +77,10 @@ class Similarity:
         self.gram = torch.zeros(*shape, self.per_head, device=like.device)
         self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
 
-    def add(self, query: "Wide", key: "Wide") -> None:
-        """Adds a band's queries and keys."""
-        gram, query_power, key_power = passes_for(query.features.device).depthwise_similarity(
-            query.features, key.features, (query.kernel, key.kernel), heads=self.heads, border=query.border
+    def add(self, wide: "Wide", values: Tensor) -> None:
+        """Adds a band's queries and keys, and writes its values to `values`, B x h x W x C."""
+        gram, query_power, key_power = passes_for(values.device).depthwise_attention(
+            wide.features, wide.taps, values, heads=self.heads, border=wide.border
         )
         self.gram += gram
         self.query_power += query_power
@@ -80,76 +93,83 @@ class Similarity:
 
 
 class Wide(NamedTuple):
-    """One part's features between a 1x1 and a depth-wise 3x3 convolution (see `models.passes`), and what is next."""
+    """Features between a 1x1 and a depth-wise 3x3 convolution, and what is next (see `models.passes`)."""
 
     features: Tensor
-    kernel: Tensor
+    taps: Tensor
     border: int
 
-    def convolved(self) -> Tensor:
-        """B x h x W x C."""
-        out: Tensor = passes_for(self.features.device).depthwise(self.features, self.kernel, border=self.border)
+    def gated(self) -> Tensor:
+        """Of gate and value: B x h x W x C."""
+        out: Tensor = passes_for(self.features.device).depthwise_gate(self.features, self.taps, border=self.border)
         return out
+
+
+class Source(NamedTuple):
+    """A layer norm, the matrix of a 1x1 convolution behind it, and the weights of the 3x3 ones behind that."""
+
+    norm: ChannelLayerNorm
+    matrix: Tensor
+    """C_out x C_in."""
+    taps: Tensor
+    """C_out x 9."""
 
 
 class Widening(nn.Module):
     """Layer norm and 1x1 convolution, band by band, ahead of a depth-wise 3x3 convolution; B x H x W x C in.
 
-    What comes out is cut into `parts` along the channels (query, key and value; gate and value), each contiguous.
+    What comes out has the channels of all sources side by side.
     """
 
-    matrices: Tensor
-    """parts x C_in x C_part, the layer norm's affine part folded in."""
-    biases: Tensor
-    """parts x C_part"""
-    kernels: Tensor
-    """(parts C_part) x 1 x 3 x 3"""
+    norms: Tensor
+    """sources x 2 x C_in: scale and shift, float32."""
+    matrix: Tensor
+    """C_in x (channels of all sources)."""
+    taps: Tensor
+    """9 x (channels of all sources)."""
 
-    def __init__(
-        self, norm: ChannelLayerNorm, pointwise: nn.Module, depthwise: nn.Module, *, parts: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, *sources: Source, dtype: torch.dtype) -> None:
         super().__init__()
-        matrix = matrix_of(pointwise)
-        affine, shift = norm.body.weight.detach().double(), norm.body.bias.detach().double()
-        self.register_buffer("matrices", torch.stack((matrix * affine).T.chunk(parts, dim=1)).to(dtype).contiguous())
-        self.register_buffer("biases", torch.stack((matrix @ shift).chunk(parts)).to(dtype))
-        self.register_buffer("kernels", kernel_of(depthwise, dtype))
+        norms = [torch.stack([source.norm.body.weight, source.norm.body.bias]) for source in sources]
+        self.register_buffer("norms", torch.stack(norms).detach().float())
+        self.register_buffer("matrix", torch.cat([source.matrix for source in sources]).T.to(dtype).contiguous())
+        self.register_buffer("taps", torch.cat([source.taps for source in sources]).T.to(dtype).contiguous())
+        self.columns = [len(source.matrix) for source in sources]
 
-    def forward(
-        self, x: Tensor, rows: int, prepare: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[slice, list[Wide]]]:
-        """Bands of `rows` rows, and each part's features there; more than one image in one band.
+    def forward(self, x: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[slice, Wide]]:
+        """Bands of rows, and the features there; more than one image in one band.
 
-        `prepare`, if given, is applied to rows of x before the layer norm. Every row is projected once: the last two
-        of a band are kept for the next one.
+        `prepare`, if given, is applied to rows of x before the first layer norm. Every row is projected once: the last
+        two of a band are kept for the next one.
         """
         batch, height, width, _ = x.shape
-        parts, _, channels = self.matrices.shape
-        kernels = self.kernels.chunk(parts)
+        channels, dtype = self.taps.shape[1], self.taps.dtype
         widen = passes_for(x.device).widen
 
         def project(fresh: Tensor, out: Tensor) -> None:
-            ready = prepare(fresh) if prepare else fresh.to(self.matrices.dtype)
-            widen(ready.flatten(0, 2), self.matrices, self.biases, out)
+            parts = zip(
+                self.norms, torch.split(self.matrix, self.columns, 1), torch.split(out, self.columns, 1), strict=True
+            )
+            for number, (norm, matrix, into) in enumerate(parts):
+                ready = prepare(fresh) if prepare and number == 0 else fresh.to(dtype)
+                widen(ready.flatten(0, 2), norm, matrix, into)
 
+        rows = band_rows(x, channels)
         if rows >= height:
-            whole = x.new_empty(parts, batch, height, width, channels, dtype=self.matrices.dtype)
-            project(x, whole.flatten(1, 3))
-            yield slice(0, height), [Wide(part, kernel, 1) for part, kernel in zip(whole, kernels, strict=True)]
+            whole = x.new_empty(batch, height, width, channels, dtype=dtype)
+            project(x, whole.flatten(0, 2))
+            yield slice(0, height), Wide(whole, self.taps, 1)
             return
         # From one row above a band to one row below it.
-        buffer = x.new_zeros(parts, rows + 2, width, channels, dtype=self.matrices.dtype)
+        buffer = x.new_zeros(1, rows + 2, width, channels, dtype=dtype)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             known = 1 if top == 0 else 2
             fresh = x[:, top + known - 1 : bottom + 1]
             end = known + fresh.shape[1]
-            project(fresh, buffer[:, known:end].flatten(1, 2))
+            project(fresh, buffer[:, known:end].flatten(0, 2))
             if bottom == height:
                 buffer[:, end] = 0
             inside = bottom - top
-            yield (
-                slice(top, bottom),
-                [Wide(buffer[p : p + 1, : inside + 2], kernels[p], 0) for p in range(parts)],
-            )
+            yield slice(top, bottom), Wide(buffer[:, : inside + 2], self.taps, 0)
             buffer[:, :2] = buffer[:, inside : inside + 2].clone()

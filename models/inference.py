@@ -9,7 +9,7 @@ Differences from the plain form in `models.dfpir`, none of which changes the res
 - Images of a batch go together if they fit in one band, else one by one.
 - Prompts are indices into the bank. Each prompt's channel order is computed once, and folds DGCPM's two
   convolutions into one C x C matrix per prompt; every image of a batch picks its own.
-- The affine part of a layer norm is folded into the projection that follows it.
+- Hidden channels are filled up with zeros to a multiple of 16.
 - Queries and keys are not normalised pixel by pixel: their norms divide the C x C logits.
 - Attention and the output projection merge into one C x C matrix per image, applied to the values.
 - Reducing a concatenation is the sum of two products, without the concatenation.
@@ -56,17 +56,17 @@ class _FeedForward(nn.Module):
 
     def __init__(self, norm: ChannelLayerNorm, plain: GatedFeedForward, dtype: torch.dtype) -> None:
         super().__init__()
-        self.widen = bands.Widening(norm, plain.project_in, plain.dwconv, parts=2, dtype=dtype)
-        self.register_buffer("project_out", bands.matrix_of(plain.project_out).T.to(dtype).contiguous())
+        matrix, taps = bands.matrix_of(plain.project_in), bands.taps_of(plain.dwconv)
+        source = bands.Source(norm, bands.filled_up(matrix, 2), bands.filled_up(taps, 2))
+        self.widen = bands.Widening(source, dtype=dtype)
+        project_out = bands.filled_up(bands.matrix_of(plain.project_out).T, 1)
+        self.register_buffer("project_out", project_out.to(dtype).contiguous())
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """Writes into `out`, another tensor of the shape of x, and returns it."""
-        for band, (gate, value) in self.widen(x, bands.band_rows(x, 2 * len(self.project_out))):
-            hidden = bands.passes_for(x.device).depthwise_gate(
-                gate.features, value.features, (gate.kernel, value.kernel), border=gate.border
-            )
+        for band, wide in self.widen(x):
             before, after = x[:, band].flatten(0, 2), out[:, band].flatten(0, 2)
-            torch.addmm(before, hidden.flatten(0, 2), self.project_out, out=after)
+            torch.addmm(before, wide.gated().flatten(0, 2), self.project_out, out=after)
         return out
 
 
@@ -78,16 +78,16 @@ class _SelfAttention(nn.Module):
 
     def __init__(self, norm: ChannelLayerNorm, plain: ChannelSelfAttention, dtype: torch.dtype) -> None:
         super().__init__()
-        self.widen = bands.Widening(norm, plain.qkv, plain.qkv_dwconv, parts=3, dtype=dtype)
+        source = bands.Source(norm, bands.matrix_of(plain.qkv), bands.taps_of(plain.qkv_dwconv))
+        self.widen = bands.Widening(source, dtype=dtype)
         self.register_buffer("temperature", plain.temperature.detach().float())
         self.register_buffer("project_out", bands.matrix_of(plain.project_out).float())
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """Changes x itself and returns it; `values` is room for another tensor of its shape."""
         similarity = bands.Similarity(x, len(self.temperature))
-        for band, (query, key, value) in self.widen(x, bands.band_rows(x, 3 * x.shape[-1])):
-            similarity.add(query, key)
-            values[:, band] = value.convolved()
+        for band, wide in self.widen(x):
+            similarity.add(wide, values[:, band])
         attention = similarity.logits(self.temperature).softmax(dim=-1)
         merged = _merge_output(attention, self.project_out).to(x.dtype)
         x.flatten(1, 2).baddbmm_(values.flatten(1, 2), merged.transpose(1, 2))
@@ -108,8 +108,11 @@ class _PerturbedAttention(nn.Module):
         super().__init__()
         plain: PerturbedAttention = block.select_attn
         self.kept_fraction = plain.kept_fraction
-        self.query = bands.Widening(block.norm1, plain.q, plain.q_dwconv, parts=1, dtype=torch.float32)
-        self.key_value = bands.Widening(block.norm2, plain.kv, plain.kv_dwconv, parts=2, dtype=torch.float32)
+        self.widen = bands.Widening(
+            bands.Source(block.norm1, bands.matrix_of(plain.q), bands.taps_of(plain.q_dwconv)),
+            bands.Source(block.norm2, bands.matrix_of(plain.kv), bands.taps_of(plain.kv_dwconv)),
+            dtype=torch.float32,
+        )
         self.register_buffer("temperature", plain.temperature.detach().float())
         scaled = bands.matrix_of(plain.project_out) * plain.attn4.detach().double()
         self.register_buffer("project_out", scaled.float())
@@ -117,11 +120,8 @@ class _PerturbedAttention(nn.Module):
     def forward(self, x: Tensor, shuffle: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         """Attention between x after `shuffle`, and x; `values` is room for another tensor of its shape."""
         similarity = bands.Similarity(x, len(self.temperature))
-        rows = bands.band_rows(x, 3 * x.shape[-1])
-        both = zip(self.query(x, rows, shuffle), self.key_value(x, rows), strict=True)
-        for (band, (query,)), (_, (key, value)) in both:
-            similarity.add(query, key)
-            values[:, band] = value.convolved()
+        for band, wide in self.widen(x, shuffle):
+            similarity.add(wide, values[:, band])
         logits = keep_largest(similarity.logits(self.temperature), self.kept_fraction)
         merged = _merge_output(logits.softmax(dim=-1), self.project_out).to(x.dtype)
         return torch.bmm(values.flatten(1, 2), merged.transpose(1, 2)).view(x.shape)

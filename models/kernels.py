@@ -23,12 +23,11 @@ _PIXELS_PER_CHUNK = 4096
 
 @triton.jit
 def _widen(
-    x_ptr, matrix_ptr, bias_ptr, out_ptr, count, out_part_stride, out_row_stride,
+    x_ptr, norm_ptr, matrix_ptr, out_ptr, count, matrix_stride, out_stride,
     C: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(2)
     channels = tl.arange(0, BLOCK_C)
     columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows[:, None] < count) & (channels[None, :] < C)
@@ -37,63 +36,67 @@ def _widen(
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(inside, x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / C
-    normalised = (centred / tl.sqrt(variance + EPS)[:, None]).to(loaded.dtype)
+    scale = tl.load(norm_ptr + channels, mask=channels < C, other=0.0)
+    shift = tl.load(norm_ptr + C + channels, mask=channels < C, other=0.0)
+    normalised = centred / tl.sqrt(variance + EPS)[:, None] * scale[None, :] + shift[None, :]
     within = (channels[:, None] < C) & (columns[None, :] < M)
-    matrix = tl.load(matrix_ptr + part * C * M + channels[:, None] * M + columns[None, :], mask=within, other=0.0)
-    bias = tl.load(bias_ptr + part * M + columns, mask=columns < M, other=0.0)
-    wide = tl.dot(normalised, matrix, input_precision="ieee") + bias[None, :].to(tl.float32)
-    place = out_ptr + part * out_part_stride + rows[:, None].to(tl.int64) * out_row_stride + columns[None, :]
+    matrix = tl.load(matrix_ptr + channels[:, None] * matrix_stride + columns[None, :], mask=within, other=0.0)
+    wide = tl.dot(normalised.to(loaded.dtype), matrix, input_precision="ieee")
+    place = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
     tl.store(place, wide.to(loaded.dtype), mask=(rows[:, None] < count) & (columns[None, :] < M))
 
 
 @triton.jit
 def _convolved(
-    wide_ptr, kernel_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width,
-    C: tl.constexpr, BORDER: tl.constexpr,
+    wide_ptr, taps_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width,
+    STRIDE: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
-    """Pixels x channels of a depth-wise convolution, float32; `pixels` count the rows that come out."""
+    """Pixels x channels of a depth-wise convolution, float32; `pixels` count the rows that come out.
+
+    `channels` are those among the `STRIDE` of all parts.
+    """
     rows, columns = pixels // width, pixels % width
     wide_height = height + 2 - 2 * BORDER
     total = tl.zeros((pixels.shape[0], channels.shape[0]), dtype=tl.float32)
     for tap in tl.static_range(9):
         row, column = rows + tap // 3 - BORDER, columns + tap % 3 - 1
         known = pixel_mask & (row >= 0) & (row < wide_height) & (column >= 0) & (column < width)
-        place = ((image * wide_height + row) * width + column).to(tl.int64) * C
+        place = ((image * wide_height + row) * width + column).to(tl.int64) * STRIDE
         mask = known[:, None] & channel_mask[None, :]
         x = tl.load(wide_ptr + place[:, None] + channels[None, :], mask=mask, other=0.0)
-        weight = tl.load(kernel_ptr + channels * 9 + tap, mask=channel_mask, other=0.0)
+        weight = tl.load(taps_ptr + tap * STRIDE + channels, mask=channel_mask, other=0.0)
         total += x.to(tl.float32) * weight[None, :].to(tl.float32)
     return total
 
 
 @triton.jit
 def _depthwise(
-    gate_ptr, value_ptr, gate_kernel_ptr, value_kernel_ptr, out_ptr, height, width,
-    C: tl.constexpr, BORDER: tl.constexpr, GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    wide_ptr, taps_ptr, out_ptr, height, width,
+    C: tl.constexpr, STRIDE: tl.constexpr, VALUE: tl.constexpr, BORDER: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """The `C` channels from `VALUE` on; times GELU of those from 0 on, if `GATED`."""
     pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = tl.program_id(2)
     pixel_mask, channel_mask = pixels < height * width, channels < C
     result = _convolved(
-        value_ptr, value_kernel_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, C, BORDER
+        wide_ptr, taps_ptr, image, pixels, VALUE + channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
     )
-    dtype = value_ptr.dtype.element_ty
     if GATED:
         gate = _convolved(
-            gate_ptr, gate_kernel_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, C, BORDER
+            wide_ptr, taps_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
         )
-        gate = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-        result *= gate
+        result *= 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
     place = (image * height * width + pixels).to(tl.int64) * C
     mask = pixel_mask[:, None] & channel_mask[None, :]
-    tl.store(out_ptr + place[:, None] + channels[None, :], result.to(dtype), mask=mask)
+    tl.store(out_ptr + place[:, None] + channels[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _similarity(
-    query_ptr, key_ptr, query_kernel_ptr, key_kernel_ptr, gram_ptr, query_power_ptr, key_power_ptr, height, width,
-    C: tl.constexpr, HEADS: tl.constexpr, BORDER: tl.constexpr, CHUNK: tl.constexpr,
+    wide_ptr, taps_ptr, gram_ptr, query_power_ptr, key_power_ptr, height, width,
+    C: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, BORDER: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     chunk, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -104,16 +107,16 @@ def _similarity(
     gram = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
     query_power = tl.zeros((BLOCK_C,), dtype=tl.float32)
     key_power = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    dtype = query_ptr.dtype.element_ty
+    dtype = wide_ptr.dtype.element_ty
     for first in range(0, CHUNK, BLOCK_P):
         pixels = chunk * CHUNK + first + tl.arange(0, BLOCK_P)
         pixel_mask = pixels < height * width
         # Rounded to the features' dtype, as a convolution of its own would leave them; products of these are exact.
         query = _convolved(
-            query_ptr, query_kernel_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, C, BORDER
+            wide_ptr, taps_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
         ).to(dtype)
         key = _convolved(
-            key_ptr, key_kernel_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, C, BORDER
+            wide_ptr, taps_ptr, image, pixels, C + channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
         ).to(dtype)
         gram += tl.dot(tl.trans(query), key, input_precision="ieee")
         query_power += tl.sum(query.to(tl.float32) * query.to(tl.float32), axis=0)
@@ -131,63 +134,54 @@ def widen_blocks(channels: int, item_bytes: int) -> tuple[int, int]:
     return block_c, max(16, min(64, (32 << 10) // (block_c * item_bytes)))
 
 
-def widen(x: Tensor, matrices: Tensor, biases: Tensor, out: Tensor) -> None:
-    """See `models.passes.widen`; x is contiguous."""
-    parts, channels, columns = matrices.shape
-    x = x.contiguous()
+def widen(x: Tensor, norm: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """See `models.passes.widen`."""
+    channels, columns = matrix.shape
     block_c, block = widen_blocks(channels, x.element_size())
-    grid = triton.cdiv(len(x), block), triton.cdiv(columns, block), parts
+    grid = triton.cdiv(len(x), block), triton.cdiv(columns, block)
     _widen[grid](
-        x, matrices, biases, out, len(x), out.stride(0), out.stride(1),
+        x.contiguous(), norm, matrix, out, len(x), matrix.stride(0), out.stride(0),
         C=channels, M=columns, EPS=EPS,
         BLOCK_N=block, BLOCK_C=block_c, BLOCK_M=block,
     )  # fmt: skip
 
 
-def depthwise(wide: Tensor, kernel: Tensor, *, border: int) -> Tensor:
-    """See `models.passes.depthwise`."""
-    return _run_depthwise(wide, wide, (kernel, kernel), border=border, gated=False)
-
-
-def depthwise_gate(gate: Tensor, value: Tensor, kernels: tuple[Tensor, Tensor], *, border: int) -> Tensor:
+def depthwise_gate(wide: Tensor, taps: Tensor, *, border: int) -> Tensor:
     """See `models.passes.depthwise_gate`."""
-    return _run_depthwise(gate, value, kernels, border=border, gated=True)
-
-
-def _run_depthwise(gate: Tensor, value: Tensor, kernels: tuple[Tensor, Tensor], *, border: int, gated: bool) -> Tensor:
-    batch, wide_height, width, channels = value.shape
-    height = wide_height - 2 + 2 * border
-    out = value.new_empty(batch, height, width, channels)
-    block_p, block_c = 64, 32
-    grid = triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch
-    _depthwise[grid](
-        gate.contiguous(), value.contiguous(), *(_taps(kernel) for kernel in kernels), out, height, width,
-        C=channels, BORDER=border, GATED=gated, BLOCK_P=block_p, BLOCK_C=block_c,
-    )  # fmt: skip
+    batch, height, width, channels = wide.shape
+    out = wide.new_empty(batch, height - 2 + 2 * border, width, channels // 2)
+    _run_depthwise(wide, taps, out, first=channels // 2, border=border, gated=True)
     return out
 
 
-def depthwise_similarity(
-    query: Tensor, key: Tensor, kernels: tuple[Tensor, Tensor], *, heads: int, border: int
+def depthwise_attention(
+    wide: Tensor, taps: Tensor, values: Tensor, *, heads: int, border: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `models.passes.depthwise_similarity`."""
-    batch, wide_height, width, channels = query.shape
-    height, per_head = wide_height - 2 + 2 * border, channels // heads
+    """See `models.passes.depthwise_attention`."""
+    batch, height, width, channels = values.shape
+    _run_depthwise(wide, taps, values, first=2 * channels, border=border, gated=False)
+    per_head = channels // heads
     chunks = triton.cdiv(height * width, _PIXELS_PER_CHUNK)
-    gram = query.new_empty(batch, heads, chunks, per_head, per_head, dtype=torch.float32)
-    powers = [query.new_empty(batch, heads, chunks, per_head, dtype=torch.float32) for _ in range(2)]
+    gram = wide.new_empty(batch, heads, chunks, per_head, per_head, dtype=torch.float32)
+    powers = [wide.new_empty(batch, heads, chunks, per_head, dtype=torch.float32) for _ in range(2)]
     _similarity[chunks, heads, batch](
-        query.contiguous(), key.contiguous(), *(_taps(kernel) for kernel in kernels), gram, *powers, height, width,
-        C=channels, HEADS=heads, BORDER=border, CHUNK=_PIXELS_PER_CHUNK,
+        wide.contiguous(), taps, gram, *powers, height, width,
+        C=channels, STRIDE=3 * channels, HEADS=heads, BORDER=border, CHUNK=_PIXELS_PER_CHUNK,
         BLOCK_P=32, BLOCK_C=max(16, triton.next_power_of_2(per_head)),
         num_stages=1,  # loads of several steps at once would take more shared memory than there is, in float32
     )  # fmt: skip
     return gram.sum(2), powers[0].sum(2), powers[1].sum(2)
 
 
-def _taps(kernel: Tensor) -> Tensor:
-    """C x 9, row by row of each channel's 3 x 3."""
-    return kernel.reshape(len(kernel), 9).contiguous()
+def _run_depthwise(wide: Tensor, taps: Tensor, out: Tensor, *, first: int, border: int, gated: bool) -> None:
+    """Writes to `out`, whose images are contiguous: with bands of rows there is one, or else all are."""
+    batch, height, width, channels = out.shape
+    block_p, block_c = 64, 32
+    grid = triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch
+    _depthwise[grid](
+        wide.contiguous(), taps, out, height, width,
+        C=channels, STRIDE=wide.shape[-1], VALUE=first, BORDER=border, GATED=gated, BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -207,21 +201,21 @@ def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCE
             if not difference <= tolerance:
                 raise RuntimeError(f"{name} is off by {float(difference):.1e} of its largest value")
 
-        x, matrices, biases, out = draw(40, 20), draw(3, 20, 33), draw(3, 33), draw(3, 50, 33)
+        # A part of the columns, as one of two sources has it.
+        x, norm, matrix, out = draw(40, 20), draw(2, 20).float(), draw(20, 50)[:, 4:37], draw(40, 50)
         there = out.to(device, copy=True)
-        passes.widen(x, matrices, biases, out[:, 4:44])
-        widen(x.to(device), matrices.to(device), biases.to(device), there[:, 4:44])
+        passes.widen(x, norm, matrix, out[:, 7:40])
+        widen(x.to(device), norm.to(device), matrix.to(device), there[:, 7:40])
         hold(f"widen in {dtype}", there, out)
-        # Features of two images, and the taps of two parts.
-        wide, taps = (draw(2, 5, 9, 20), draw(2, 5, 9, 20)), (draw(20, 1, 3, 3), draw(20, 1, 3, 3))
-        one, other = (each.to(device) for each in wide)
-        first, second = (each.to(device) for each in taps)
         for border in (0, 1):
-            name = f"depthwise, border {border}, in {dtype}"
-            hold(name, depthwise(one, first, border=border), passes.depthwise(wide[0], taps[0], border=border))
-            gated = depthwise_gate(one, other, (first, second), border=border)
-            hold(f"gated {name}", gated, passes.depthwise_gate(*wide, taps, border=border))
-            sums = depthwise_similarity(one, other, (first, second), heads=2, border=border)
-            expected = passes.depthwise_similarity(*wide, taps, heads=2, border=border)
+            name = f"border {border}, in {dtype}"
+            wide, taps = draw(2, 5, 9, 40), draw(9, 40)
+            found = depthwise_gate(wide.to(device), taps.to(device), border=border)
+            hold(f"gate, {name}", found, passes.depthwise_gate(wide, taps, border=border))
+            wide, taps, values = draw(2, 5, 9, 60), draw(9, 60), draw(2, 3 + 2 * border, 9, 20)
+            values_there = values.to(device, copy=True)
+            expected = passes.depthwise_attention(wide, taps, values, heads=2, border=border)
+            sums = depthwise_attention(wide.to(device), taps.to(device), values_there, heads=2, border=border)
+            hold(f"values, {name}", values_there, values)
             for pair in zip(sums, expected, strict=True):
                 hold(f"similarity, {name}", *pair)

@@ -1,7 +1,10 @@
-"""The memory-bound passes of a block, in torch's own operators; `models.kernels` has the same for NVIDIA GPUs.
+"""The memory-bound passes of a block, in torch's own operators.
 
-Features are B x H x W x C. `wide` ones lie between a 1x1 and a depth-wise 3x3 convolution: with `border` 0 they have a
-row above and one below those that come out, with `border` 1 zeros stand for these.
+`models.native` has the same for the processors that it was compiled for, `models.kernels` for NVIDIA GPUs.
+
+Features are B x H x W x C. `wide` ones lie between 1x1 and depth-wise 3x3 convolutions: with `border` 0 they have a
+row above and one below those that come out, with `border` 1 zeros stand for these. Their parts (query, key and value;
+gate and value) lie side by side in the channels, and `taps` has the 3x3 convolutions' weights, 9 x channels.
 """
 
 import torch
@@ -18,43 +21,48 @@ def convolve(x: Tensor, kernel: Tensor, *, border: tuple[int, int] = (1, 1)) -> 
     return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=border, groups=groups).permute(0, 2, 3, 1)
 
 
-def widen(x: Tensor, matrices: Tensor, biases: Tensor, out: Tensor) -> None:
-    """Layer norm without affine part, then a product for each part.
+def widen(x: Tensor, norm: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Layer norm, then a product.
 
     Args:
         x: N x C; its statistics are float32 whatever its dtype.
-        matrices: parts x C x M.
-        biases: parts x M.
-        out: parts x N x M, written to; any strides over parts and N.
+        norm: the layer norm's scale and shift, 2 x C, float32.
+        matrix: C x M.
+        out: N x M, written to; any stride over N.
     """
-    normalised = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    for bias, matrix, into in zip(biases, matrices, out, strict=True):
-        torch.addmm(bias, normalised, matrix, out=into)
+    scale, shift = norm
+    torch.mm(F.layer_norm(x, x.shape[-1:], scale, shift, EPS), matrix, out=out)
 
 
-def depthwise(wide: Tensor, kernel: Tensor, *, border: int) -> Tensor:
-    """The depth-wise 3x3 convolution alone; `kernel` is C x 1 x 3 x 3."""
-    return convolve(wide, kernel, border=(border, 1))
+def _depthwise(wide: Tensor, taps: Tensor, border: int) -> Tensor:
+    return convolve(wide, taps.T.reshape(-1, 1, 3, 3), border=(border, 1))
 
 
-def depthwise_gate(gate: Tensor, value: Tensor, kernels: tuple[Tensor, Tensor], *, border: int) -> Tensor:
-    """GELU of the one convolved part, times the other."""
-    gate, value = (depthwise(wide, kernel, border=border) for wide, kernel in zip((gate, value), kernels, strict=True))
+def depthwise_gate(wide: Tensor, taps: Tensor, *, border: int) -> Tensor:
+    """GELU of the one convolved part, times the other: B x h x W x C of 2 C wide channels."""
+    gate, value = _depthwise(wide, taps, border).chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
 
 
-def depthwise_similarity(
-    query: Tensor, key: Tensor, kernels: tuple[Tensor, Tensor], *, heads: int, border: int
+def depthwise_attention(
+    wide: Tensor, taps: Tensor, values: Tensor, *, heads: int, border: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of the convolved parts, summed over pixels; float32 whatever their dtype.
+    """What attention between channels needs of convolved queries, keys and values.
+
+    Args:
+        wide: 3 C channels.
+        taps: see above.
+        values: B x h x W x C, written to; each image contiguous.
+        heads: parts of C that attend to themselves.
+        border: see above.
 
     Returns:
-        The Gram matrix `query^T key`, B x heads x C_head x C_head, and the sums of squares of queries and of keys,
-        B x heads x C_head.
+        Sums over pixels, float32 whatever the features' dtype: the Gram matrix `query^T key`, B x heads x C_head x
+        C_head, and the squares of queries and of keys, B x heads x C_head.
     """
-    batch, channels = len(query), query.shape[-1]
+    query, key, value = _depthwise(wide, taps, border).chunk(3, dim=-1)
+    values.copy_(value)
     query, key = (
-        depthwise(wide, kernel, border=border).float().reshape(batch, -1, heads, channels // heads).transpose(1, 2)
-        for wide, kernel in zip((query, key), kernels, strict=True)
+        part.float().reshape(len(wide), -1, heads, part.shape[-1] // heads).transpose(1, 2) for part in (query, key)
     )
     return query.transpose(-2, -1) @ key, query.square().sum(-2), key.square().sum(-2)

@@ -21,11 +21,11 @@ kernels._PIXELS_PER_CHUNK = 32
 interpreted = torch.device("cpu"), [torch.float32]  # the interpreter multiplies no bfloat16 matrices
 kernels.check(*interpreted)
 print("held")
-for name in ("widen", "depthwise", "depthwise_gate", "depthwise_similarity"):
+for name in ("widen", "depthwise_gate", "depthwise_attention"):
     whole = getattr(kernels, name)
     def off(*arguments, **options):
         result = whole(*arguments, **options)
-        (result[1] if name == "depthwise_similarity" else arguments[-1] if result is None else result).mul_(1.001)
+        (result[1] if name == "depthwise_attention" else arguments[-1] if result is None else result).mul_(1.001)
         return result
     setattr(kernels, name, off)
     try:
@@ -42,17 +42,18 @@ from triton.compiler import ASTSource
 from models import kernels
 def shared(function, constants, **options):
     names = function.arg_names
-    pointers = lambda name: "*fp32" if name.startswith(("gram", "query_power", "key_power")) else "*" + dtype
+    pointers = lambda name: "*fp32" if name.startswith(("norm", "gram", "query", "key")) else "*" + dtype
     types = {name: pointers(name) if name.endswith("_ptr") else "i32" for name in names if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in names}
     source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 for dtype in ("bf16", "fp32"):
-    print(shared(kernels._depthwise, dict(C=127, BORDER=0, GATED=True, BLOCK_P=64, BLOCK_C=32)))
+    print(shared(kernels._depthwise, dict(
+        C=128, STRIDE=256, VALUE=128, BORDER=0, GATED=True, BLOCK_P=64, BLOCK_C=32)))
     print(shared(kernels._similarity, dict(
-        C=96, HEADS=1, BORDER=1, CHUNK=4096, BLOCK_P=32, BLOCK_C=128), num_stages=1))
+        C=96, STRIDE=288, HEADS=1, BORDER=1, CHUNK=4096, BLOCK_P=32, BLOCK_C=128), num_stages=1))
     channels, side = kernels.widen_blocks(384, 2 if dtype == "bf16" else 4)
-    print(shared(kernels._widen, dict(C=384, M=1021, EPS=1e-5, BLOCK_N=side, BLOCK_C=channels, BLOCK_M=side)))
+    print(shared(kernels._widen, dict(C=384, M=2048, EPS=1e-5, BLOCK_N=side, BLOCK_C=channels, BLOCK_M=side)))
 """
 
 
@@ -66,8 +67,7 @@ def printed(script: str, **environment: str) -> list[str]:
 
 def test_every_kernel_gives_what_torch_gives_in_the_interpreter_and_one_that_does_not_is_named():
     assert printed(INTERPRETED, TRITON_INTERPRET="1") == [
-        "held", "widen", "widen", "depthwise", "depthwise,", "depthwise_gate", "gated", "depthwise_similarity",
-        "similarity,",
+        "held", "widen", "widen", "depthwise_gate", "gate,", "depthwise_attention", "similarity,",
     ]  # fmt: skip
 
 

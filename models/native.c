@@ -1,0 +1,285 @@
+/* The memory-bound passes of models/passes.py in one sweep each; see models/native.py.
+ *
+ * Features are rows x width x channels; `stride` is the distance from one pixel to the next, in values. Values are
+ * float32, or bfloat16 where `half` says so; everything is computed in float32. Loops run over 16 channels at once in
+ * GCC's vectors, which become whatever the processor has, and over rows in torch's OpenMP threads. Channels need not
+ * be a multiple of 16, but at least that many: the last sixteen are computed together, some of them twice.
+ */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Of a layer norm. */
+#define MOST_CHANNELS 2048
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+
+#if LANES == 16
+#define COUNTED ((words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#else
+#define COUNTED ((words){0, 1, 2, 3, 4, 5, 6, 7})
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE const void *at(const void *values, int64_t index, int half) {
+    return (const char *)values + index * (half ? 2 : 4);
+}
+
+/* The compiler's own conversions of vectors take several times as many instructions. */
+#if LANES == 16
+INLINE words to_words(const void *halves) {
+    return (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(halves));
+}
+INLINE void to_halves(void *halves, words bits) {
+    _mm256_storeu_si256(halves, _mm512_cvtepi32_epi16((__m512i)bits));
+}
+INLINE floats clamp(floats x, float limit) {
+    return (floats)_mm512_max_ps(_mm512_min_ps((__m512)x, _mm512_set1_ps(limit)), _mm512_set1_ps(-limit));
+}
+#else
+INLINE words to_words(const void *halves) {
+    return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
+}
+INLINE void to_halves(void *halves, words bits) {
+    __m256i whole = (__m256i)bits;
+    _mm_storeu_si128(halves, _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+}
+INLINE floats clamp(floats x, float limit) {
+    return (floats)_mm256_max_ps(_mm256_min_ps((__m256)x, _mm256_set1_ps(limit)), _mm256_set1_ps(-limit));
+}
+#endif
+
+INLINE floats load(const void *values, int64_t index, int half) {
+    if (half)
+        return (floats)(to_words(at(values, index, half)) << 16);
+    floats loaded;
+    memcpy(&loaded, at(values, index, half), sizeof loaded);
+    return loaded;
+}
+
+/* To the nearest, ties to even. */
+INLINE void store(void *values, int64_t index, floats stored, int half) {
+    void *place = (void *)at(values, index, half);
+    words bits = (words)stored;
+    if (half)
+        to_halves(place, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    else
+        memcpy(place, &stored, sizeof stored);
+}
+
+/* x times the normal distribution function; erf as a rational function fitted on [-3.9, 3.9], off by 4e-7 at most. */
+INLINE floats gelu(floats x) {
+    floats z = clamp(x * 0.707106781f, 3.9f), u = z * z;
+    floats p = (u * 2.05039372e-6f + 2.87457546e-4f) * u + 3.83687055e-3f;
+    p = ((p * u + 5.29669013e-2f) * u + 1.91940816e-1f) * u + 1.12837903f;
+    floats q = (u * 3.82308252e-5f + 1.18173390e-3f) * u + 1.51091924e-2f;
+    q = ((q * u + 1.14758129e-1f) * u + 5.03434897e-1f) * u + 1.0f;
+    return 0.5f * x * (1.0f + z * p / q);
+}
+
+/* One row of features before a 3x3 convolution, with the rows above and below it, NULL where there are none. */
+typedef struct {
+    const void *rows[3];
+    const void *taps; /* 9 x (channels of all parts) */
+    int64_t taps_stride, stride, width;
+    int half;
+} Row;
+
+/* The taps for sixteen channels; those that meet no row are 0. */
+INLINE void load_taps(floats taps[9], const Row *row, int64_t channel) {
+    for (int i = 0; i < 9; i++)
+        taps[i] = row->rows[i / 3] ? load(row->taps, i * row->taps_stride + channel, row->half) : (floats){};
+}
+
+/* Moves one pixel on: returns what a column adds to complete the pixel before it. */
+INLINE floats step(floats pending[2], const floats taps[9], const Row *row, int64_t index, int half) {
+    floats done = pending[0], now = pending[1], next = {};
+    for (int i = 0; i < 3; i++) {
+        floats x = load(row->rows[i] ? row->rows[i] : row->rows[1], index, half);
+        done += taps[3 * i + 2] * x;
+        now += taps[3 * i + 1] * x;
+        next += taps[3 * i] * x;
+    }
+    pending[0] = now;
+    pending[1] = next;
+    return done;
+}
+
+/* A row is swept in stretches, so that the pages of memory that one sweep touches stay few. */
+#define STRETCH 32
+
+/* Channels `channel` to `channel + 15` of a stretch of a convolved row; sums of squares of those from `fresh` on are
+ * added to `power` if there is one. */
+INLINE void convolve_lanes(
+    const Row *row, int64_t first, int64_t channel, int64_t fresh, void *out, int64_t channels, float *power,
+    int half, int out_half) {
+    int64_t end = first + STRETCH < row->width ? first + STRETCH : row->width;
+    floats taps[9], pending[2] = {{}, {}}, squares = {};
+    load_taps(taps, row, channel);
+    for (int64_t x = first ? first - 1 : 0; x <= end; x++) {
+        floats done = x < row->width ? step(pending, taps, row, x * row->stride + channel, half) : pending[0];
+        if (x > first) {
+            squares += done * done;
+            store(out, (x - 1) * channels + channel, done, out_half);
+        }
+    }
+    for (int64_t lane = fresh - channel; power && lane < LANES; lane++)
+        power[channel + lane] += squares[lane];
+}
+
+static void convolve_row(
+    const Row *row, int64_t channels, void *out, float *power, int out_half) {
+    if (power)
+        memset(power, 0, channels * sizeof *power);
+    for (int64_t first = 0; first < row->width; first += STRETCH)
+        for (int64_t fresh = 0; fresh < channels; fresh += LANES) {
+            int64_t channel = fresh + LANES <= channels ? fresh : channels - LANES;
+            if (row->half && out_half)
+                convolve_lanes(row, first, channel, fresh, out, channels, power, 1, 1);
+            else if (row->half)
+                convolve_lanes(row, first, channel, fresh, out, channels, power, 1, 0);
+            else if (out_half)
+                convolve_lanes(row, first, channel, fresh, out, channels, power, 0, 1);
+            else
+                convolve_lanes(row, first, channel, fresh, out, channels, power, 0, 0);
+        }
+}
+
+INLINE void gate_lanes(const Row *row, int64_t first, int64_t channel, int64_t channels, void *out, int half) {
+    int64_t end = first + STRETCH < row->width ? first + STRETCH : row->width;
+    floats gate_taps[9], value_taps[9], gate_pending[2] = {{}, {}}, value_pending[2] = {{}, {}};
+    load_taps(gate_taps, row, channel);
+    load_taps(value_taps, row, channel + channels);
+    for (int64_t x = first ? first - 1 : 0; x <= end; x++) {
+        floats gate = gate_pending[0], value = value_pending[0];
+        if (x < row->width) {
+            int64_t index = x * row->stride + channel;
+            gate = step(gate_pending, gate_taps, row, index, half);
+            value = step(value_pending, value_taps, row, index + channels, half);
+        }
+        if (x > first)
+            store(out, (x - 1) * channels + channel, gelu(gate) * value, half);
+    }
+}
+
+static void gate_row(const Row *row, int64_t channels, void *out) {
+    for (int64_t first = 0; first < row->width; first += STRETCH)
+        for (int64_t fresh = 0; fresh < channels; fresh += LANES) {
+            int64_t channel = fresh + LANES <= channels ? fresh : channels - LANES;
+            if (row->half)
+                gate_lanes(row, first, channel, channels, out, 1);
+            else
+                gate_lanes(row, first, channel, channels, out, 0);
+        }
+}
+
+/* x with its first lanes, which were met before, set to 0. */
+INLINE floats new_lanes(floats x, int64_t known) {
+    for (int64_t lane = 0; lane < known; lane++)
+        x[lane] = 0;
+    return x;
+}
+
+INLINE float total(floats x) {
+#pragma GCC unroll 4
+    for (unsigned distance = LANES / 2; distance; distance /= 2)
+        x += __builtin_shuffle(x, COUNTED ^ distance);
+    return x[0];
+}
+
+INLINE void normalise(
+    const void *x, const float *weight, const float *bias, void *out, int64_t channels, float eps, int half) {
+    floats held[MOST_CHANNELS / LANES], sum = {}, squares = {};
+    for (int64_t c = 0; c < channels; c += LANES) {
+        int64_t channel = c + LANES <= channels ? c : channels - LANES;
+        held[c / LANES] = load(x, channel, half);
+        sum += new_lanes(held[c / LANES], c - channel);
+    }
+    float mean = total(sum) / channels;
+    for (int64_t c = 0; c < channels; c += LANES) {
+        int64_t channel = c + LANES <= channels ? c : channels - LANES;
+        floats centred = held[c / LANES] -= mean;
+        squares += new_lanes(centred * centred, c - channel);
+    }
+    float scale = 1.0f / sqrtf(total(squares) / channels + eps);
+    for (int64_t c = 0; c < channels; c += LANES) {
+        int64_t channel = c + LANES <= channels ? c : channels - LANES;
+        store(out, channel, held[c / LANES] * scale * load(weight, channel, 0) + load(bias, channel, 0), half);
+    }
+}
+
+static void normalise_pixels(
+    const void *x, const float *weight, const float *bias, void *out, int64_t pixels, int64_t channels, float eps,
+    int half) {
+    for (int64_t i = 0; i < pixels; i++) {
+        if (half)
+            normalise(at(x, i * channels, 1), weight, bias, (void *)at(out, i * channels, 1), channels, eps, 1);
+        else
+            normalise(at(x, i * channels, 0), weight, bias, (void *)at(out, i * channels, 0), channels, eps, 0);
+    }
+}
+
+void dfpir_layer_norm(
+    const void *x, const float *norm, void *out, int64_t pixels, int64_t channels, float eps, int half, int threads) {
+    const int64_t run = 64;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < pixels; first += run) {
+        int64_t count = pixels - first < run ? pixels - first : run;
+        int64_t start = first * channels;
+        normalise_pixels(
+            at(x, start, half), norm, norm + channels, (void *)at(out, start, half), count, channels, eps, half);
+    }
+}
+
+/* Features of `images` images, each of `height` rows that come out, and what the 3x3 convolution needs of them. */
+typedef struct {
+    const void *wide;
+    const void *taps;
+    int64_t images, height, width, stride, channels;
+    int half, border, threads;
+} Wide;
+
+/* The row that comes out as number `row` of an image, seen from channel `first` of its features on. */
+static Row row_of(const Wide *in, int64_t image, int64_t row, int64_t first) {
+    Row out = {{0, 0, 0}, at(in->taps, first, in->half), in->stride, in->stride, in->width, in->half};
+    int64_t known = in->height + 2 - 2 * in->border;
+    for (int i = 0; i < 3; i++) {
+        int64_t r = row + i - in->border;
+        if (r >= 0 && r < known)
+            out.rows[i] = at(in->wide, (image * known + r) * in->width * in->stride + first, in->half);
+    }
+    return out;
+}
+
+/* Gate and value side by side in `wide`; out is images x height x width x channels. */
+void dfpir_depthwise_gate(const Wide *in, void *out) {
+#pragma omp parallel for num_threads(in->threads) schedule(static)
+    for (int64_t i = 0; i < in->images * in->height; i++) {
+        Row row = row_of(in, i / in->height, i % in->height, 0);
+        gate_row(&row, in->channels, (void *)at(out, i * in->width * in->channels, in->half));
+    }
+}
+
+/* Query, key and value side by side in `wide`. Queries and keys come out as float32, 2 x images x height x width x
+ * channels, with their sums of squares along each row, 2 x images x height x channels; values in their own type, their
+ * images `image_stride` apart. */
+void dfpir_depthwise_attention(
+    const Wide *in, float *query_key, float *power, void *values, int64_t image_stride, int values_half) {
+    int64_t rows = in->images * in->height, pixels = in->width * in->channels;
+#pragma omp parallel for num_threads(in->threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t image = i / in->height, y = i % in->height;
+        for (int part = 0; part < 2; part++) {
+            Row row = row_of(in, image, y, part * in->channels);
+            int64_t number = part * rows + i;
+            convolve_row(&row, in->channels, query_key + number * pixels, power + number * in->channels, 0);
+        }
+        Row row = row_of(in, image, y, 2 * in->channels);
+        void *place = (void *)at(values, image * image_stride + y * pixels, values_half);
+        convolve_row(&row, in->channels, place, 0, values_half);
+    }
+}

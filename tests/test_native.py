@@ -1,0 +1,109 @@
+"""The compiled passes against torch's operators; both generations of processors where this one has both."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from synthetic_weights import tiny_network
+
+from models import bands, native, orthogonal_bank, passes
+from models.inference import InferenceDFPIR
+
+compiled = pytest.mark.skipif(native.library is None, reason="compiled for no processor like this one")
+SUM = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""Of the largest value: torch rounds queries and keys to bfloat16 before it sums up, the compiled passes do not."""
+ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def hold(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert (found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max()
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in native._LANES, reason="not compiled for this one")
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+def test_where_there_is_a_compiler_they_are_compiled():
+    assert native.library is not None
+    assert bands.passes_for(torch.device("cpu")) is native
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [16, 20, 24, 48, 100])
+def test_layer_norm_and_product(dtype, channels):
+    x = (3 * drawn(200, channels) + drawn(200, 1)).to(dtype)
+    norm, matrix = drawn(2, channels), drawn(channels, 40, dtype=dtype)[:, 3:30]
+    found, expected = torch.zeros(2, 200, 40, dtype=dtype)
+    native.widen(x, norm, matrix, found[:, 5:32])
+    passes.widen(x, norm, matrix, expected[:, 5:32])
+    hold(found, expected, ROUNDED[dtype])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("border", [0, 1])
+@pytest.mark.parametrize(("batch", "width", "channels"), [(1, 70, 48), (2, 33, 16), (3, 32, 20), (1, 1, 100)])
+def test_3x3_and_gate(dtype, border, batch, width, channels):
+    # Values up to 20, where GELU has long become the identity or nothing.
+    wide, taps = (2 * drawn(batch, 5, width, 2 * channels)).to(dtype), drawn(9, 2 * channels, dtype=dtype)
+    found = native.depthwise_gate(wide, taps, border=border)
+    exact = passes.depthwise_gate(wide.double(), taps.double(), border=border)
+    hold(found, exact.to(dtype), ROUNDED[dtype])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("border", [0, 1])
+@pytest.mark.parametrize(("batch", "width", "channels"), [(1, 70, 48), (2, 33, 16), (3, 32, 20), (1, 1, 100)])
+def test_3x3_values_and_similarities(dtype, values_dtype, border, batch, width, channels):
+    wide, taps = drawn(batch, 5, width, 3 * channels, dtype=dtype), drawn(9, 3 * channels, dtype=dtype)
+    # Room in a taller map, as bands have it.
+    maps = torch.zeros(2, batch, 9, width, channels, dtype=values_dtype)
+    found, expected = (each[:, 2 : 5 + 2 * border] for each in maps)
+    sums = native.depthwise_attention(wide, taps, found, heads=2, border=border)
+    exact = passes.depthwise_attention(wide, taps, expected, heads=2, border=border)
+    hold(maps[0], maps[1], max(ROUNDED[dtype], ROUNDED[values_dtype]))
+    for pair in zip(sums, exact, strict=True):
+        hold(*pair, SUM[dtype])
+
+
+@compiled
+def test_too_few_channels_are_left_to_torch():
+    wide, taps, values = drawn(1, 4, 6, 12), drawn(9, 12), torch.empty(1, 2, 6, 4)
+    assert torch.equal(native.depthwise_gate(wide, taps, border=0), passes.depthwise_gate(wide, taps, border=0))
+    sums = native.depthwise_attention(wide, taps, values, heads=1, border=0)
+    assert torch.equal(sums[0], passes.depthwise_attention(wide, taps, torch.empty_like(values), heads=1, border=0)[0])
+    native.widen(drawn(3, 4), drawn(2, 4), drawn(4, 5), found := torch.empty(3, 5))
+    passes.widen(drawn(3, 4), drawn(2, 4), drawn(4, 5), expected := torch.empty(3, 5))
+    assert torch.equal(found, expected)
+
+
+def test_the_network_is_the_same_without_them(monkeypatch):
+    network, bank = tiny_network(6), orthogonal_bank()
+    image, prompts = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(6)), torch.tensor([2])
+    with torch.inference_mode():
+        usual = InferenceDFPIR(network, bank)(image, prompts)
+        monkeypatch.setattr(bands, "passes_for", lambda device: passes)
+        without = InferenceDFPIR(network, bank)(image, prompts)
+    assert (usual - without).abs().max() <= 1e-5
+
+
+@compiled
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has no other")
+def test_processors_with_avx2_alone():
+    """torch looks for the variable once, when it is loaded."""
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not avx2"],
+        check=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+    )
