@@ -119,7 +119,7 @@ def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:
                 return torch.cat([call(one[None], embedding) for one in image])
 
         return one_by_one
-    inference: Forward = InferenceDFPIR(network, bank, dtype=getattr(torch, dtype)).to(device)
+    inference: Forward = InferenceDFPIR(network, bank, dtype=getattr(torch, dtype), device=device)
     forward = Recorded(inference) if "recorded" in how else inference
     return lambda image: forward(image, torch.full((len(image),), PROMPT, device=device))
 

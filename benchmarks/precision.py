@@ -65,7 +65,9 @@ def main() -> None:
     rows = []
     for name in arguments.models:
         network, bank = network_and_bank(name)
-        forms = [InferenceDFPIR(network, bank, dtype=d).to(arguments.device) for d in (torch.float32, torch.bfloat16)]
+        forms = [
+            InferenceDFPIR(network, bank, dtype=d, device=arguments.device) for d in (torch.float32, torch.bfloat16)
+        ]
         count, differing, images, squares = 0, 0, 0, []
         for image in photographs(arguments.folder, arguments.most, network.config.size_multiple):
             kept, results = [], []

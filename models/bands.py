@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models import native, passes
 from models.dfpir import ChannelLayerNorm
 from models.memory import on_device
+from models.products import Product
 
 BAND_BYTES = {"cpu": 2 << 20 if native.library is None else 8 << 20, "cuda": 512 << 20}
 """Size of the wide features of one band: what stays in a core's cache, or in a processor's where each is read once; and
@@ -123,8 +124,6 @@ class Widening(nn.Module):
 
     norms: Tensor
     """sources x 2 x C_in: scale and shift, float32."""
-    matrix: Tensor
-    """C_in x (channels of all sources)."""
     taps: Tensor
     """9 x (channels of all sources)."""
 
@@ -132,7 +131,7 @@ class Widening(nn.Module):
         super().__init__()
         norms = [torch.stack([source.norm.body.weight, source.norm.body.bias]) for source in sources]
         self.register_buffer("norms", torch.stack(norms).detach().float())
-        self.register_buffer("matrix", torch.cat([source.matrix for source in sources]).T.to(dtype).contiguous())
+        self.products = nn.ModuleList(Product(source.matrix.T, dtype) for source in sources)
         self.register_buffer("taps", torch.cat([source.taps for source in sources]).T.to(dtype).contiguous())
         self.columns = [len(source.matrix) for source in sources]
 
@@ -147,12 +146,10 @@ class Widening(nn.Module):
         widen = passes_for(x.device).widen
 
         def project(fresh: Tensor, out: Tensor) -> None:
-            parts = zip(
-                self.norms, torch.split(self.matrix, self.columns, 1), torch.split(out, self.columns, 1), strict=True
-            )
-            for number, (norm, matrix, into) in enumerate(parts):
+            places = torch.split(out, self.columns, dim=1)
+            for number, (norm, product, into) in enumerate(zip(self.norms, self.products, places, strict=True)):
                 ready = prepare(fresh) if prepare and number == 0 else fresh.to(dtype)
-                widen(ready.flatten(0, 2), norm, matrix, into)
+                widen(ready.flatten(0, 2), norm, product, into)
 
         rows = band_rows(x, channels)
         if rows >= height:

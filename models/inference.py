@@ -34,6 +34,7 @@ from models.dfpir import (
     Upsample,
     keep_largest,
 )
+from models.products import Product
 from models.prompts import PromptBank, prompt_permutations
 
 
@@ -52,21 +53,19 @@ def _merge_output(attention: Tensor, project_out: Tensor) -> Tensor:
 class _FeedForward(nn.Module):
     """x + GDFN(norm(x)); B x H x W x C in and out."""
 
-    project_out: Tensor
-
     def __init__(self, norm: ChannelLayerNorm, plain: GatedFeedForward, dtype: torch.dtype) -> None:
         super().__init__()
         matrix, taps = bands.matrix_of(plain.project_in), bands.taps_of(plain.dwconv)
         source = bands.Source(norm, bands.filled_up(matrix, 2), bands.filled_up(taps, 2))
         self.widen = bands.Widening(source, dtype=dtype)
         project_out = bands.filled_up(bands.matrix_of(plain.project_out).T, 1)
-        self.register_buffer("project_out", project_out.to(dtype).contiguous())
+        self.project_out = Product(project_out, dtype)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """Writes into `out`, another tensor of the shape of x, and returns it."""
         for band, wide in self.widen(x):
             before, after = x[:, band].flatten(0, 2), out[:, band].flatten(0, 2)
-            torch.addmm(before, wide.gated().flatten(0, 2), self.project_out, out=after)
+            self.project_out(wide.gated().flatten(0, 2), after, start=before)
         return out
 
 
@@ -123,7 +122,7 @@ class _PerturbedAttention(nn.Module):
         for band, wide in self.widen(x, shuffle):
             similarity.add(wide, values[:, band])
         logits = keep_largest(similarity.logits(self.temperature), self.kept_fraction)
-        merged = _merge_output(logits.softmax(dim=-1), self.project_out).to(x.dtype)
+        merged = _merge_output(logits.softmax(dim=-1), self.project_out).to(values.dtype)
         return torch.bmm(values.flatten(1, 2), merged.transpose(1, 2)).view(x.shape)
 
 
@@ -137,6 +136,7 @@ class _Perturbation(nn.Module):
 
     def __init__(self, plain: PerturbationBlock, orders: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         widen, narrow = bands.matrix_of(plain.conv1x1), bands.matrix_of(plain.conv_out)
         assert plain.conv1x1.bias is not None
         assert plain.conv_out.bias is not None
@@ -154,7 +154,7 @@ class _Perturbation(nn.Module):
         def shuffle(rows: Tensor) -> Tensor:
             return torch.baddbmm(biases, rows.flatten(1, 2).float(), matrices).view(rows.shape)
 
-        spare = torch.empty_like(x)
+        spare = torch.empty_like(x, dtype=self.dtype)
         out: Tensor = self.feed_forward(self.attention(x, shuffle, spare), spare)
         return out
 
@@ -224,7 +224,14 @@ class InferenceDFPIR(nn.Module):
     stem: Tensor
     output: Tensor
 
-    def __init__(self, network: DFPIR, bank: PromptBank, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        network: DFPIR,
+        bank: PromptBank,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__()
         if not (network.config.channel_perturbation and network.config.attention_perturbation):
             raise ValueError("a network without DGCPM or CAAPM is an ablation, and runs in its plain form alone")
@@ -237,17 +244,19 @@ class InferenceDFPIR(nn.Module):
             assert isinstance(plain, PerturbationBlock)
             return _Perturbation(plain, orders[name], dtype)
 
-        self.register_buffer("stem", bands.kernel_of(network.patch_embed.proj, dtype))
-        self.encoder1 = _Blocks(network.encoder_level1, dtype)
+        # On a GPU, which has no tiles for it, the encoder would become several times slower.
+        self.encoder_dtype = exact = torch.float32 if torch.device(device).type == "cpu" else dtype
+        self.register_buffer("stem", bands.kernel_of(network.patch_embed.proj, exact))
+        self.encoder1 = _Blocks(network.encoder_level1, exact)
         self.perturb1 = perturbation("encoder_shuffle_channel1")
-        self.down1 = _Resample(network.down1_2, dtype)
-        self.encoder2 = _Blocks(network.encoder_level2, dtype)
+        self.down1 = _Resample(network.down1_2, exact)
+        self.encoder2 = _Blocks(network.encoder_level2, exact)
         self.perturb2 = perturbation("encoder_shuffle_channel2")
-        self.down2 = _Resample(network.down2_3, dtype)
-        self.encoder3 = _Blocks(network.encoder_level3, dtype)
+        self.down2 = _Resample(network.down2_3, exact)
+        self.encoder3 = _Blocks(network.encoder_level3, exact)
         self.perturb3 = perturbation("encoder_shuffle_channel3")
-        self.down3 = _Resample(network.down3_4, dtype)
-        self.latent = _Blocks(network.latent, dtype)
+        self.down3 = _Resample(network.down3_4, exact)
+        self.latent = _Blocks(network.latent, exact)
         self.perturb4 = perturbation("latent_shuffle_channel")
         self.up4 = _Resample(network.up4_3, dtype)
         self.reduce3 = _Reduction(network.reduce_chan_level3, dtype)
@@ -258,14 +267,18 @@ class InferenceDFPIR(nn.Module):
         self.up2 = _Resample(network.up2_1, dtype)
         self.decoder1 = _Blocks(nn.Sequential(*network.decoder_level1, *network.refinement), dtype)
         self.register_buffer("output", bands.kernel_of(network.output, dtype))
-        self.requires_grad_(False).eval()
+        if dtype is torch.bfloat16:
+            for module in self.modules():
+                if isinstance(module, Product):
+                    module.use_tiles()
+        self.requires_grad_(False).eval().to(device)
 
     def forward(self, image: Tensor, prompts: Tensor) -> Tensor:
         """Restores a batch; shapes and ranges stand at the class."""
         if len(image) > 1 and not self._fits_in_a_band(image):
             return torch.cat([self(image[i : i + 1], prompts[i : i + 1]) for i in range(len(image))])
         factor = self.config.unshuffle_factor
-        pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.dtype)
+        pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.encoder_dtype)
         x = self.encoder1(passes.convolve(pixels, self.stem))
         # A skip connection's perturbation runs at once, so that only its result is kept until the decoder, which
         # takes it from the list to let it go: the decoder's widest maps are the peak of memory.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models import passes
 from models.passes import EPS
+from models.products import Product
 
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Of a result's largest value."""
@@ -23,7 +24,7 @@ _PIXELS_PER_CHUNK = 4096
 
 @triton.jit
 def _widen(
-    x_ptr, norm_ptr, matrix_ptr, out_ptr, count, matrix_stride, out_stride,
+    x_ptr, norm_ptr, matrix_ptr, out_ptr, count, out_stride,
     C: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +41,7 @@ def _widen(
     shift = tl.load(norm_ptr + C + channels, mask=channels < C, other=0.0)
     normalised = centred / tl.sqrt(variance + EPS)[:, None] * scale[None, :] + shift[None, :]
     within = (channels[:, None] < C) & (columns[None, :] < M)
-    matrix = tl.load(matrix_ptr + channels[:, None] * matrix_stride + columns[None, :], mask=within, other=0.0)
+    matrix = tl.load(matrix_ptr + channels[:, None] * M + columns[None, :], mask=within, other=0.0)
     wide = tl.dot(normalised.to(loaded.dtype), matrix, input_precision="ieee")
     place = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
     tl.store(place, wide.to(loaded.dtype), mask=(rows[:, None] < count) & (columns[None, :] < M))
@@ -134,13 +135,13 @@ def widen_blocks(channels: int, item_bytes: int) -> tuple[int, int]:
     return block_c, max(16, min(64, (32 << 10) // (block_c * item_bytes)))
 
 
-def widen(x: Tensor, norm: Tensor, matrix: Tensor, out: Tensor) -> None:
+def widen(x: Tensor, norm: Tensor, product: Product, out: Tensor) -> None:
     """See `models.passes.widen`."""
-    channels, columns = matrix.shape
+    channels, columns = product.matrix.shape
     block_c, block = widen_blocks(channels, x.element_size())
     grid = triton.cdiv(len(x), block), triton.cdiv(columns, block)
     _widen[grid](
-        x.contiguous(), norm, matrix, out, len(x), matrix.stride(0), out.stride(0),
+        x.contiguous(), norm, product.matrix, out, len(x), out.stride(0),
         C=channels, M=columns, EPS=EPS,
         BLOCK_N=block, BLOCK_C=block_c, BLOCK_M=block,
     )  # fmt: skip
@@ -202,10 +203,10 @@ def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCE
                 raise RuntimeError(f"{name} is off by {float(difference):.1e} of its largest value")
 
         # A part of the columns, as one of two sources has it.
-        x, norm, matrix, out = draw(40, 20), draw(2, 20).float(), draw(20, 50)[:, 4:37], draw(40, 50)
+        x, norm, product, out = draw(40, 20), draw(2, 20).float(), Product(draw(20, 33), dtype), draw(40, 50)
         there = out.to(device, copy=True)
-        passes.widen(x, norm, matrix, out[:, 7:40])
-        widen(x.to(device), norm.to(device), matrix.to(device), there[:, 7:40])
+        passes.widen(x, norm, product, out[:, 7:40])
+        widen(x.to(device), norm.to(device), product.to(device), there[:, 7:40])
         hold(f"widen in {dtype}", there, out)
         for border in (0, 1):
             name = f"border {border}, in {dtype}"

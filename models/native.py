@@ -1,22 +1,33 @@
 """The passes of `models.passes` for x86 processors, compiled from `native.c` when the package is installed.
 
-Without a C compiler there, or on another processor, `library` is None and torch's operators run.
+Without a C compiler there, or on another processor, `library` is None and torch's operators run. `native_amx.c` has
+products of float32 matrices for processors with AMX tiles; `tiles` is None elsewhere.
 """
+
+from __future__ import annotations
 
 import ctypes
 import warnings
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models import passes
+
+if TYPE_CHECKING:
+    from models.products import Product
 
 _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _LANES = {"AVX512": 16, "AVX2": 8}
 """Channels that are computed at once; at least so many are needed."""
 _MOST_CHANNELS = 2048
-"""Of a layer norm."""
+"""Of a layer norm, and rows of a matrix for the tiles."""
+TILE_SIDE = 16
+"""Columns of a matrix for the tiles are a multiple of it; `_TILE_DEPTH` rows, filled up, go together."""
+_TILE_DEPTH = 32
 
 
 class _Wide(ctypes.Structure):
@@ -30,35 +41,57 @@ class _Wide(ctypes.Structure):
     )
 
 
-def _load() -> tuple[ctypes.CDLL | None, int]:
-    """The library for this processor, and the number of its lanes."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    found = find_spec(f"models._native_{capability.lower()}") if capability in _LANES else None
+class _Product(ctypes.Structure):
+    """`Product` of `native_amx.c`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "packed", "start", "out")),
+        *((name, _INT64) for name in ("count", "depth", "columns", "start_stride", "out_stride")),
+        ("threads", _INT),
+    )
+
+
+def _load(kind: str) -> ctypes.CDLL | None:
+    found = find_spec(f"models._native_{kind}")
     if found is None or found.origin is None:
-        return None, 0
+        return None
     try:
-        return ctypes.CDLL(found.origin), _LANES[capability]
+        return ctypes.CDLL(found.origin)
     except OSError as error:  # compiled elsewhere, against libraries that are not here
-        warnings.warn(f"models: the compiled passes are not used, which is slower: {error}", stacklevel=2)
-        return None, 0
+        warnings.warn(f"models: what was compiled is not used, which is slower: {error}", stacklevel=2)
+        return None
 
 
-library, _lanes = _load()
+_capability = torch.backends.cpu.get_cpu_capability()
+_lanes = _LANES.get(_capability, 0)
+library = _load(_capability.lower()) if _lanes else None
 
 
-def widen(x: Tensor, norm: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """See `models.passes.widen`."""
+def _load_tiles() -> ctypes.CDLL | None:
+    loaded = _load("amx") if _capability == "AVX512" else None
+    return loaded if loaded is not None and loaded.dfpir_amx_allowed() else None
+
+
+tiles = _load_tiles()
+
+
+def normalise(x: Tensor, norm: Tensor) -> Tensor:
+    """See `models.passes.normalise`."""
     pixels, channels = x.shape
     if library is None or not _lanes <= channels <= _MOST_CHANNELS:
-        passes.widen(x, norm, matrix, out)
-        return
+        return passes.normalise(x, norm)
     x = x.contiguous()
     normalised = torch.empty_like(x)
     library.dfpir_layer_norm(
         *(_POINTER(tensor.data_ptr()) for tensor in (x, norm, normalised)), _INT64(pixels), _INT64(channels),
         ctypes.c_float(passes.EPS), _INT(x.dtype is torch.bfloat16), _INT(torch.get_num_threads()),
     )  # fmt: skip
-    torch.mm(normalised, matrix, out=out)
+    return normalised
+
+
+def widen(x: Tensor, norm: Tensor, product: Product, out: Tensor) -> None:
+    """See `models.passes.widen`."""
+    product(normalise(x, norm), out)
 
 
 def _described(wide: Tensor, taps: Tensor, channels: int, border: int) -> _Wide:
@@ -99,3 +132,27 @@ def depthwise_attention(
     query, key = query_key.transpose(2, 3)
     query_power, key_power = power.sum(2)
     return query.transpose(-2, -1) @ key, query_power, key_power
+
+
+def packed(matrix: Tensor) -> Tensor:
+    """A float32 matrix, C_in x C_out, as `product` takes it: see `native_amx.c`."""
+    rows = F.pad(matrix, (0, 0, 0, -len(matrix) % _TILE_DEPTH))
+    large = rows.bfloat16()
+    parts = torch.stack([large, (rows - large.float()).bfloat16()])
+    tiles = parts.view(2, -1, _TILE_DEPTH // 2, 2, matrix.shape[1] // TILE_SIDE, TILE_SIDE)
+    return tiles.permute(0, 4, 1, 2, 5, 3).contiguous()
+
+
+def product(x: Tensor, packed: Tensor, out: Tensor, start: Tensor | None) -> None:
+    """Writes `start + x @ matrix`, N x C_out float32, to `out`; off by some 1e-5 of the terms."""
+    assert tiles is not None
+    x = x.contiguous()
+    tiles.dfpir_amx_product(
+        ctypes.byref(
+            _Product(
+                x.data_ptr(), packed.data_ptr(), None if start is None else start.data_ptr(), out.data_ptr(),
+                len(x), x.shape[1], out.shape[1], 0 if start is None else start.stride(0), out.stride(0),
+                torch.get_num_threads(),
+            )
+        )
+    )  # fmt: skip

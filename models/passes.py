@@ -7,9 +7,15 @@ row above and one below those that come out, with `border` 1 zeros stand for the
 gate and value) lie side by side in the channels, and `taps` has the 3x3 convolutions' weights, 9 x channels.
 """
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.products import Product
 
 EPS = 1e-5
 """Of layer norm."""
@@ -21,17 +27,23 @@ def convolve(x: Tensor, kernel: Tensor, *, border: tuple[int, int] = (1, 1)) -> 
     return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=border, groups=groups).permute(0, 2, 3, 1)
 
 
-def widen(x: Tensor, norm: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """Layer norm, then a product.
+def normalise(x: Tensor, norm: Tensor) -> Tensor:
+    """Layer norm.
 
     Args:
         x: N x C; its statistics are float32 whatever its dtype.
-        norm: the layer norm's scale and shift, 2 x C, float32.
-        matrix: C x M.
-        out: N x M, written to; any stride over N.
+        norm: scale and shift, 2 x C, float32.
+
+    Returns:
+        N x C in the dtype of x.
     """
     scale, shift = norm
-    torch.mm(F.layer_norm(x, x.shape[-1:], scale, shift, EPS), matrix, out=out)
+    return F.layer_norm(x, x.shape[-1:], scale, shift, EPS)
+
+
+def widen(x: Tensor, norm: Tensor, product: Product, out: Tensor) -> None:
+    """Layer norm, then a product: x is N x C, `norm` 2 x C, `out` N x M with any stride over N."""
+    product(normalise(x, norm), out)
 
 
 def _depthwise(wide: Tensor, taps: Tensor, border: int) -> Tensor:

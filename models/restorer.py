@@ -106,7 +106,7 @@ class Restorer:
         self.prompts = prompts
         self.dtype = dtype
         self._tile: Tile = tile
-        form: Forward = InferenceDFPIR(network, prompts, dtype=dtype).to(self.device)
+        form: Forward = InferenceDFPIR(network, prompts, dtype=dtype, device=self.device)
         self._forward = Recorded(form) if self.device.type == "cuda" else form
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype, self.device)
         # Read once: a choice that depended on the moment would tile one of two equal images.

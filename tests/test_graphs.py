@@ -98,7 +98,7 @@ def test_no_room_for_a_recording_is_no_fault():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_on_a_gpu_equal_the_network():
-    form = InferenceDFPIR(tiny_network(5), orthogonal_bank(), dtype=torch.bfloat16).cuda()
+    form = InferenceDFPIR(tiny_network(5), orthogonal_bank(), dtype=torch.bfloat16, device="cuda")
     recorded = Recorded(form)
     with torch.inference_mode():
         for number in range(12):

@@ -98,6 +98,6 @@ def test_the_network_on_a_gpu_equals_the_plain_one(dtype):
     image = torch.rand(3, 3, 64, 48, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         expected = plain(image, bank.embeddings[[0, 3, 5]])
-        form = InferenceDFPIR(plain, bank, dtype=dtype).to(device)
+        form = InferenceDFPIR(plain, bank, dtype=dtype, device=device)
         found = form(image.to(device), torch.tensor([0, 3, 5], device=device)).cpu()
     assert (found - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 5e-2)

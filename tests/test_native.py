@@ -11,6 +11,7 @@ from synthetic_weights import tiny_network
 
 from models import bands, native, orthogonal_bank, passes
 from models.inference import InferenceDFPIR
+from models.products import Product
 
 compiled = pytest.mark.skipif(native.library is None, reason="compiled for no processor like this one")
 SUM = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -41,10 +42,10 @@ def test_where_there_is_a_compiler_they_are_compiled():
 @pytest.mark.parametrize("channels", [16, 20, 24, 48, 100])
 def test_layer_norm_and_product(dtype, channels):
     x = (3 * drawn(200, channels) + drawn(200, 1)).to(dtype)
-    norm, matrix = drawn(2, channels), drawn(channels, 40, dtype=dtype)[:, 3:30]
+    norm, product = drawn(2, channels), Product(drawn(channels, 27), dtype)
     found, expected = torch.zeros(2, 200, 40, dtype=dtype)
-    native.widen(x, norm, matrix, found[:, 5:32])
-    passes.widen(x, norm, matrix, expected[:, 5:32])
+    native.widen(x, norm, product, found[:, 5:32])
+    passes.widen(x, norm, product, expected[:, 5:32])
     hold(found, expected, ROUNDED[dtype])
 
 
@@ -83,9 +84,39 @@ def test_too_few_channels_are_left_to_torch():
     assert torch.equal(native.depthwise_gate(wide, taps, border=0), passes.depthwise_gate(wide, taps, border=0))
     sums = native.depthwise_attention(wide, taps, values, heads=1, border=0)
     assert torch.equal(sums[0], passes.depthwise_attention(wide, taps, torch.empty_like(values), heads=1, border=0)[0])
-    native.widen(drawn(3, 4), drawn(2, 4), drawn(4, 5), found := torch.empty(3, 5))
-    passes.widen(drawn(3, 4), drawn(2, 4), drawn(4, 5), expected := torch.empty(3, 5))
-    assert torch.equal(found, expected)
+    assert torch.equal(native.normalise(drawn(3, 4), drawn(2, 4)), passes.normalise(drawn(3, 4), drawn(2, 4)))
+
+
+@pytest.mark.skipif(native.tiles is None, reason="this processor has no AMX tiles")
+@pytest.mark.parametrize(("count", "depth", "columns"), [(64, 96, 288), (100, 48, 144), (33, 1024, 16), (5, 24, 2048)])
+@pytest.mark.parametrize("started", [True, False])
+def test_products_on_tiles(count, depth, columns, started):
+    x, matrix, start = drawn(count, depth), drawn(depth, columns), drawn(count, columns + 3)[:, 3:]
+    start = start if started else None
+    product = Product(matrix, torch.float32)
+    product.use_tiles()
+    found = torch.zeros(count, columns + 5)
+    product(x, found[:, 5:], start=start)
+    exact = x.double() @ matrix.double() + (0 if start is None else start.double())
+    assert found[:, :5].abs().max() == 0
+    assert (found[:, 5:] - exact).abs().max() <= 1e-5 * exact.abs().max()
+    # The tiles did it, and not with one product of bfloat16 parts alone, which would be off by 2^-9.
+    assert not torch.equal(found[:, 5:], torch.mm(x, matrix) + (0 if start is None else start))
+    # In place, as the residual of a block is.
+    if start is not None:
+        place = start.clone()
+        product(x, place, start=place)
+        assert torch.equal(place, found[:, 5:])
+
+
+@pytest.mark.skipif(native.tiles is None, reason="this processor has no AMX tiles")
+def test_float32_networks_leave_tiles_alone():
+    def packed(dtype: torch.dtype) -> list[bool]:
+        form = InferenceDFPIR(tiny_network(), orthogonal_bank(), dtype=dtype)
+        return [m.packed is not None for m in form.modules() if isinstance(m, Product)]
+
+    assert not any(packed(torch.float32))
+    assert any(packed(torch.bfloat16))
 
 
 def test_the_network_is_the_same_without_them(monkeypatch):
