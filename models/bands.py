@@ -158,7 +158,8 @@ class Widening(nn.Module):
             yield slice(0, height), Wide(whole, self.taps, 1)
             return
         # From one row above a band to one row below it.
-        buffer = x.new_zeros(1, rows + 2, width, channels, dtype=dtype)
+        buffer = x.new_empty(1, rows + 2, width, channels, dtype=dtype)
+        buffer[:, 0] = 0
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             known = 1 if top == 0 else 2
