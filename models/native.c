@@ -1,9 +1,10 @@
 /* The memory-bound passes of models/passes.py in one sweep each; see models/native.py.
  *
  * Features are rows x width x channels; `stride` is the distance from one pixel to the next, in values. Values are
- * float32, or bfloat16 where `half` says so; everything is computed in float32. Loops run over 16 channels at once in
- * GCC's vectors, which become whatever the processor has, and over rows in torch's OpenMP threads. Channels need not
- * be a multiple of 16, but at least that many: the last sixteen are computed together, some of them twice.
+ * float32, or bfloat16 where `half` says so; everything is computed in float32. LANES channels are computed at once, 16
+ * with AVX-512 and 8 with AVX2. Channels need not be a multiple of that, but at least as many: the last LANES are
+ * computed together, some of them twice. Rows are cut into stretches, so that the pages of memory that one sweep touches
+ * stay few; these are shared out among torch's OpenMP threads.
  */
 
 #include <immintrin.h>
@@ -13,6 +14,8 @@
 
 /* Of a layer norm. */
 #define MOST_CHANNELS 2048
+/* Pixels. */
+#define STRETCH 32
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -89,7 +92,7 @@ typedef struct {
     int half;
 } Row;
 
-/* The taps for sixteen channels; those that meet no row are 0. */
+/* The taps for LANES channels; those that meet no row are 0. */
 INLINE void load_taps(floats taps[9], const Row *row, int64_t channel) {
     for (int i = 0; i < 9; i++)
         taps[i] = row->rows[i / 3] ? load(row->taps, i * row->taps_stride + channel, row->half) : (floats){};
@@ -109,15 +112,11 @@ INLINE floats step(floats pending[2], const floats taps[9], const Row *row, int6
     return done;
 }
 
-/* A row is swept in stretches, so that the pages of memory that one sweep touches stay few. */
-#define STRETCH 32
-
-/* Channels `channel` to `channel + 15` of a stretch of a convolved row; sums of squares of those from `fresh` on are
- * added to `power` if there is one. */
+/* Channels `channel` to `channel + LANES - 1` of a convolved row, pixels `first` to `end - 1`; their sums of squares go to
+ * `power`, if there is one. */
 INLINE void convolve_lanes(
-    const Row *row, int64_t first, int64_t channel, int64_t fresh, void *out, int64_t channels, float *power,
-    int half, int out_half) {
-    int64_t end = first + STRETCH < row->width ? first + STRETCH : row->width;
+    const Row *row, int64_t first, int64_t end, int64_t channel, void *out, int64_t channels, float *power, int half,
+    int out_half) {
     floats taps[9], pending[2] = {{}, {}}, squares = {};
     load_taps(taps, row, channel);
     for (int64_t x = first ? first - 1 : 0; x <= end; x++) {
@@ -127,30 +126,27 @@ INLINE void convolve_lanes(
             store(out, (x - 1) * channels + channel, done, out_half);
         }
     }
-    for (int64_t lane = fresh - channel; power && lane < LANES; lane++)
-        power[channel + lane] += squares[lane];
-}
-
-static void convolve_row(
-    const Row *row, int64_t channels, void *out, float *power, int out_half) {
     if (power)
-        memset(power, 0, channels * sizeof *power);
-    for (int64_t first = 0; first < row->width; first += STRETCH)
-        for (int64_t fresh = 0; fresh < channels; fresh += LANES) {
-            int64_t channel = fresh + LANES <= channels ? fresh : channels - LANES;
-            if (row->half && out_half)
-                convolve_lanes(row, first, channel, fresh, out, channels, power, 1, 1);
-            else if (row->half)
-                convolve_lanes(row, first, channel, fresh, out, channels, power, 1, 0);
-            else if (out_half)
-                convolve_lanes(row, first, channel, fresh, out, channels, power, 0, 1);
-            else
-                convolve_lanes(row, first, channel, fresh, out, channels, power, 0, 0);
-        }
+        store(power, channel, squares, 0);
 }
 
-INLINE void gate_lanes(const Row *row, int64_t first, int64_t channel, int64_t channels, void *out, int half) {
-    int64_t end = first + STRETCH < row->width ? first + STRETCH : row->width;
+static void convolve(
+    const Row *row, int64_t first, int64_t end, int64_t channels, void *out, float *power, int out_half) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        int64_t channel = c + LANES <= channels ? c : channels - LANES;
+        if (row->half && out_half)
+            convolve_lanes(row, first, end, channel, out, channels, power, 1, 1);
+        else if (row->half)
+            convolve_lanes(row, first, end, channel, out, channels, power, 1, 0);
+        else if (out_half)
+            convolve_lanes(row, first, end, channel, out, channels, power, 0, 1);
+        else
+            convolve_lanes(row, first, end, channel, out, channels, power, 0, 0);
+    }
+}
+
+INLINE void gate_lanes(
+    const Row *row, int64_t first, int64_t end, int64_t channel, int64_t channels, void *out, int half) {
     floats gate_taps[9], value_taps[9], gate_pending[2] = {{}, {}}, value_pending[2] = {{}, {}};
     load_taps(gate_taps, row, channel);
     load_taps(value_taps, row, channel + channels);
@@ -166,15 +162,14 @@ INLINE void gate_lanes(const Row *row, int64_t first, int64_t channel, int64_t c
     }
 }
 
-static void gate_row(const Row *row, int64_t channels, void *out) {
-    for (int64_t first = 0; first < row->width; first += STRETCH)
-        for (int64_t fresh = 0; fresh < channels; fresh += LANES) {
-            int64_t channel = fresh + LANES <= channels ? fresh : channels - LANES;
-            if (row->half)
-                gate_lanes(row, first, channel, channels, out, 1);
-            else
-                gate_lanes(row, first, channel, channels, out, 0);
-        }
+static void gate(const Row *row, int64_t first, int64_t end, int64_t channels, void *out) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        int64_t channel = c + LANES <= channels ? c : channels - LANES;
+        if (row->half)
+            gate_lanes(row, first, end, channel, channels, out, 1);
+        else
+            gate_lanes(row, first, end, channel, channels, out, 0);
+    }
 }
 
 /* x with its first lanes, which were met before, set to 0. */
@@ -255,31 +250,43 @@ static Row row_of(const Wide *in, int64_t image, int64_t row, int64_t first) {
     return out;
 }
 
+static int64_t stretches(const Wide *in) {
+    return (in->width + STRETCH - 1) / STRETCH;
+}
+
+static int64_t end_of(const Wide *in, int64_t first) {
+    return first + STRETCH < in->width ? first + STRETCH : in->width;
+}
+
 /* Gate and value side by side in `wide`; out is images x height x width x channels. */
 void dfpir_depthwise_gate(const Wide *in, void *out) {
+    int64_t each = stretches(in);
 #pragma omp parallel for num_threads(in->threads) schedule(static)
-    for (int64_t i = 0; i < in->images * in->height; i++) {
-        Row row = row_of(in, i / in->height, i % in->height, 0);
-        gate_row(&row, in->channels, (void *)at(out, i * in->width * in->channels, in->half));
+    for (int64_t i = 0; i < in->images * in->height * each; i++) {
+        int64_t number = i / each, first = i % each * STRETCH;
+        Row row = row_of(in, number / in->height, number % in->height, 0);
+        void *place = (void *)at(out, number * in->width * in->channels, in->half);
+        gate(&row, first, end_of(in, first), in->channels, place);
     }
 }
 
 /* Query, key and value side by side in `wide`. Queries and keys come out as float32, 2 x images x height x width x
- * channels, with their sums of squares along each row, 2 x images x height x channels; values in their own type, their
- * images `image_stride` apart. */
+ * channels, with the sums of squares of each stretch, 2 x images x (height * stretches) x channels; values in their own
+ * type, their images `image_stride` apart. */
 void dfpir_depthwise_attention(
     const Wide *in, float *query_key, float *power, void *values, int64_t image_stride, int values_half) {
-    int64_t rows = in->images * in->height, pixels = in->width * in->channels;
+    int64_t each = stretches(in), rows = in->images * in->height, pixels = in->width * in->channels;
 #pragma omp parallel for num_threads(in->threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t image = i / in->height, y = i % in->height;
+    for (int64_t i = 0; i < rows * each; i++) {
+        int64_t number = i / each, image = number / in->height, y = number % in->height;
+        int64_t first = i % each * STRETCH, end = end_of(in, first);
         for (int part = 0; part < 2; part++) {
             Row row = row_of(in, image, y, part * in->channels);
-            int64_t number = part * rows + i;
-            convolve_row(&row, in->channels, query_key + number * pixels, power + number * in->channels, 0);
+            float *squares = power + (part * rows * each + i) * in->channels;
+            convolve(&row, first, end, in->channels, query_key + (part * rows + number) * pixels, squares, 0);
         }
         Row row = row_of(in, image, y, 2 * in->channels);
         void *place = (void *)at(values, image * image_stride + y * pixels, values_half);
-        convolve_row(&row, in->channels, place, 0, values_half);
+        convolve(&row, first, end, in->channels, place, 0, values_half);
     }
 }

@@ -24,10 +24,13 @@ _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _LANES = {"AVX512": 16, "AVX2": 8}
 """Channels that are computed at once; at least so many are needed."""
 _MOST_CHANNELS = 2048
-"""Of a layer norm, and rows of a matrix for the tiles."""
-TILE_SIDE = 16
-"""Columns of a matrix for the tiles are a multiple of it; `_TILE_DEPTH` rows, filled up, go together."""
-_TILE_DEPTH = 32
+"""Of a layer norm."""
+_STRETCH_PX = 32
+"""Sums of squares come for so many pixels of a row at once."""
+_TILE_DEPTH, _TILE_COLUMNS = 32, 16
+"""Of a matrix, as tiles hold it."""
+_MOST_DEPTH, _MOST_COLUMNS = 2048, 4096
+"""Of a matrix for the tiles."""
 
 
 class _Wide(ctypes.Structure):
@@ -123,7 +126,8 @@ def depthwise_attention(
         return passes.depthwise_attention(wide, taps, values, heads=heads, border=border)
     described = _described(wide, taps, channels, border)
     query_key = wide.new_empty(2, batch, height * width, heads, channels // heads, dtype=torch.float32)
-    power = wide.new_empty(2, batch, height, heads, channels // heads, dtype=torch.float32)
+    stretches = height * -(-width // _STRETCH_PX)
+    power = wide.new_empty(2, batch, stretches, heads, channels // heads, dtype=torch.float32)
     library.dfpir_depthwise_attention(
         ctypes.byref(described),
         *(_POINTER(tensor.data_ptr()) for tensor in (query_key, power, values)),
@@ -134,13 +138,17 @@ def depthwise_attention(
     return query.transpose(-2, -1) @ key, query_power, key_power
 
 
-def packed(matrix: Tensor) -> Tensor:
-    """A float32 matrix, C_in x C_out, as `product` takes it: see `native_amx.c`."""
-    rows = F.pad(matrix, (0, 0, 0, -len(matrix) % _TILE_DEPTH))
+def packed(matrix: Tensor) -> Tensor | None:
+    """A float32 matrix, C_in x C_out, as `product` takes it: see `native_amx.c`. None if tiles are not for it."""
+    depth, columns = matrix.shape
+    fits = columns % _TILE_COLUMNS == 0 and depth <= _MOST_DEPTH and columns <= _MOST_COLUMNS
+    if tiles is None or not fits:
+        return None
+    rows = F.pad(matrix, (0, 0, 0, -depth % _TILE_DEPTH))
     large = rows.bfloat16()
     parts = torch.stack([large, (rows - large.float()).bfloat16()])
-    tiles = parts.view(2, -1, _TILE_DEPTH // 2, 2, matrix.shape[1] // TILE_SIDE, TILE_SIDE)
-    return tiles.permute(0, 4, 1, 2, 5, 3).contiguous()
+    pairs = parts.view(2, -1, _TILE_DEPTH // 2, 2, columns // _TILE_COLUMNS, _TILE_COLUMNS)
+    return pairs.permute(0, 4, 1, 2, 5, 3).contiguous()
 
 
 def product(x: Tensor, packed: Tensor, out: Tensor, start: Tensor | None) -> None:

@@ -4,7 +4,8 @@
  * taken and added up in float32, so that a product is off by some 1e-5 of its terms.
  *
  * Matrices are packed for it in columns of 16 and rows of 32: (columns / 16) x (rows / 32) tiles of 16 pairs of rows x
- * 16 columns x 2, all of the larger parts before all of the smaller ones; rows are filled up with zeros.
+ * 16 columns x 2, all of the larger parts before all of the smaller ones; rows are filled up with zeros. They have
+ * MOST_DEPTH rows and MOST_COLUMNS columns at most.
  */
 
 #include <cpuid.h>

@@ -21,8 +21,7 @@ class Product(nn.Module):
 
     def use_tiles(self) -> None:
         """From now on, float32 products may be off by 1e-5 of their terms, and take a third of the time."""
-        fits = self.matrix.dtype is torch.float32 and self.matrix.shape[1] % native.TILE_SIDE == 0
-        if fits and native.tiles is not None:
+        if self.matrix.dtype is torch.float32:
             self.packed = native.packed(self.matrix)
 
     def forward(self, x: Tensor, out: Tensor, *, start: Tensor | None = None) -> None:

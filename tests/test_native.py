@@ -110,11 +110,14 @@ def test_products_on_tiles(count, depth, columns, started):
 
 
 @pytest.mark.skipif(native.tiles is None, reason="this processor has no AMX tiles")
-def test_float32_networks_leave_tiles_alone():
+def test_float32_networks_and_matrices_that_do_not_fit_leave_tiles_alone():
     def packed(dtype: torch.dtype) -> list[bool]:
         form = InferenceDFPIR(tiny_network(), orthogonal_bank(), dtype=dtype)
         return [m.packed is not None for m in form.modules() if isinstance(m, Product)]
 
+    assert native.packed(torch.ones(2049, 16)) is None
+    assert native.packed(torch.ones(16, 4112)) is None
+    assert native.packed(torch.ones(16, 24)) is None
     assert not any(packed(torch.float32))
     assert any(packed(torch.bfloat16))
 
