@@ -278,20 +278,27 @@ class InferenceDFPIR(nn.Module):
         if len(image) > 1 and not self._fits_in_a_band(image):
             return torch.cat([self(image[i : i + 1], prompts[i : i + 1]) for i in range(len(image))])
         factor = self.config.unshuffle_factor
-        pixels = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.encoder_dtype)
-        x = self.encoder1(passes.convolve(pixels, self.stem))
-        # A skip connection's perturbation runs at once, so that only its result is kept until the decoder, which
-        # takes it from the list to let it go: the decoder's widest maps are the peak of memory.
+        x = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.encoder_dtype)
+        x = passes.convolve(x, self.stem)
+        x = self.encoder1(x)
+        # Peak memory is that of a few maps: each is let go as soon as the next is there, and a skip connection's
+        # perturbation runs at once, so that only its result is kept until the decoder.
         skips = [self.perturb1(x, prompts)]
-        x = self.encoder2(self.down1(x))
+        x = self.down1(x)
+        x = self.encoder2(x)
         skips.append(self.perturb2(x, prompts))
-        x = self.encoder3(self.down2(x))
+        x = self.down2(x)
+        x = self.encoder3(x)
         skips.append(self.perturb3(x, prompts))
-        x = self.latent(self.down3(x))
-        x = self.up4(self.perturb4(x, prompts))
-        x = self.decoder3(self.reduce3(x, skips.pop()))
+        x = self.down3(x)
+        x = self.latent(x)
+        x = self.perturb4(x, prompts)
+        x = self.up4(x)
+        x = self.reduce3(x, skips.pop())
+        x = self.decoder3(x)
         x = self.up3(x)
-        x = self.decoder2(self.reduce2(x, skips.pop()))
+        x = self.reduce2(x, skips.pop())
+        x = self.decoder2(x)
         x = self.up2(x)
         x = torch.cat([x, skips.pop()], dim=-1)
         x = self.decoder1(x)

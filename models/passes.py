@@ -21,10 +21,29 @@ EPS = 1e-5
 """Of layer norm."""
 
 
-def convolve(x: Tensor, kernel: Tensor, *, border: tuple[int, int] = (1, 1)) -> Tensor:
+CONVOLVED_BYTES = 256 << 20
+"""Of the features that a dense convolution takes at once: oneDNN has no AMX convolution of some gigabytes."""
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """A dense 3x3 convolution, rows by rows where there is much; `kernel` is C_out x C_in x 3 x 3."""
+    batch, height, width, channels = x.shape
+    rows = max(1, CONVOLVED_BYTES // (batch * width * channels * x.element_size()))
+    if rows >= height:
+        return _convolve(x, kernel, border=1)
+    out = x.new_empty(batch, height, width, len(kernel))
+    for top in range(0, height, rows):
+        # With the rows above and below; what zeros beyond these change is left out.
+        above = min(top, 1)
+        band = _convolve(x[:, top - above : top + rows + 1], kernel, border=1)[:, above:]
+        out[:, top : top + rows] = band[:, :rows]
+    return out
+
+
+def _convolve(x: Tensor, kernel: Tensor, *, border: int) -> Tensor:
     """A 3x3 convolution, dense or depth-wise by the shape of the kernel (C_out x C_in/groups x 3 x 3)."""
     groups = x.shape[-1] // kernel.shape[1]
-    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=border, groups=groups).permute(0, 2, 3, 1)
+    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=(border, 1), groups=groups).permute(0, 2, 3, 1)
 
 
 def normalise(x: Tensor, norm: Tensor) -> Tensor:
@@ -47,7 +66,7 @@ def widen(x: Tensor, norm: Tensor, product: Product, out: Tensor) -> None:
 
 
 def _depthwise(wide: Tensor, taps: Tensor, border: int) -> Tensor:
-    return convolve(wide, taps.T.reshape(-1, 1, 3, 3), border=(border, 1))
+    return _convolve(wide, taps.T.reshape(-1, 1, 3, 3), border=border)
 
 
 def depthwise_gate(wide: Tensor, taps: Tensor, *, border: int) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from synthetic_weights import GOLDEN, golden_state, tiny_network
 
-from models import bands, build_model
+from models import bands, build_model, passes
 from models.inference import InferenceDFPIR
 from models.prompts import PromptBank, orthogonal_bank
 
@@ -63,6 +63,16 @@ def test_bands_of_any_height_give_the_whole_images_result(monkeypatch, rows_px):
         expected = plain(image, bank.embeddings[[3]])
         found = InferenceDFPIR(plain, bank)(image, torch.tensor([3]))
     assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("rows_px", [1, 2, 5, 6, 7])
+def test_dense_convolutions_go_by_rows_where_there_is_much(monkeypatch, rows_px):
+    generator = torch.Generator().manual_seed(4)
+    x, kernel = torch.randn(2, 7, 5, 8, generator=generator), torch.randn(6, 8, 3, 3, generator=generator)
+    whole = passes.convolve(x, kernel)
+    monkeypatch.setattr(passes, "CONVOLVED_BYTES", rows_px * 2 * 5 * 8 * 4)
+    assert (passes.convolve(x, kernel) - whole).abs().max() <= 1e-5
+    assert whole.shape == (2, 7, 5, 6)
 
 
 def test_a_band_keeps_within_its_memory_but_has_four_rows_at_least():
