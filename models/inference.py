@@ -217,8 +217,10 @@ class InferenceDFPIR(nn.Module):
     Called as `net(image, prompts)`: image B 3 H W, float32, RGB in [0, 1], sides multiples of
     `config.size_multiple`; prompts B int64, positions in the bank. Returns B 3 H W float32, not clamped.
 
-    With `dtype` bfloat16 the features are bfloat16, while Gram matrices, softmax, all that leads to the choice of
-    surviving logits in CAAPM, layer norm's statistics and the final sum with the image stay float32.
+    With `dtype` bfloat16 the features are bfloat16, while Gram matrices, softmax, CAAPM's attention, layer norm's
+    statistics and the final sum with the image stay float32. On a CPU the encoder stays float32 as well, but for what
+    is added to its results on their way to the decoder: CAAPM then keeps the entries that it keeps in float32
+    (docs/decisions/0014). `device` is where it is to run.
     """
 
     stem: Tensor
