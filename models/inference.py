@@ -246,8 +246,9 @@ class InferenceDFPIR(nn.Module):
             assert isinstance(plain, PerturbationBlock)
             return _Perturbation(plain, orders[name], dtype)
 
-        # On a GPU, which has no tiles for it, the encoder would become several times slower.
-        self.encoder_dtype = exact = torch.float32 if torch.device(device).type == "cpu" else dtype
+        # On a GPU, which has no tiles for it, a float32 encoder would be several times slower.
+        on_cpu = torch.device(device).type == "cpu"
+        self.encoder_dtype = exact = torch.float32 if on_cpu else dtype
         self.register_buffer("stem", bands.kernel_of(network.patch_embed.proj, exact))
         self.encoder1 = _Blocks(network.encoder_level1, exact)
         self.perturb1 = perturbation("encoder_shuffle_channel1")
@@ -269,7 +270,7 @@ class InferenceDFPIR(nn.Module):
         self.up2 = _Resample(network.up2_1, dtype)
         self.decoder1 = _Blocks(nn.Sequential(*network.decoder_level1, *network.refinement), dtype)
         self.register_buffer("output", bands.kernel_of(network.output, dtype))
-        if dtype is torch.bfloat16:
+        if dtype is torch.bfloat16 and on_cpu:
             for module in self.modules():
                 if isinstance(module, Product):
                     module.use_tiles()

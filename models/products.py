@@ -12,7 +12,7 @@ class Product(nn.Module):
     matrix: Tensor
     """C_in x C_out."""
     packed: Tensor | None
-    """For AMX tiles, if `use_tiles` was called and this processor has them."""
+    """For AMX tiles, if `use_tiles` was called and this processor has them; the features then have to be there."""
 
     def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor, *, start: Tensor | None = None) -> None:
         """Writes to `out`, N x C_out; any stride over N, for `start` too."""
-        if self.packed is not None and x.device.type == "cpu":
+        if self.packed is not None:
             native.product(x, self.packed, out, start)
         elif start is None:
             torch.mm(x, self.matrix, out=out)
