@@ -17,6 +17,9 @@
 /* Pixels. */
 #define STRETCH 32
 
+/* What models/native.py has to know. */
+const int dfpir_lanes = LANES, dfpir_most_channels = MOST_CHANNELS, dfpir_stretch = STRETCH;
+
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
@@ -88,14 +91,14 @@ INLINE floats gelu(floats x) {
 typedef struct {
     const void *rows[3];
     const void *taps; /* 9 x (channels of all parts) */
-    int64_t taps_stride, stride, width;
+    int64_t stride, width;
     int half;
 } Row;
 
 /* The taps for LANES channels; those that meet no row are 0. */
 INLINE void load_taps(floats taps[9], const Row *row, int64_t channel) {
     for (int i = 0; i < 9; i++)
-        taps[i] = row->rows[i / 3] ? load(row->taps, i * row->taps_stride + channel, row->half) : (floats){};
+        taps[i] = row->rows[i / 3] ? load(row->taps, i * row->stride + channel, row->half) : (floats){};
 }
 
 /* Moves one pixel on: returns what a column adds to complete the pixel before it. */
@@ -240,7 +243,7 @@ typedef struct {
 
 /* The row that comes out as number `row` of an image, seen from channel `first` of its features on. */
 static Row row_of(const Wide *in, int64_t image, int64_t row, int64_t first) {
-    Row out = {{0, 0, 0}, at(in->taps, first, in->half), in->stride, in->stride, in->width, in->half};
+    Row out = {{0, 0, 0}, at(in->taps, first, in->half), in->stride, in->width, in->half};
     int64_t known = in->height + 2 - 2 * in->border;
     for (int i = 0; i < 3; i++) {
         int64_t r = row + i - in->border;

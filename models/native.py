@@ -21,16 +21,10 @@ if TYPE_CHECKING:
     from models.products import Product
 
 _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
-_LANES = {"AVX512": 16, "AVX2": 8}
-"""Channels that are computed at once; at least so many are needed."""
-_MOST_CHANNELS = 2048
-"""Of a layer norm."""
-_STRETCH_PX = 32
-"""Sums of squares come for so many pixels of a row at once."""
+PROCESSORS = ("AVX512", "AVX2")
+"""What `native.c` is compiled for, in torch's terms."""
 _TILE_DEPTH, _TILE_COLUMNS = 32, 16
 """Of a matrix, as tiles hold it."""
-_MOST_DEPTH, _MOST_COLUMNS = 2048, 4096
-"""Of a matrix for the tiles."""
 
 
 class _Wide(ctypes.Structure):
@@ -66,22 +60,38 @@ def _load(kind: str) -> ctypes.CDLL | None:
 
 
 _capability = torch.backends.cpu.get_cpu_capability()
-_lanes = _LANES.get(_capability, 0)
-library = _load(_capability.lower()) if _lanes else None
+library = _load(_capability.lower()) if _capability in PROCESSORS else None
 
 
 def _load_tiles() -> ctypes.CDLL | None:
-    loaded = _load("amx") if _capability == "AVX512" else None
+    known = _capability == "AVX512" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    loaded = _load("amx") if known else None
     return loaded if loaded is not None and loaded.dfpir_amx_allowed() else None
 
 
 tiles = _load_tiles()
 
 
+def _constant(loaded: ctypes.CDLL | None, name: str) -> int:
+    """One of the numbers that are fixed when the C is compiled; 0 without it."""
+    return 0 if loaded is None else ctypes.c_int.in_dll(loaded, name).value
+
+
+_LANES = _constant(library, "dfpir_lanes")
+"""Channels that are computed at once; at least so many are needed."""
+_MOST_CHANNELS = _constant(library, "dfpir_most_channels")
+"""Of a layer norm."""
+_STRETCH_PX = _constant(library, "dfpir_stretch")
+"""Sums of squares come for so many pixels of a row at once."""
+_MOST_DEPTH = _constant(tiles, "dfpir_amx_most_depth")
+_MOST_COLUMNS = _constant(tiles, "dfpir_amx_most_columns")
+"""Of a matrix for the tiles, as is `_MOST_DEPTH`."""
+
+
 def normalise(x: Tensor, norm: Tensor) -> Tensor:
     """See `models.passes.normalise`."""
     pixels, channels = x.shape
-    if library is None or not _lanes <= channels <= _MOST_CHANNELS:
+    if library is None or not _LANES <= channels <= _MOST_CHANNELS:
         return passes.normalise(x, norm)
     x = x.contiguous()
     normalised = torch.empty_like(x)
@@ -109,7 +119,7 @@ def _described(wide: Tensor, taps: Tensor, channels: int, border: int) -> _Wide:
 def depthwise_gate(wide: Tensor, taps: Tensor, *, border: int) -> Tensor:
     """See `models.passes.depthwise_gate`."""
     channels = wide.shape[-1] // 2
-    if library is None or channels < _lanes:
+    if library is None or channels < _LANES:
         return passes.depthwise_gate(wide, taps, border=border)
     described = _described(wide, taps, channels, border)
     out = wide.new_empty(described.images, described.height, described.width, described.channels)
@@ -122,7 +132,7 @@ def depthwise_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `models.passes.depthwise_attention`."""
     batch, height, width, channels = values.shape
-    if library is None or channels < _lanes:
+    if library is None or channels < _LANES:
         return passes.depthwise_attention(wide, taps, values, heads=heads, border=border)
     described = _described(wide, taps, channels, border)
     query_key = wide.new_empty(2, batch, height * width, heads, channels // heads, dtype=torch.float32)

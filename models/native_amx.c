@@ -8,7 +8,6 @@
  * MOST_DEPTH rows and MOST_COLUMNS columns at most.
  */
 
-#include <cpuid.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -21,11 +20,11 @@
 #define MOST_DEPTH 2048
 #define MOST_COLUMNS 4096
 
-/* Whether this processor has the tiles; asks the system for leave to use them. */
+/* What models/native.py has to know. */
+const int dfpir_amx_most_depth = MOST_DEPTH, dfpir_amx_most_columns = MOST_COLUMNS;
+
+/* Asks the system for leave to use the tiles of a processor that has them. */
 int dfpir_amx_allowed(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24))
-        return 0;
     const int request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }

@@ -20,7 +20,7 @@ class Product(nn.Module):
         self.register_buffer("packed", None)
 
     def use_tiles(self) -> None:
-        """From now on, float32 products may be off by 1e-5 of their terms, and take a third of the time."""
+        """From now on, float32 products may be off by 1e-5 of their terms, and take about half the time."""
         if self.matrix.dtype is torch.float32:
             self.packed = native.packed(self.matrix)
 

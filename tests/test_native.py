@@ -30,11 +30,15 @@ def hold(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert (found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max()
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in native._LANES, reason="not compiled for this one")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in native.PROCESSORS, reason="not compiled for this one"
+)
 @pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 def test_where_there_is_a_compiler_they_are_compiled():
     assert native.library is not None
     assert bands.passes_for(torch.device("cpu")) is native
+    has_tiles = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu.get_capabilities().get("amx_bf16")
+    assert (native.tiles is not None) == bool(has_tiles)
 
 
 @compiled
