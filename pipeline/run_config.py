@@ -73,3 +73,5 @@ class RunContext:
     threads: int
     """CPU threads for torch in each worker."""
     commit_every_s: float = 60.0
+    patience_s: float = 1800.0
+    """Seconds without headway after which a worker is ended (see `pipeline.watchdog`)."""

@@ -26,6 +26,7 @@ from pipeline.restoring import BatchRestorer, ImageRestorer
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 from pipeline.stages import load, measure_input, measure_result, write
+from pipeline.watchdog import Watchdog
 
 WINDOW_IMAGES = 16
 """Decoded images among which batches are formed."""
@@ -127,6 +128,7 @@ class Worker:
         self._directory = RunDirectory(context.run_dir)
         reference = context.config.reference
         self._references = ReferenceIndex(Path(reference)) if reference is not None else None
+        self._watchdog = Watchdog(context.patience_s)
         self._stop = threading.Event()
         self._facts: dict[str, Any] = {
             "worker_id": worker_id,
@@ -158,7 +160,7 @@ class Worker:
         `on_outcomes` is called with each image as it is done, from this thread. Returns early after `stop`.
         Raises OSError when results cannot be committed, and ShardBusyError when another process has the shard.
         """
-        with self._directory.shard_lock(shard.shard_id):
+        with self._directory.shard_lock(shard.shard_id), self._watchdog:
             committed = self._directory.committed(shard.shard_id)
             todo = [ref for ref in shard.images if (ref.image_id, ref.revision) not in committed]
             journal = Journal(self._directory.journal_dir, shard.shard_id)
@@ -186,13 +188,14 @@ class Worker:
                         self._restore(batch)
                         self._finish_behind(batch, writers, finishing, ledger)
             while finishing:
-                ledger.add(finishing.popleft().result().outcome())
+                self._book(finishing, ledger)
 
     def _windows(self, ahead: ReadAhead) -> Iterator[list[Item]]:
         """Loaded images, some at a time."""
         window: list[Item] = []
         while not ahead.is_empty and not self.is_stopping:
             window.append(ahead.next())
+            self._watchdog.headway()
             if len(window) == WINDOW_IMAGES or sum(map(_pixels, window)) >= WINDOW_PIXELS or ahead.is_empty:
                 yield window
                 window = []
@@ -203,12 +206,18 @@ class Worker:
         """Hands a batch to the writers, and books what they are done with; waits when they are far behind."""
         finishing.extend(writers.submit(self._finish, item) for item in batch)
         while finishing and (finishing[0].done() or len(finishing) > WINDOW_IMAGES):
-            ledger.add(finishing.popleft().result().outcome())
+            self._book(finishing, ledger)
+
+    def _book(self, finishing: deque[Future[Item]], ledger: Ledger) -> None:
+        """Waits for the image that has been with the writers longest, and takes its row."""
+        ledger.add(finishing.popleft().result().outcome())
+        self._watchdog.headway()
 
     def _go_carefully(self, refs: Sequence[ImageRef], base: dict[str, Any], journal: Journal, ledger: Ledger) -> None:
         """One image at a time; suspects come last and after a commit, so that their deaths cost others nothing."""
         journal.count_death()
         for ref in sorted(refs, key=lambda ref: journal.deaths(ref.image_id)):
+            self._watchdog.headway()
             if self.is_stopping:
                 return
             if journal.is_poison(ref.image_id):
@@ -242,6 +251,7 @@ class Worker:
         yield from self._restoring.batches([item for item in window if item.status is Status.RESTORED])
 
     def _restore(self, batch: Sequence[Item]) -> None:
+        self._watchdog.headway(pixels=sum(map(_pixels, batch)))
         self._restoring([item for item in batch if item.status is Status.RESTORED])
         self._judge.look_again([item for item in batch if item.restored is not None])
 
@@ -258,7 +268,7 @@ class Worker:
             error_class="process_died",
             error_message=(
                 f"the worker's process died {deaths} times with this image in hand, so it was set aside; "
-                "the file may make a decoder crash, or need more memory than there is"
+                "the file may make a decoder crash or hang, or need more memory than there is"
             ),
         )
         return item.outcome()

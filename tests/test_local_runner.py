@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,23 @@ def test_an_image_that_kills_its_process_is_quarantined_and_its_mates_are_done(
     assert (poison["stage"], poison["error_class"]) == ("process", "process_died")
     assert "died 2 times" in poison["error_message"]
     assert list(run.directory.journal_dir.glob("*.json")) == []
+
+
+@pytest.mark.slow
+def test_an_image_over_which_its_worker_hangs_is_quarantined_and_its_mates_are_done(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = make_run(["a.png", "hangs.png", "z.png"])
+    monkeypatch.setenv(FAULT, "stall:decode:hangs.png")
+    monkeypatch.setenv(MARKER, str(tmp_path / "marker"))
+    drive(LocalRunner(), replace(run.context, patience_s=6.0), run.shards)
+    rows = check_complete(run)
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a.png": "restored", "hangs.png": "quarantined", "z.png": "restored",
+    }  # fmt: skip
+    log = (run.directory.logs_dir / "worker-0.log").read_text()
+    assert "Timeout (0:00:06)" in log
+    assert "in fault_point" in log
 
 
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(

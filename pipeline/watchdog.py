@@ -1,0 +1,33 @@
+"""Ends a worker that makes no headway: a decoder or a file system that hangs would hold up its run for ever."""
+
+import faulthandler
+
+SECONDS_PER_MEGAPIXEL = 120.0
+"""Time that restoring may take beside the patience: five times that of the published size, float32, on two cores."""
+
+LOG = 2
+"""The file descriptor of stderr, which is a worker's log."""
+
+
+class Watchdog:
+    """Kills this process, the tracebacks of its threads in its log, once nothing has come of it for too long.
+
+    Its timer is a thread of the standard library's `faulthandler`, which needs no lock that a hanging thread may hold.
+    To the run it is a death like others: the image in hand is tried again alone, then quarantined. There is one timer
+    in a process.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+
+    def __enter__(self) -> "Watchdog":
+        self.headway()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def headway(self, *, pixels: int = 0) -> None:
+        """Begins to wait anew, the longer the more pixels are to be restored next."""
+        allowed_s = self._patience_s + SECONDS_PER_MEGAPIXEL * pixels / 1e6
+        faulthandler.dump_traceback_later(allowed_s, exit=True, file=LOG)
