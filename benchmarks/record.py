@@ -28,13 +28,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes rows of the same columns."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]], *, add: bool = False) -> None:
+    """Writes rows of the same columns; with `add` behind those that the file has, which are of the same columns too."""
     import torch  # here, so that a process that measures its own memory need not hold it
 
     where = {"hardware": hardware(), "torch": torch.__version__, "commit": commit()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("a" if add else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
+        if not file.tell():
+            writer.writeheader()
         writer.writerows({**row, **where} for row in rows)

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--no-second-look", dest="second_look", action="store_false")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--csv", type=Path, default=RESULTS / "worker.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "worker.csv", help="a row is added")
     arguments = parser.parse_args()
     keep_freed_memory()
     ratios, alone, whole, shares = [], [], [], []
@@ -138,7 +138,7 @@ def main() -> None:
         "alone_megapixels_per_s": round(megapixels / statistics.median(alone), 4),
     }  # fmt: skip
     print(f"median ratio {row['ratio']:.1%} ({row['ratio_low']:.1%} to {row['ratio_high']:.1%})")
-    write_csv(arguments.csv, [row])
+    write_csv(arguments.csv, [row], add=True)
 
 
 if __name__ == "__main__":
