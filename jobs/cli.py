@@ -256,7 +256,10 @@ def evaluate(
         evaluation.check_prompts(examples, networks[0])
         target = out or Path(f"{dataset}.parquet")
         target.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not target.exists()
         target.open("ab").close()  # what cannot be written is told now, not after hours
+        if is_new:
+            target.unlink()
         found = evaluation.evaluate(examples, *networks)
         rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
         results.print(evaluation.table(dataset, rows))
@@ -274,7 +277,7 @@ def figures(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the figures, PNG and SVG.")],
-    per_label: Annotated[int, typer.Option(help="Pictures of each label.")] = 30,
+    per_label: Annotated[int, typer.Option(min=1, help="Pictures of each label.")] = 30,
     model: Model = None,
     classifier: ClassifierName = None,
     device: Device = None,

@@ -62,11 +62,8 @@ def after(console: Console, summary: Summary) -> None:
     table.add_row("manifest", Text(summary.manifest))
     console.print(table)
     for failure in summary.failures[:5]:
-        console.print(
-            f"{failure.status}: {failure.relative_path}: {failure.stage}, {failure.error_class}: {failure.message}",
-            markup=False,
-            soft_wrap=True,
-        )
+        text = f"{failure.status}: {failure.relative_path}: {failure.stage}, {failure.error_class}: {failure.message}"
+        console.print(_harmless(text), markup=False, soft_wrap=True)
     undone = summary.counts["failed"] + summary.counts["quarantined"]
     if undone > 5:
         console.print(f"and {undone - 5} more: status 'failed' or 'quarantined' in the manifest")
@@ -157,7 +154,12 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _unreadable(job: Job) -> str:
-    return f"{len(job.unreadable_directories)} folders, the first {job.unreadable_directories[0]}"
+    return _harmless(f"{len(job.unreadable_directories)} folders, the first {job.unreadable_directories[0]}")
+
+
+def _harmless(text: str) -> str:
+    """Text whose control characters, which a terminal would obey and a file's name may have, are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -54,9 +54,14 @@ class Result:
 
 
 def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[float, float]:
-    """PSNR (dB) and SSIM of two H x W x 3 images in [0, 1]; equal images have infinite PSNR."""
+    """PSNR (dB) and SSIM of two H x W x 3 images in [0, 1].
+
+    Equal images have infinite PSNR; one smaller than SSIM's window has no number for it.
+    """
     with np.errstate(divide="ignore"):
         psnr = peak_signal_noise_ratio(reference, image, data_range=1)  # type: ignore[no-untyped-call]
+    if min(reference.shape[:2]) < SSIM_WINDOW_PX:
+        return float(psnr), math.nan
     ssim = structural_similarity(reference, image, data_range=1, channel_axis=2, win_size=SSIM_WINDOW_PX)  # type: ignore[no-untyped-call]
     return float(psnr), float(ssim)
 
@@ -138,7 +143,7 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
     """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
     shown = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("set", "images", "", "input", "label given", "predicted", "published"):
-        shown.add_column(column, justify="left" if column in ("set", "published") else "right")
+        shown.add_column(column, justify="left" if column == "set" else "right")
     for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):
         group = [result for result in results if result.sigma_255 == sigma_255]
         right = sum(result.predicted_label == result.label for result in group)

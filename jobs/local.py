@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.runner import Assignment, Dispatcher, OnOutcomes, RunInterruptedError, log_to
+from jobs.runner import Assignment, Dispatcher, OnOutcomes, RunInterruptedError, log_to, note_traceback
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
@@ -212,7 +211,7 @@ def _child_main(
     try:
         worker = build_worker(context, f"local-{number}")
     except Exception as error:
-        traceback.print_exc()
+        note_traceback()
         connection.send(_Message("start_failed", fault=f"{type(error).__name__}: {error}"))
         return
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
@@ -231,7 +230,7 @@ def _child_main(
         except Exception as error:
             if is_device_lost(error):
                 raise  # the next process finds the GPU anew
-            traceback.print_exc()
+            note_traceback()
             connection.send(_Message("failed", fault=f"{type(error).__name__}: {error}"))
             continue
         connection.send(_Message("given_back" if worker.is_stopping else "done"))

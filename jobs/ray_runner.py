@@ -8,7 +8,6 @@ import os
 import queue
 import signal
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from jobs.runner import (
     OnOutcomes,
     RunInterruptedError,
     log_to,
+    note_traceback,
 )
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
@@ -85,7 +85,7 @@ class WorkerActor:
         except Exception as error:
             if is_device_lost(error):
                 raise  # the next process finds the GPU anew
-            traceback.print_exc()
+            note_traceback()
             return _Report("failed", self._take(), f"{type(error).__name__}: {error}")
         return _Report("given_back" if self._worker.is_stopping else "done", self._take())
 

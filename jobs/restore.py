@@ -4,11 +4,12 @@ import fcntl
 import json
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from jobs.runner import Runner
 from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from models.precision import fastest_dtype
-from pipeline.outputs import ReferenceIndex
+from pipeline.outputs import BETWEEN, ReferenceIndex
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import Outcome, Status
@@ -148,6 +149,8 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         left = shards.without(rows)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
+    if changes.vanished:
+        context = replace(context, reserved=_reserved(shards, listing))
     return Job(
         directory=directory,
         context=context,
@@ -321,6 +324,15 @@ def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
             f"{clashes[0]} in the source has the name under which another image's result was written "
             f"({len(clashes)} such); rename it, or use another OUT"
         )
+
+
+def _reserved(shards: Shards, listing: Listing) -> frozenset[str]:
+    """Of the planned images that have left the source, those named like a result of another one: `a.jpg.png`."""
+    planned = shards.table["relative_path"]
+    present = listing.table.filter(pc.is_valid(listing.table["modified"]))["relative_path"]
+    gone = planned.filter(pc.invert(pc.is_in(planned, present)))
+    beside = pc.replace_substring_regex(gone, rf"({re.escape(BETWEEN)})*\.[^./]*$", "")
+    return frozenset(gone.filter(pc.is_in(beside, planned)).to_pylist())
 
 
 def _read_job(directory: RunDirectory) -> dict[str, Any] | None:

@@ -3,8 +3,10 @@
 import os
 import signal
 import sys
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -176,6 +178,12 @@ class Dispatcher:
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
         self._last.append(replace(assignment, attempt=assignment.attempt + 1))
+
+
+def note_traceback() -> None:
+    """Writes the exception at hand into the log, if that has room: what ends a run may be a full disk."""
+    with suppress(OSError):
+        traceback.print_exc()
 
 
 def log_to(path: Path) -> None:

@@ -262,6 +262,7 @@ def _upright_exif(image: Image.Image) -> tuple[int | None, bytes | None]:
         return orientation, _prefixed(image.info.get("exif"))
     if not exif:
         return orientation, None
+    exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
     kept = Image.Exif()
     kept.load(exif.tobytes())
     if value is not None:

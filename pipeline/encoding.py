@@ -112,7 +112,9 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
             # libtiff, which compresses, cannot write an EXIF directory.
             options["compression"] = "tiff_adobe_deflate"
     if name in _WRITES_METADATA:
-        if source.icc is not None:
+        if source.icc is not None and name == "WEBP" and source.icc[16:20] == b"GRAY":
+            notes.append("the colour profile was dropped: it is for greyscale, which WebP does not hold")
+        elif source.icc is not None:
             options["icc_profile"] = source.icc
         if source.exif is not None:
             if name == "JPEG" and len(source.exif) > _JPEG_EXIF_BYTES:

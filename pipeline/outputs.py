@@ -20,22 +20,26 @@ EXTENSIONS_BY_FORMAT: dict[str, tuple[str, ...]] = {
 """Lower-case extensions by Pillow's format name; the first is the one appended."""
 
 
+BETWEEN = ".restored"
+"""Comes before the extension of a result whose plain name another image has."""
+
+
 def restored_name(
     relative_path: str, *, source_format: str, output_format: str, option: str, taken: Callable[[str], bool]
 ) -> str:
     """Relative path of a restored image. One that is kept as it was has the input's own relative path.
 
     The name stays if the format does (`--format same`) or if its extension already says it; otherwise the format's
-    extension is appended: `a.jpg` becomes `a.jpg.png`. Should the source hold an image of that name, whose output
-    may need it, `.restored` comes in between: `a.jpg.restored.png`. So no two images share an output name,
-    whichever of them are restored.
+    extension is appended: `a.jpg` becomes `a.jpg.png`. Should the source hold, or have held, an image of that name,
+    whose output may need it, `.restored` comes in between: `a.jpg.restored.png`. So no two images share an output
+    name, whichever of them are restored.
 
     Args:
         relative_path: of the source image; its extension is one of `IMAGE_EXTENSIONS`.
         source_format: Pillow's name of what was read.
         output_format: Pillow's name of what is written.
         option: the value of `--format`.
-        taken: whether a relative path is that of a source image.
+        taken: whether a relative path is, or was, that of a source image.
     """
     if option == "same" and output_format == source_format:
         return relative_path
@@ -44,7 +48,7 @@ def restored_name(
         return relative_path
     stem = relative_path
     while taken(stem + extensions[0]):
-        stem += ".restored"
+        stem += BETWEEN
     return stem + extensions[0]
 
 

@@ -72,6 +72,8 @@ class RunContext:
     """`cpu` or `cuda`: already resolved."""
     threads: int
     """CPU threads for torch in each worker."""
+    reserved: frozenset[str] = frozenset()
+    """Relative paths of images that have left the source, whose results another image's could take the place of."""
     commit_every_s: float = 60.0
     patience_s: float = 1800.0
     """Seconds without headway after which a worker is ended (see `pipeline.watchdog`)."""

@@ -154,10 +154,12 @@ def _read_list(src: Path) -> Listing:
         nonlocal names
         for name in _names_in(src):
             names += 1
+            if "\0" in name:
+                raise SourceError(f"list {src} has a path with a NUL in it", hint="is it UTF-16? save it as UTF-8")
             path = os.path.normpath(os.path.join(root, name))
             try:
                 status = os.stat(path)
-            except (OSError, ValueError):
+            except OSError:
                 status = None
             yield _row(path.removeprefix(prefix).lstrip("/"), path, status)
 
@@ -187,8 +189,8 @@ def _names_in(src: Path) -> Iterator[str]:
     if src.suffix.lower() == ".txt":
         with src.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for line in lines:
-                if name := line.rstrip("\r\n"):
-                    yield name
+                if line.strip():
+                    yield line.rstrip("\r\n")
         return
     if src.suffix.lower() == ".csv":
         convert = csv.ConvertOptions(include_columns=["path"], column_types={"path": pa.string()})

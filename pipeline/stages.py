@@ -4,6 +4,7 @@ Each function leaves a fault as the item's `failed` row and never raises for it;
 """
 
 import hashlib
+from collections.abc import Collection
 
 from pipeline.faults import fault_point
 from pipeline.images import decode, encode, encoded_format, to_uint8
@@ -92,8 +93,11 @@ def measure_result(item: Item) -> None:
         )
 
 
-def write(item: Item, directory: RunDirectory, config: RunConfig) -> None:
-    """Encodes a restored image, or takes the input's bytes, and gives the output its name."""
+def write(item: Item, directory: RunDirectory, config: RunConfig, *, reserved: Collection[str] = frozenset()) -> None:
+    """Encodes a restored image, or takes the input's bytes, and gives the output its name.
+
+    `reserved` are relative paths that other images have had, besides those in the source now.
+    """
     if item.has_failed:
         return
     if item.restored is None:
@@ -103,12 +107,16 @@ def write(item: Item, directory: RunDirectory, config: RunConfig) -> None:
         encoded = encode(item.decoded(), item.restored, format=config.output_format, quality=config.quality)
         item.warnings.extend(encoded.warnings)
         source, relative_path = local_path(item.ref.uri), item.ref.relative_path
+
+        def taken(path: str) -> bool:
+            return path in reserved or source.with_name(source.name + path.removeprefix(relative_path)).exists()
+
         name = restored_name(
             relative_path,
             source_format=item.decoded().source_format,
             output_format=encoded_format(item.decoded().source_format, config.output_format),
             option=config.output_format,
-            taken=lambda path: source.with_name(source.name + path.removeprefix(relative_path)).exists(),
+            taken=taken,
         )
     if item.has_failed:
         return
@@ -134,11 +142,13 @@ def _keep(item: Item, directory: RunDirectory, config: RunConfig) -> None:
         else:
             written = directory.write_image(path, item.data)
         _note_output(item, directory, written)
+        image = item.decoded()
+        lies = (image.exif_orientation or 1) >= 5  # the file's rows are the picture's columns
         item.facts.update(
-            output_format=item.decoded().source_format,
-            output_mode=item.decoded().mode,
-            output_width=item.decoded().width,
-            output_height=item.decoded().height,
+            output_format=image.source_format,
+            output_mode=image.mode,
+            output_width=image.height if lies else image.width,
+            output_height=image.width if lies else image.height,
         )
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -406,6 +407,46 @@ def test_a_file_that_would_take_the_place_of_a_result_is_refused(
     assert code == 2
     assert "holiday/coffee.jpg.png in the source has the name" in stderr
     assert tree(tmp_path / "out") == before
+
+
+def test_a_result_stays_when_its_photograph_leaves_and_another_could_have_its_name(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    first, second = photographs / "a.jpg", photographs / "a.jpg.png"
+    Image.fromarray(data.coffee()[:64, :64]).save(first)
+    Image.fromarray(data.astronaut()[:64, :64]).save(second)
+    out = tmp_path / "out"
+    command = (photographs, out, weights, "--label", "rain", "--format", "png")
+    assert restore(*command)[0] == 0
+    second.unlink()
+    Image.fromarray(data.chelsea()[:64, :64]).save(first)
+    assert restore(*command)[0] == 0
+    rows = {row["relative_path"]: row for row in read_manifest(out).to_pylist()}
+    assert rows["a.jpg"]["revision"] == 1
+    assert {name: rows[name]["output_uri"] for name in ("a.jpg", "a.jpg.png")} == {
+        "a.jpg": "images/a.jpg.restored.png", "a.jpg.png": "images/a.jpg.png",
+    }  # fmt: skip
+    for row in rows.values():
+        assert hashlib.sha256((out / row["output_uri"]).read_bytes()).hexdigest() == row["output_sha256"]
+
+
+def test_a_list_in_utf_16_is_refused_before_any_work(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    listed = photographs / "some.txt"
+    listed.write_text("astronaut.png\n", encoding="utf-16-le")
+    code, _, stderr = invoke("plan", listed, tmp_path / "out")
+    assert code == 2
+    assert "NUL" in stderr
+    assert "UTF-8" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    (photographs / "evil\x1b[31m\nfailed: fake.png").write_bytes(b"no image")
+    _, stdout, _ = restore(photographs, tmp_path / "out", weights, "--label", "rain")
+    assert "\x1b[31m" not in stdout
+    assert "evil\\x1b[31m\\nfailed: fake.png" in "".join(stdout.splitlines())
 
 
 def test_names_in_brackets_are_told_as_they_are(photographs: Path, tmp_path: Path, weights: list[str]) -> None:

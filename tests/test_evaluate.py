@@ -145,3 +145,24 @@ def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
 def test_equal_images_have_infinite_psnr() -> None:
     image = torch.rand(16, 16, 3).numpy()
     assert evaluation.scores(image, image) == (math.inf, 1.0)
+
+
+def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
+    image = torch.rand(6, 16, 3).numpy()
+    psnr, ssim = evaluation.scores(image, 1 - image)
+    assert math.isfinite(psnr)
+    assert math.isnan(ssim)
+
+
+def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
+    for name, size in (("degraded", 32), ("reference", 40)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (size, size)).save(tmp_path / name / "a.png")
+    weights = ["--model", str(write_tiny_model(tmp_path / "m.safetensors")), "--device", "cpu"]
+    weights += ["--classifier", str(write_tiny_classifier(tmp_path / "c.safetensors"))]
+    out = tmp_path / "rows.parquet"
+    command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path), "--out", str(out)]
+    result = runner.invoke(app, [*command, *weights])
+    assert result.exit_code == 2
+    assert "different sizes" in result.stderr
+    assert not out.exists()

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, JpegImagePlugin
@@ -352,6 +353,29 @@ def test_encode_refuses_other_shapes_and_formats():
         encode(decoded, decoded.pixels[1:], format="same", quality=95)
     with pytest.raises(ValueError, match="choose same, png, jpeg, webp"):
         encode(decoded, decoded.pixels, format="avif", quality=95)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_a_tiff_of_either_size_has_its_orientation(big, orientation):
+    upright = picture()
+    stored = upright if orientation is None else np.ascontiguousarray(np.rot90(upright))
+    buffer = io.BytesIO()
+    tags = [] if orientation is None else [(ORIENTATION, "H", 1, orientation, True)]
+    tifffile.imwrite(buffer, stored, bigtiff=big, photometric="rgb", extratags=tags, metadata=None)
+    decoded = read(buffer.getvalue())
+    assert (decoded.exif_orientation, decoded.warnings) == (orientation, ())
+    np.testing.assert_array_equal(decoded.pixels, upright)
+
+
+def test_a_profile_for_greyscale_is_dropped_where_colours_are_written():
+    profile = bytearray(SRGB)
+    profile[16:20] = b"GRAY"
+    decoded = read(file_bytes(Image.fromarray(picture(channels=1)), "PNG", icc_profile=bytes(profile)))
+    for format, kept in (("same", bytes(profile)), ("jpeg", bytes(profile)), ("webp", None)):
+        encoded = encode(decoded, decoded.pixels, format=format, quality=95)
+        assert Image.open(io.BytesIO(encoded.data)).info.get("icc_profile") == kept
+        assert any("profile was dropped" in warning for warning in encoded.warnings) == (kept is None)
 
 
 def test_to_uint8_rounds_to_the_nearest_level():

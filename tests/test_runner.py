@@ -1,12 +1,14 @@
+import errno
 import os
 import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
 from tiny_runs import TinyRun
 
-from jobs.runner import Dispatcher, RunError
+from jobs.runner import Dispatcher, RunError, note_traceback
 from jobs.signals import stop_on_signals
 from pipeline.journal import Journal
 from pipeline.records import ImageRef, Outcome, Shard, Status
@@ -152,3 +154,19 @@ def test_the_first_signal_asks_and_handlers_come_back() -> None:
         assert request.signal_number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_log_on_a_full_disk_does_not_hide_what_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    class Full:
+        def write(self, text: str) -> None:
+            written.append(text)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    try:
+        raise RuntimeError("what is at fault")
+    except RuntimeError:
+        note_traceback()
+    assert written

@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 from synthetic_weights import tiny_network
 from tiny_runs import TinyRun, config_of, plan_run, rows_of, write_pictures
 
+import pipeline.worker
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
 from models.memory import bytes_per_pixel
@@ -28,7 +30,7 @@ from pipeline.metrics import psnr_db
 from pipeline.records import ImageRef, Outcome, Shard, Status
 from pipeline.restoring import ImageRestorer
 from pipeline.sink import done
-from pipeline.worker import ReadAhead, Worker, codec_threads
+from pipeline.worker import CODEC_NICENESS, ReadAhead, Worker, codec_threads
 
 
 class Brightener:
@@ -475,6 +477,20 @@ def test_clean_images_in_folders_are_kept_there(tmp_path: Path, clean: str) -> N
     assert (tmp_path / "out" / "images" / "deep" / "er" / "a.png").is_file()
 
 
+def test_the_size_of_a_kept_file_is_its_own_though_it_is_seen_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    pixels = np.full((16, 24, 3), 128, np.uint8)
+    pixels[-1, 0] = red(Degradation.CLEAN)  # upright, the top left pixel
+    path = tmp_path / "src" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(pixels).save(path, exif=exif)
+    row = work(plan(tmp_path))["a.png"]
+    assert row["status"] == "copied"
+    assert (row["width"], row["height"]) == (16, 24)
+    assert (row["output_width"], row["output_height"]) == (24, 16)
+
+
 def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     refs = [ImageRef(str(number), f"{number}.png", f"file:///{number}.png", 1, None) for number in range(12)]
     monkeypatch.setattr("pipeline.worker.WINDOW_PIXELS", 150)
@@ -493,3 +509,26 @@ def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.Mon
             assert len(begun) <= len(handed_out) + 3  # two make the limit, one more was under way
             handed_out.append(ahead.next().ref.image_id)
     assert handed_out == [ref.image_id for ref in refs]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+def test_threads_that_read_and_write_make_way_for_those_that_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
+    niceness: dict[str, int] = {}
+
+    def noting(name: str) -> None:
+        real = getattr(pipeline.worker, name)
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            niceness[name] = os.getpriority(os.PRIO_PROCESS, 0)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(pipeline.worker, name, called)
+
+    noting("load")
+    noting("write")
+    work(plan(tmp_path))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness == dict.fromkeys(("load", "write"), min(own + CODEC_NICENESS, 19))
