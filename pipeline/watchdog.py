@@ -2,8 +2,11 @@
 
 import faulthandler
 
-SECONDS_PER_MEGAPIXEL = 120.0
-"""Time that restoring may take beside the patience: five times that of the published size, float32, on two cores."""
+SECONDS_PER_MEGAPIXEL = 1200.0
+"""Time that restoring may take beside the patience: fifty times that of the published size in float32 on two cores.
+
+A processor that emulates bfloat16, or shares its cores, takes many times as long.
+"""
 
 LOG = 2
 """The file descriptor of stderr, which is a worker's log."""

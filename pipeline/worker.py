@@ -268,6 +268,7 @@ class Worker:
     def _restore(self, batch: Sequence[Item]) -> None:
         self._watchdog.headway(pixels=sum(map(_pixels, batch)))
         self._restoring([item for item in batch if item.status is Status.RESTORED])
+        self._watchdog.headway()
         self._judge.look_again([item for item in batch if item.restored is not None])
 
     def _finish(self, item: Item) -> Item:

@@ -24,7 +24,7 @@ def test_a_process_that_hangs_with_the_interpreter_locked_ends_and_says_where() 
     "body",
     [
         f"with Watchdog(2.0) as dog:\n    {LIVES}",
-        "with Watchdog(0.5) as dog:\n    dog.headway(pixels=1_000_000)\n    time.sleep(1.5)",
+        "with Watchdog(0.5) as dog:\n    dog.headway(pixels=100_000)\n    time.sleep(1.5)",
         "with Watchdog(0.5):\n    pass\ntime.sleep(1.5)",
     ],
     ids=["headway", "many pixels", "nothing to watch"],
