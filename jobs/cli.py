@@ -24,15 +24,26 @@ app = typer.Typer(
 messages = Console(stderr=True, highlight=False, emoji=False)
 results = Console(highlight=False, emoji=False)
 
+
+def _named(text: str) -> Path:
+    """A path that says something: an empty one would be the working directory."""
+    if not text:
+        raise typer.BadParameter("it is empty (a shell variable that is not set?); the working directory is `.`")
+    return Path(text)
+
+
 Source = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
+        parser=_named,
         help="Folder of photographs, searched recursively, or a list of them: .txt with a path per line, .csv or "
         ".parquet with a column `path`. Never changed.",
     ),
 ]
-Target = Annotated[Path, typer.Argument(metavar="OUT", help="Run folder: images, manifest, plan and logs go here.")]
+Target = Annotated[
+    Path, typer.Argument(metavar="OUT", parser=_named, help="Run folder: images, manifest, plan and logs go here.")
+]
 Model = Annotated[str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file.")]
 ClassifierName = Annotated[
     str | None, typer.Option("--classifier", help="Classifier weights: a name, a file, or clip:FILE.")

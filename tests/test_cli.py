@@ -430,6 +430,16 @@ def test_a_result_stays_when_its_photograph_leaves_and_another_could_have_its_na
         assert hashlib.sha256((out / row["output_uri"]).read_bytes()).hexdigest() == row["output_sha256"]
 
 
+@pytest.mark.parametrize("place", [1, 2])
+def test_an_empty_path_is_not_the_working_directory(photographs: Path, tmp_path: Path, place: int) -> None:
+    arguments = ["restore", str(photographs), str(tmp_path / "out")]
+    arguments[place] = ""
+    code, _, stderr = invoke(*arguments)
+    assert code == 2
+    assert "it is empty" in " ".join(stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_list_in_utf_16_is_refused_before_any_work(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
     listed = photographs / "some.txt"
     listed.write_text("astronaut.png\n", encoding="utf-16-le")
