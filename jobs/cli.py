@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.terminal import harmless
 
 app = typer.Typer(
     name="dfpir",
@@ -103,7 +104,8 @@ def _faults_explained() -> Iterator[None]:
         code, fault = 130, UsageError("interrupted; the same command goes on from here")
     else:
         return
-    messages.print(f"dfpir: {fault}", markup=False, soft_wrap=True)
+    text = "\n".join(map(harmless, str(fault).split("\n")))
+    messages.print(f"dfpir: {text}", markup=False, soft_wrap=True)
     raise typer.Exit(code) from fault
 
 
@@ -265,7 +267,7 @@ def evaluate(
         examples = find_examples(dataset, root, label=label, limit=options.limit)
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
-        target = out or Path(f"{dataset}.parquet")
+        target = (out or Path(f"{dataset}.parquet")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         is_new = not target.exists()
         target.open("ab").close()  # what cannot be written is told now, not after hours
@@ -275,7 +277,7 @@ def evaluate(
         rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
         results.print(evaluation.table(dataset, rows))
         evaluation.write(rows, target, evaluation.provenance(dataset, *networks))
-        results.print(f"one row per image: {target}", markup=False, soft_wrap=True)
+        results.print(f"one row per image: {out or target.name}", markup=False, soft_wrap=True)
 
 
 @app.command()

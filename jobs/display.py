@@ -12,6 +12,7 @@ from rich.text import Text
 from classifier.files import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
+from jobs.terminal import harmless
 from models.precision import fastest_dtype
 from models.registry import list_models
 from pipeline.plan import Estimate
@@ -63,7 +64,7 @@ def after(console: Console, summary: Summary) -> None:
     console.print(table)
     for failure in summary.failures[:5]:
         text = f"{failure.status}: {failure.relative_path}: {failure.stage}, {failure.error_class}: {failure.message}"
-        console.print(_harmless(text), markup=False, soft_wrap=True)
+        console.print(harmless(text), markup=False, soft_wrap=True)
     undone = summary.counts["failed"] + summary.counts["quarantined"]
     if undone > 5:
         console.print(f"and {undone - 5} more: status 'failed' or 'quarantined' in the manifest")
@@ -154,12 +155,7 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _unreadable(job: Job) -> str:
-    return _harmless(f"{len(job.unreadable_directories)} folders, the first {job.unreadable_directories[0]}")
-
-
-def _harmless(text: str) -> str:
-    """Text whose control characters, which a terminal would obey and a file's name may have, are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return harmless(f"{len(job.unreadable_directories)} folders, the first {job.unreadable_directories[0]}")
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -156,6 +156,7 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
             kinds = ("input", "given", "predicted")
             unit = "_db" if measure == "psnr" else ""
             columns = [[getattr(result, f"{measure}_{kind}{unit}") for result in group] for kind in kinds]
+            columns = [[value for value in column if not math.isnan(value)] or [math.nan] for column in columns]
             either_side = [f" ±{interval(values):.{digits}f}" if len(values) > 1 else "" for values in columns]
             return [f"{np.mean(v):.{digits}f}{sides}" for v, sides in zip(columns, either_side, strict=True)]
 

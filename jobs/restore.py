@@ -149,8 +149,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         left = shards.without(rows)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
-    if changes.vanished:
-        context = replace(context, reserved=_reserved(shards, listing))
+    context = replace(context, reserved=_reserved(shards.table["relative_path"]))
     return Job(
         directory=directory,
         context=context,
@@ -326,13 +325,17 @@ def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
         )
 
 
-def _reserved(shards: Shards, listing: Listing) -> frozenset[str]:
-    """Of the planned images that have left the source, those named like a result of another one: `a.jpg.png`."""
-    planned = shards.table["relative_path"]
-    present = listing.table.filter(pc.is_valid(listing.table["modified"]))["relative_path"]
-    gone = planned.filter(pc.invert(pc.is_in(planned, present)))
-    beside = pc.replace_substring_regex(gone, rf"({re.escape(BETWEEN)})*\.[^./]*$", "")
-    return frozenset(gone.filter(pc.is_in(beside, planned)).to_pylist())
+def _reserved(planned: pa.ChunkedArray) -> frozenset[str]:
+    """The names, of all that were ever planned, that another one's result could have: `a.jpg.png` beside `a.jpg`."""
+    named = planned.filter(pc.match_substring_regex(planned, r"\.[^/]*\.[^./]*$"))
+    beside = [pc.replace_substring_regex(named, r"\.[^./]*$", "")]
+    while pc.any(pc.ends_with(beside[-1], BETWEEN)).as_py():
+        beside.append(pc.replace_substring_regex(beside[-1], f"{re.escape(BETWEEN)}$", ""))
+    # Looked up in the few and not in the plan, of which a table would take as much memory as it does itself.
+    others = planned.filter(
+        pc.is_in(planned, pa.chunked_array([c for each in beside for c in each.chunks], pa.string()))
+    )
+    return frozenset(name for each in beside for name in named.filter(pc.is_in(each, others)).to_pylist())
 
 
 def _read_job(directory: RunDirectory) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ _BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "WEBP": (b"RIFF",),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0"),
     "BMP": (b"BM",),
     "GIF": (b"GIF8",),
     "PPM": tuple(f"P{kind}{space}".encode() for kind in range(1, 7) for space in " \n"),

@@ -73,7 +73,7 @@ class RunContext:
     threads: int
     """CPU threads for torch in each worker."""
     reserved: frozenset[str] = frozenset()
-    """Relative paths of images that have left the source, whose results another image's could take the place of."""
+    """Relative paths of planned images, in the source still or not, that another one's result could have."""
     commit_every_s: float = 60.0
     patience_s: float = 1800.0
     """Seconds without headway after which a worker is ended (see `pipeline.watchdog`)."""

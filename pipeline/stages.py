@@ -96,7 +96,7 @@ def measure_result(item: Item) -> None:
 def write(item: Item, directory: RunDirectory, config: RunConfig, *, reserved: Collection[str] = frozenset()) -> None:
     """Encodes a restored image, or takes the input's bytes, and gives the output its name.
 
-    `reserved` are relative paths that other images have had, besides those in the source now.
+    `reserved` are relative paths of other images, besides those that are in the source now.
     """
     if item.has_failed:
         return

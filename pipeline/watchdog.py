@@ -16,8 +16,8 @@ class Watchdog:
     """Kills this process, the tracebacks of its threads in its log, once nothing has come of it for too long.
 
     Its timer is a thread of the standard library's `faulthandler`, which needs no lock that a hanging thread may hold.
-    To the run it is a death like others: the image in hand is tried again alone, then quarantined. There is one timer
-    in a process.
+    To the run it is a death like others: the image in hand is tried twice more, alone, then quarantined. There is one
+    timer in a process, and time for which the process is stopped counts.
     """
 
     def __init__(self, patience_s: float) -> None:

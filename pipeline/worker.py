@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -56,7 +57,8 @@ def _step_back() -> None:
     """
     if sys.platform == "linux":  # elsewhere a priority is the process's
         niceness = os.getpriority(os.PRIO_PROCESS, 0) + CODEC_NICENESS
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(niceness, 19))
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(niceness, 19))
 
 
 class Ledger:

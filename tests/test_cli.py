@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from skimage import data
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.config import RestoreOptions
+from jobs.restore import _reserved
+from jobs.terminal import harmless
 from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
 
@@ -457,6 +460,29 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(
     _, stdout, _ = restore(photographs, tmp_path / "out", weights, "--label", "rain")
     assert "\x1b[31m" not in stdout
     assert "evil\\x1b[31m\\nfailed: fake.png" in "".join(stdout.splitlines())
+    code, _, stderr = invoke("preview", photographs / "no\x1b[31mne.png")
+    assert (code, "\x1b[31m" in stderr, "no\\x1b[31mne.png" in stderr) == (2, False, True)
+
+
+@pytest.mark.parametrize("name", ["写真　一.jpg", "a\u00a0b.png", "👨\u200d👩.png", "ü.png"])
+def test_names_of_all_scripts_are_shown_as_they_are(name: str) -> None:
+    assert harmless(name) == name
+
+
+def test_names_that_a_result_could_have_are_reserved() -> None:
+    planned = [
+        "a.jpg",
+        "a.jpg.png",
+        "b.png",
+        "c.d/e.png",
+        "x",
+        "x.restored.restored.png",
+        "y.restored",
+        "y.restored.png",
+    ]
+    wanted = {"a.jpg.png", "x.restored.restored.png", "y.restored.png"}
+    assert _reserved(pa.chunked_array([planned[:3], planned[3:]])) == wanted
+    assert _reserved(pa.chunked_array([[]], pa.string())) == frozenset()
 
 
 def test_names_in_brackets_are_told_as_they_are(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
