@@ -46,30 +46,35 @@ class Architecture:
 
 
 class FinestPixels(nn.Module):
-    """B x 3 x H x W on the 0..255 scale -> B x 24 x H/2 x W/2: colour, and its amplified residual.
+    """B x 3 x H x W on the 0..255 scale -> B x 24 x H/2 x W/2 in [-1, 1]: colour, and its amplified residual.
 
-    The residual is against the mean of 3 x 3 pixels. One fixed convolution does both; on whole levels of 255 it is
-    exact in bfloat16 too, with colours in [0, 1] it would not be.
+    The residual is against the mean of 3 x 3 pixels. One fixed convolution does both, in float32 whatever the autocast:
+    rounded weights would let brightness leak into the residual.
     """
 
     kernel: Tensor
+    bias: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        kernel = torch.zeros(6, UNSHUFFLE, UNSHUFFLE, 3, UNSHUFFLE + 2, UNSHUFFLE + 2)
+        kernel = torch.zeros(2, 3, UNSHUFFLE, UNSHUFFLE, 3, UNSHUFFLE + 2, UNSHUFFLE + 2)
         for channel in range(3):
             for row in range(UNSHUFFLE):
                 for column in range(UNSHUFFLE):
-                    kernel[channel, row, column, channel, row + 1, column + 1] = 1
-                    kernel[3 + channel, row, column, channel, row : row + 3, column : column + 3] = -1 / 9
-                    kernel[3 + channel, row, column, channel, row + 1, column + 1] = 8 / 9
-        self.register_buffer("kernel", kernel.flatten(0, 2), persistent=False)
+                    colour, residual = kernel[:, channel, row, column, channel]
+                    colour[row + 1, column + 1] = 2 / 255
+                    residual[row : row + 3, column : column + 3] = -1 / 9 * RESIDUAL_GAIN / 255
+                    residual[row + 1, column + 1] = 8 / 9 * RESIDUAL_GAIN / 255
+        bias = torch.tensor([-1.0, 0.0]).repeat_interleave(3 * UNSHUFFLE**2)
+        self.register_buffer("kernel", kernel.flatten(0, 3), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """The features of an image."""
-        pixels = image.to(self.kernel.dtype)
-        colour, residual = F.conv2d(pixels, self.kernel, stride=UNSHUFFLE, padding=1).chunk(2, dim=1)
-        return torch.cat([colour * (2 / 255) - 1, torch.tanh(residual * (RESIDUAL_GAIN / 255))], dim=1)
+        """The features of an image, in float32."""
+        with torch.autocast(image.device.type, enabled=False):
+            both = F.conv2d(image, self.kernel, self.bias, stride=UNSHUFFLE, padding=1)
+            both.chunk(2, dim=1)[1].tanh_()
+            return both
 
 
 class PowerSpectrum(nn.Module):
@@ -96,7 +101,8 @@ class PowerSpectrum(nn.Module):
     def forward(self, crops: Tensor) -> Tensor:
         """The spectra, the lowest frequency in the middle of the first column."""
         with torch.autocast(crops.device.type, enabled=False):
-            luminance = crops.float().mean(dim=2)
+            red, green, blue = crops.float().unbind(dim=2)
+            luminance = (red + green + blue) / 3  # a mean over strided colours takes five times as long
             luminance = luminance - luminance.mean(dim=(-2, -1), keepdim=True)
             power = torch.fft.rfft2(luminance * self.window).abs().square() + FAINTEST_POWER
             both = torch.stack([power.mean(dim=1).log(), power.log().mean(dim=1)], dim=1)
@@ -153,8 +159,9 @@ class DegradationNetwork(nn.Module):
             thumbnails: B x 3 x T x T, RGB on the 0..255 scale, T even.
         """
         batch, count = crops.shape[:2]
-        seen: Tensor = self.crop_backbone(self.front(crops.flatten(0, 1))).view(batch, count, -1)
-        whole: Tensor = self.thumbnail_backbone(self.front(thumbnails))
+        dtype = next(self.crop_backbone.parameters()).dtype
+        seen: Tensor = self.crop_backbone(self.front(crops.flatten(0, 1)).to(dtype)).view(batch, count, -1)
+        whole: Tensor = self.thumbnail_backbone(self.front(thumbnails).to(dtype))
         spectrum: Tensor = self.spectrum_backbone(self.power_spectrum(crops))
         logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
         return logits
@@ -163,7 +170,7 @@ class DegradationNetwork(nn.Module):
 def inference_form(network: DegradationNetwork, dtype: torch.dtype) -> DegradationNetwork:
     """A copy for predictions alone: batch norms folded into the convolutions before them, channels last.
 
-    The backbones of crops and thumbnail, nearly all of the work, run in `dtype`; spectrum and head stay float32.
+    The backbones of crops and thumbnail, most of the work, run in `dtype`; the rest stays float32.
     """
     form = copy.deepcopy(network).eval().requires_grad_(False)
     unfolded = ""
@@ -176,7 +183,7 @@ def inference_form(network: DegradationNetwork, dtype: torch.dtype) -> Degradati
             form.set_submodule(unfolded, fuse_conv_bn_eval(convolution, module))
             form.set_submodule(name, nn.Identity())
             unfolded = ""
-    for part in (form.front, form.crop_backbone, form.thumbnail_backbone):
+    for part in (form.crop_backbone, form.thumbnail_backbone):
         part.to(dtype)
     return form.to(memory_format=torch.channels_last)
 

@@ -32,7 +32,7 @@ from classifier.weights import load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError
 from jobs.signals import leave_interrupts_to_parent
-from jobs.training_config import ClassifierTraining, as_plain, read_config
+from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
 from jobs.training_data import Photographs
 from jobs.training_diary import Diary
 from jobs.training_group import Group
@@ -126,7 +126,10 @@ class Training:
         state = found_state(out, config)
         self.network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
         if state is not None:
-            self.network.load_state_dict(state["network"])
+            try:
+                self.network.load_state_dict(state["network"])
+            except RuntimeError as error:
+                raise ConfigError(f"{out} holds a training of another network; use another folder") from error
         elif config.start_from is not None:
             start_from(self.network, config.start_from, weights_of)
         self.network.to(device).to(memory_format=torch.channels_last)
@@ -299,7 +302,7 @@ def train(
         save_every_s: seconds between checkpoints, each with a validation.
 
     Raises:
-        ConfigError: the folder has a checkpoint of another configuration.
+        ConfigError: the folder has a checkpoint of another configuration or network.
         UsageError: too few photographs can be read, or there are no weights to start from.
         TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), or the
             disk has no room for pool or checkpoint.

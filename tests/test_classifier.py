@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -14,7 +15,15 @@ from classifier import classifier_sha256, load_classifier
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
-from classifier.network import Architecture, DegradationNetwork, PowerSpectrum, inference_form, to_input
+from classifier.network import (
+    RESIDUAL_GAIN,
+    Architecture,
+    DegradationNetwork,
+    FinestPixels,
+    PowerSpectrum,
+    inference_form,
+    to_input,
+)
 from classifier.weights import load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
@@ -100,6 +109,16 @@ def test_the_network_agrees_with_its_formula(tiny):
     assert logits.shape == (2, len(LABELS))
     torch.testing.assert_close(logits, shuffled)
     torch.testing.assert_close(fewer, alone)
+
+
+def test_the_front_is_colour_and_residual_of_every_pixel():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 8, 6)).astype(np.float32))
+    residual = image - F.avg_pool2d(F.pad(image, (1, 1, 1, 1)), 3, stride=1)
+    expected = [
+        F.pixel_unshuffle(each, 2) for each in (image * 2 / 255 - 1, torch.tanh(residual * RESIDUAL_GAIN / 255))
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(FinestPixels()(image), torch.cat(expected, dim=1), atol=1e-5, rtol=1e-5)
 
 
 # Weights

@@ -57,6 +57,13 @@ def test_noise_is_found_where_a_jpeg_has_smoothed_the_colours(sigma_255):
     assert estimate_sigma(np.asarray(Image.fromarray(image).convert("L").convert("RGB"))) > 0.8 * sigma_255
 
 
+@pytest.mark.parametrize("side", [40, 49, 64, 96])
+def test_small_images_give_patches_enough(side):
+    image = noisy(scene(2), 25)
+    parts = [image[top : top + side, left : left + side] for top in (0, 60, 120) for left in (0, 80, 160, 220)]
+    assert np.mean([estimate_sigma(part) for part in parts]) == pytest.approx(25, rel=0.08)
+
+
 def test_clipped_noise_is_made_up_for():
     dark = np.full((200, 200, 3), 12.0)
     image = noisy(dark, 20)

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from classifier.view import ViewSettings, native_crops, take_views, thumbnail
+from classifier.view import ViewSettings, _contrasts, native_crops, take_views, thumbnail
 
 
 def random_image(height, width, seed=0):
@@ -62,6 +63,13 @@ def test_thumbnail_keeps_the_mean_of_the_whole_image():
     assert small[:, 18:].min() == 200
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (96, 96), (300, 400), (500, 40)])
+def test_thumbnail_averages_as_pillow_does(size):
+    image = random_image(*size)
+    expected = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR))
+    assert np.abs(thumbnail(image, 96).astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     "image",
     [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)],
@@ -75,3 +83,15 @@ def test_other_arrays_are_refused(image):
 def test_settings_without_crops_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         ViewSettings(crops=0)
+
+
+@pytest.mark.parametrize("px", [1, 30, 32])
+def test_contrasts_are_those_of_a_plain_loop_over_the_windows(px):
+    image = random_image(61, 90)
+    tops, lefts = np.array([0, 7, 61 - px]), np.array([0, 13, 90 - px])
+    expected = []
+    for top in tops:
+        for left in lefts:
+            green = image[top : top + px : 4, left : left + px, 1].astype(float)
+            expected.append(np.abs(np.diff(green, axis=1)).mean() if px > 1 else 0.0)
+    np.testing.assert_allclose(_contrasts(image, tops, lefts, px), expected)
