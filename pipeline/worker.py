@@ -1,14 +1,11 @@
 """A worker: shards in, images and committed rows out. Runs in a plain loop, a child process and a Ray actor alike."""
 
-import os
 import socket
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -36,9 +33,6 @@ WINDOW_IMAGES = 16
 WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
-CODEC_NICENESS = 10
-"""Of threads that read and write, above a worker's own."""
-
 OnOutcomes = Callable[[list[Outcome]], None]
 
 
@@ -48,17 +42,6 @@ def codec_threads(device: str, cpus: int) -> int:
     Beside a network on the CPU two keep ahead of it. A GPU is faster than two encoders of PNG, and leaves CPUs idle.
     """
     return 2 if device == "cpu" else max(2, cpus // 2)
-
-
-def _step_back() -> None:
-    """Has this thread, which reads or writes, run when those that compute wait.
-
-    torch gives its threads equal parts: one that shares its core with a codec holds up the others.
-    """
-    if sys.platform == "linux":  # elsewhere a priority is the process's
-        niceness = os.getpriority(os.PRIO_PROCESS, 0) + CODEC_NICENESS
-        with suppress(OSError):  # a sandbox may forbid it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(niceness, 19))
 
 
 class Ledger:
@@ -94,7 +77,7 @@ class ReadAhead:
     def __init__(self, refs: Sequence[ImageRef], load: Callable[[ImageRef], Item], *, threads: int) -> None:
         self._waiting, self._load, self._threads = deque(refs), load, threads
         self._ahead = deque[Future[Item]]()
-        self._readers = ThreadPoolExecutor(threads, "read", _step_back)
+        self._readers = ThreadPoolExecutor(threads, "read")
         self._lock = threading.RLock()  # a load that has ended at once calls back from within `_begin`
 
     def __enter__(self) -> Self:
@@ -195,7 +178,7 @@ class Worker:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
         threads = codec_threads(self._context.device, self._context.threads)
         with (
-            ThreadPoolExecutor(threads, "write", _step_back) as writers,
+            ThreadPoolExecutor(threads, "write") as writers,
             ReadAhead(refs, lambda ref: self._load(ref, base), threads=threads) as ahead,
         ):
             finishing: deque[Future[Item]] = deque()

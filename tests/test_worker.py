@@ -1,6 +1,5 @@
 import gc
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from PIL import Image
 from synthetic_weights import tiny_network
 from tiny_runs import TinyRun, config_of, plan_run, rows_of, write_pictures
 
-import pipeline.worker
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
 from models.memory import bytes_per_pixel
@@ -30,7 +28,7 @@ from pipeline.metrics import psnr_db
 from pipeline.records import ImageRef, Outcome, Shard, Status
 from pipeline.restoring import ImageRestorer
 from pipeline.sink import done
-from pipeline.worker import CODEC_NICENESS, ReadAhead, Worker, codec_threads
+from pipeline.worker import ReadAhead, Worker, codec_threads
 
 
 class Brightener:
@@ -509,26 +507,3 @@ def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.Mon
             assert len(begun) <= len(handed_out) + 3  # two make the limit, one more was under way
             handed_out.append(ahead.next().ref.image_id)
     assert handed_out == [ref.image_id for ref in refs]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
-def test_threads_that_read_and_write_make_way_for_those_that_compute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
-    niceness: dict[str, int] = {}
-
-    def noting(name: str) -> None:
-        real = getattr(pipeline.worker, name)
-
-        def called(*arguments: Any, **options: Any) -> Any:
-            niceness[name] = os.getpriority(os.PRIO_PROCESS, 0)
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(pipeline.worker, name, called)
-
-    noting("load")
-    noting("write")
-    work(plan(tmp_path))
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert niceness == dict.fromkeys(("load", "write"), min(own + CODEC_NICENESS, 19))
