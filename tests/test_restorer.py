@@ -58,13 +58,14 @@ def test_dtypes_agree_with_each_other(restorer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_mixed_sizes_and_degradations_equals_singles(dtype):
-    restorer = Restorer(tiny_network(), orthogonal_bank(), dtype=dtype)
+    """But for a level of rounding, or what bfloat16 alone rounds off: products of other sizes add up in another order."""
+    restorer, exact = (Restorer(tiny_network(), orthogonal_bank(), dtype=each) for each in (dtype, torch.float32))
     images = photographs((40, 30), (35, 32), (8, 8), (40, 30), (100, 20))
     together = restorer.restore(images, KEYS)
     for image, key, restored in zip(images, KEYS, together, strict=True):
-        (alone,) = restorer.restore([image], [key])
+        (alone,), (unrounded,) = (each.restore([image], [key]) for each in (restorer, exact))
         assert restored.shape == image.shape
-        assert levels_apart(restored, alone) <= 1
+        assert levels_apart(restored, alone) <= max(1, levels_apart(alone, unrounded))
 
 
 def test_the_prompt_key_decides(restorer):
