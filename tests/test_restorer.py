@@ -58,7 +58,7 @@ def test_dtypes_agree_with_each_other(restorer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_mixed_sizes_and_degradations_equals_singles(dtype):
-    """But for a level of rounding, or what bfloat16 alone rounds off: products of other sizes add up in another order."""
+    """But for a level, or what bfloat16 rounds off anyway: products of other sizes add up in another order."""
     restorer, exact = (Restorer(tiny_network(), orthogonal_bank(), dtype=each) for each in (dtype, torch.float32))
     images = photographs((40, 30), (35, 32), (8, 8), (40, 30), (100, 20))
     together = restorer.restore(images, KEYS)
