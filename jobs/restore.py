@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from jobs.runner import Runner
 from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from models.precision import fastest_dtype
-from pipeline.outputs import BETWEEN, ReferenceIndex
+from pipeline.outputs import ReferenceIndex, reserved_names
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import Outcome, Status
@@ -149,7 +148,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         left = shards.without(rows)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
-    context = replace(context, reserved=_reserved(shards.table["relative_path"]))
+    context = replace(context, reserved=reserved_names(shards.table["relative_path"]))
     return Job(
         directory=directory,
         context=context,
@@ -323,19 +322,6 @@ def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
             f"{clashes[0]} in the source has the name under which another image's result was written "
             f"({len(clashes)} such); rename it, or use another OUT"
         )
-
-
-def _reserved(planned: pa.ChunkedArray) -> frozenset[str]:
-    """The names, of all that were ever planned, that another one's result could have: `a.jpg.png` beside `a.jpg`."""
-    named = planned.filter(pc.match_substring_regex(planned, r"\.[^/]*\.[^./]*$"))
-    beside = [pc.replace_substring_regex(named, r"\.[^./]*$", "")]
-    while pc.any(pc.ends_with(beside[-1], BETWEEN)).as_py():
-        beside.append(pc.replace_substring_regex(beside[-1], f"{re.escape(BETWEEN)}$", ""))
-    # Looked up in the few and not in the plan, of which a table would take as much memory as it does itself.
-    others = planned.filter(
-        pc.is_in(planned, pa.chunked_array([c for each in beside for c in each.chunks], pa.string()))
-    )
-    return frozenset(name for each in beside for name in named.filter(pc.is_in(each, others)).to_pylist())
 
 
 def _read_job(directory: RunDirectory) -> dict[str, Any] | None:

@@ -1,11 +1,15 @@
 """Where an image's output goes, and where its reference is."""
 
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.source import IMAGE_EXTENSIONS
 
@@ -20,7 +24,7 @@ EXTENSIONS_BY_FORMAT: dict[str, tuple[str, ...]] = {
 """Lower-case extensions by Pillow's format name; the first is the one appended."""
 
 
-BETWEEN = ".restored"
+_BETWEEN = ".restored"
 """Comes before the extension of a result whose plain name another image has."""
 
 
@@ -48,8 +52,21 @@ def restored_name(
         return relative_path
     stem = relative_path
     while taken(stem + extensions[0]):
-        stem += BETWEEN
+        stem += _BETWEEN
     return stem + extensions[0]
+
+
+def reserved_names(planned: pa.ChunkedArray) -> frozenset[str]:
+    """Planned names that `restored_name` could give to another planned image's result: `a.jpg.png` beside `a.jpg`."""
+    named = planned.filter(pc.match_substring_regex(planned, r"\.[^/]*\.[^./]*$"))
+    beside = [pc.replace_substring_regex(named, r"\.[^./]*$", "")]
+    while pc.any(pc.ends_with(beside[-1], _BETWEEN)).as_py():
+        beside.append(pc.replace_substring_regex(beside[-1], f"{re.escape(_BETWEEN)}$", ""))
+    # Looked up in the few and not in the plan, of which a table would take as much memory as it does itself.
+    others = planned.filter(
+        pc.is_in(planned, pa.chunked_array([c for each in beside for c in each.chunks], pa.string()))
+    )
+    return frozenset(name for each in beside for name in named.filter(pc.is_in(each, others)).to_pylist())
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def measure_result(item: Item) -> None:
         )
 
 
-def write(item: Item, directory: RunDirectory, config: RunConfig, *, reserved: Collection[str] = frozenset()) -> None:
+def write(item: Item, directory: RunDirectory, config: RunConfig, *, reserved: Collection[str]) -> None:
     """Encodes a restored image, or takes the input's bytes, and gives the output its name.
 
     `reserved` are relative paths of other images, besides those that are in the source now.

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 from skimage import data
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.config import RestoreOptions
-from jobs.restore import _reserved
 from jobs.terminal import harmless
 from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
@@ -467,22 +465,6 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(
 @pytest.mark.parametrize("name", ["写真　一.jpg", "a\u00a0b.png", "👨\u200d👩.png", "ü.png"])
 def test_names_of_all_scripts_are_shown_as_they_are(name: str) -> None:
     assert harmless(name) == name
-
-
-def test_names_that_a_result_could_have_are_reserved() -> None:
-    planned = [
-        "a.jpg",
-        "a.jpg.png",
-        "b.png",
-        "c.d/e.png",
-        "x",
-        "x.restored.restored.png",
-        "y.restored",
-        "y.restored.png",
-    ]
-    wanted = {"a.jpg.png", "x.restored.restored.png", "y.restored.png"}
-    assert _reserved(pa.chunked_array([planned[:3], planned[3:]])) == wanted
-    assert _reserved(pa.chunked_array([[]], pa.string())) == frozenset()
 
 
 def test_names_in_brackets_are_told_as_they_are(photographs: Path, tmp_path: Path, weights: list[str]) -> None:

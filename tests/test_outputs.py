@@ -1,10 +1,11 @@
 """Names of outputs never collide; references are found by name."""
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.outputs import EXTENSIONS_BY_FORMAT, ReferenceIndex, restored_name
+from pipeline.outputs import EXTENSIONS_BY_FORMAT, ReferenceIndex, reserved_names, restored_name
 from pipeline.source import IMAGE_EXTENSIONS
 
 
@@ -93,3 +94,19 @@ def test_references_of_one_beginning_are_told_apart(tmp_path):
         "a.tif": "a.png", "a.b.tif": "a.b.png", "a.png.tif": "a.png.jpg", "a-b.tif": "a-b.png", "A.tif": "A.JPG",
     }  # fmt: skip
     assert index.find("a.tif").others == ()
+
+
+def test_names_that_a_result_could_have_arereserved_names() -> None:
+    planned = [
+        "a.jpg",
+        "a.jpg.png",
+        "b.png",
+        "c.d/e.png",
+        "x",
+        "x.restored.restored.png",
+        "y.restored",
+        "y.restored.png",
+    ]
+    wanted = {"a.jpg.png", "x.restored.restored.png", "y.restored.png"}
+    assert reserved_names(pa.chunked_array([planned[:3], planned[3:]])) == wanted
+    assert reserved_names(pa.chunked_array([[]], pa.string())) == frozenset()
