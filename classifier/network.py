@@ -1,4 +1,4 @@
-"""The shipped classifier's network: two small timm backbones, for crops and thumbnail, a spectrum, and one head."""
+"""The shipped classifier's network: a small timm backbone for crops and thumbnail, a spectrum, and one head."""
 
 import copy
 from dataclasses import asdict, dataclass
@@ -31,7 +31,8 @@ class Architecture:
     """A timm model of the ResNet family."""
     stem_width: int = 32
     crop_channels: tuple[int, ...] = (64, 96, 128, 192)
-    thumbnail_channels: tuple[int, ...] = (32, 64, 96, 128)
+    thumbnail_channels: tuple[int, ...] = ()
+    """Of a backbone for thumbnails alone; empty: they go through that of the crops, whose size they must have."""
     spectrum_channels: tuple[int, ...] = (24, 48, 64, 64)
     hidden: int = 128
 
@@ -131,7 +132,7 @@ class DegradationNetwork(nn.Module):
 
         self.front = FinestPixels()
         self.crop_backbone = backbone(architecture.crop_channels)
-        self.thumbnail_backbone = backbone(architecture.thumbnail_channels)
+        self.thumbnail_backbone = backbone(architecture.thumbnail_channels) if architecture.thumbnail_channels else None
         self.power_spectrum = PowerSpectrum(crop_px)
         stages: list[nn.Module] = [nn.BatchNorm2d(2)]
         for before, after in pairwise((2, *architecture.spectrum_channels)):
@@ -139,7 +140,8 @@ class DegradationNetwork(nn.Module):
         self.spectrum_backbone = nn.Sequential(*stages, nn.Flatten(), nn.Dropout(0.3))
         halved = 2 ** len(architecture.spectrum_channels)
         frequencies = -(-crop_px // halved) * -(-(crop_px // 2 + 1) // halved)
-        features = 2 * architecture.crop_channels[-1] + architecture.thumbnail_channels[-1]
+        features = 2 * architecture.crop_channels[-1]
+        features += (architecture.thumbnail_channels or architecture.crop_channels)[-1]
         features += architecture.spectrum_channels[-1] * frequencies
         output = nn.Linear(architecture.hidden, len(LABELS))
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(features, architecture.hidden), nn.ReLU(), output)
@@ -156,12 +158,18 @@ class DegradationNetwork(nn.Module):
 
         Args:
             crops: B x N x 3 x P x P, RGB on the 0..255 scale, P = `crop_px`, even.
-            thumbnails: B x 3 x T x T, RGB on the 0..255 scale, T even.
+            thumbnails: B x 3 x T x T, RGB on the 0..255 scale, T even; T = P without a backbone of their own.
         """
         batch, count = crops.shape[:2]
         dtype = next(self.crop_backbone.parameters()).dtype
-        seen: Tensor = self.crop_backbone(self.front(crops.flatten(0, 1)).to(dtype)).view(batch, count, -1)
-        whole: Tensor = self.thumbnail_backbone(self.front(thumbnails).to(dtype))
+        views = [crops.flatten(0, 1), thumbnails]
+        if self.thumbnail_backbone is None:  # all in one batch
+            features: Tensor = self.crop_backbone(self.front(torch.cat(views)).to(dtype))
+            seen, whole = features[:-batch], features[-batch:]
+        else:
+            backbones = self.crop_backbone, self.thumbnail_backbone
+            seen, whole = (net(self.front(view).to(dtype)) for net, view in zip(backbones, views, strict=True))
+        seen = seen.view(batch, count, -1)
         spectrum: Tensor = self.spectrum_backbone(self.power_spectrum(crops))
         logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
         return logits
@@ -170,7 +178,7 @@ class DegradationNetwork(nn.Module):
 def inference_form(network: DegradationNetwork, dtype: torch.dtype) -> DegradationNetwork:
     """A copy for predictions alone: batch norms folded into the convolutions before them, channels last.
 
-    The backbones of crops and thumbnail, most of the work, run in `dtype`; the rest stays float32.
+    What crops and thumbnail go through, most of the work, runs in `dtype`; the rest stays float32.
     """
     form = copy.deepcopy(network).eval().requires_grad_(False)
     unfolded = ""
@@ -184,7 +192,8 @@ def inference_form(network: DegradationNetwork, dtype: torch.dtype) -> Degradati
             form.set_submodule(name, nn.Identity())
             unfolded = ""
     for part in (form.crop_backbone, form.thumbnail_backbone):
-        part.to(dtype)
+        if part is not None:
+            part.to(dtype)
     return form.to(memory_format=torch.channels_last)
 
 

@@ -108,7 +108,10 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
     file = read_weights_file(name_or_path, check_card=check_card)
     try:
         tensors = load_file(file.path)
-        network = DegradationNetwork(Architecture(**file.architecture), crop_px=file.view.crop_px)
+        architecture = Architecture(**file.architecture)
+        if not architecture.thumbnail_channels and file.view.thumbnail_px != file.view.crop_px:
+            raise ValueError("crops and thumbnail go through one backbone, but differ in size")
+        network = DegradationNetwork(architecture, crop_px=file.view.crop_px)
     except SafetensorError as error:
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
+from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
-from classifier.weights import load_weights, save_classifier, write_card
+from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
-from jobs.errors import TrainingError
+from jobs.errors import TrainingError, UsageError
 from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
 from jobs.training_data import Photographs
@@ -56,6 +57,12 @@ HELD_OUT_SEED = 7
 
 STEP_KEY = 1
 """Beside seed and step: without it a step would draw from the random numbers of the sample of its number."""
+
+LABELS_SHARE = 0.4
+"""Of the loss under a teacher."""
+
+SOFTNESS = 2.0
+"""Temperature at which pupil and teacher are compared."""
 
 
 def flipped(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -107,12 +114,32 @@ def prior_shift(temperature: float) -> Tensor:
     return torch.from_numpy(temperature * np.log(prior_weights(SHARES)))
 
 
-def weights_of(name: str) -> dict[str, Tensor]:
+def weights_of(name: str) -> ClassifierWeights:
     """Those of a classifier by its name or file, without what labels are expected in use."""
     found = load_weights(name)
     with torch.no_grad():
         found.network.output_bias.sub_(prior_shift(found.temperature))
-    return found.network.state_dict()
+    return found
+
+
+def blended(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The views, the first half of the batch each blended with another sample's and every other one of these dimmed.
+
+    What lies between the samples has no label, but a teacher's opinion of it (Beyer et al., "Knowledge distillation: a
+    good teacher is patient and consistent", CVPR 2022).
+    """
+    half = len(crops) // 2
+    others = torch.from_numpy(rng.permutation(len(crops))[:half]).to(crops.device)
+    share = rng.uniform(0, 1, half)
+    gain = np.where(rng.random(half) < 0.5, 1, np.exp(rng.uniform(np.log(0.4), np.log(1.15), half)))
+
+    def blend(views: Tensor) -> Tensor:
+        own, other = (
+            torch.from_numpy(gain * part).to(views).view(-1, *[1] * (views.ndim - 1)) for part in (share, 1 - share)
+        )
+        return torch.cat([(own * views[:half] + other * views[others]).round().clamp(0, 255), views[half:]])
+
+    return blend(crops), blend(thumbnails)
 
 
 class Training:
@@ -131,8 +158,9 @@ class Training:
             except RuntimeError as error:
                 raise ConfigError(f"{out} holds a training of another network; use another folder") from error
         elif config.start_from is not None:
-            start_from(self.network, config.start_from, weights_of)
+            start_from(self.network, config.start_from, lambda name: weights_of(name).network.state_dict())
         self.network.to(device).to(memory_format=torch.channels_last)
+        self.teacher = self._teacher(config.teacher) if config.teacher is not None else None
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True
@@ -146,6 +174,15 @@ class Training:
         else:
             (out / "pool").unlink(missing_ok=True)  # another training's
         self.pool = Pool(out / "pool", config.pool, VIEW)
+
+    def _teacher(self, name: Path) -> DegradationNetwork:
+        try:
+            teacher = weights_of(str(name))
+        except ClassifierWeightsError as error:
+            raise UsageError(f"teacher: {error}") from error
+        if teacher.view != VIEW:
+            raise UsageError(f"teacher {name} sees {teacher.view}, this training {VIEW}")
+        return teacher.network.to(self.device).to(memory_format=torch.channels_last)
 
     @property
     def progress(self) -> float:
@@ -172,6 +209,26 @@ class Training:
         save_atomically(common | whole, self.out / CHECKPOINT)
         save_atomically(common | {"network": halved(network), "average": halved(average)}, self.out / PORTABLE)
 
+    def loss(self, crops: Tensor, thumbnails: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
+        """Cross-entropy with the labels; under a teacher the divergence from its predictions has the larger part.
+
+        Half of a taught batch is `blended` and has that divergence alone, at `SOFTNESS` (Hinton et al., "Distilling the
+        knowledge in a neural network", 2015).
+        """
+        with mixed_precision(self.device):
+            if self.teacher is None:
+                return F.cross_entropy(self.network(crops, thumbnails).float(), labels, label_smoothing=0.02)
+            crops, thumbnails = blended(crops, thumbnails, rng)
+            with torch.no_grad():
+                taught = (self.teacher(crops, thumbnails).float() / SOFTNESS).log_softmax(dim=1)
+            logits = self.network(crops, thumbnails).float()
+        said = (logits / SOFTNESS).log_softmax(dim=1)
+        divergence = SOFTNESS**2 * F.kl_div(said, taught, log_target=True, reduction="none").sum(dim=1)
+        wrong = F.cross_entropy(logits, labels, label_smoothing=0.02, reduction="none")
+        share = torch.full_like(wrong, LABELS_SHARE)
+        share[: len(share) // 2] = 0
+        return (share * wrong + (1 - share) * divergence).mean()
+
     def learn(self) -> float:
         """One step on samples of the pool; returns the loss.
 
@@ -186,9 +243,7 @@ class Training:
         samples = self.pool.draw(rng, newest=self.newest, count=self.config.batch)
         crops, thumbnails, labels = (each.to(self.device) for each in as_batch(samples))
         crops, thumbnails = flipped(crops, thumbnails, rng)
-        with mixed_precision(self.device):
-            logits = self.network(crops, thumbnails)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.02)
+        loss = self.loss(crops, thumbnails, labels, rng)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
@@ -368,6 +423,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
     provenance = {
         "training": "jobs/train_classifier.py",
         "start_from": str(trained.config.start_from or "nothing"),
+        "teacher": str(trained.config.teacher or "none"),
         "photographs": trained.photographs,
         "degradations": "synthesised, jobs/classifier_samples.py",
         "minutes": round(trained.minutes, 1),

@@ -177,6 +177,8 @@ class ClassifierTraining(TrainingConfig):
     fresh: int = 8
     """Samples renewed every step."""
     validation_samples: int = 1600
+    teacher: Path | None = None
+    """A classifier's name or weights file, whose predictions are learnt beside the labels: `jobs.train_classifier`."""
     licence: str = ""
     """SPDX identifier of what the exported weights may be used for; the photographs' licences decide."""
 

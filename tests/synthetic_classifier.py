@@ -9,9 +9,7 @@ from classifier.network import Architecture, DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import save_classifier
 
-TINY = Architecture(
-    stem_width=8, crop_channels=(8, 8, 8, 8), thumbnail_channels=(8, 8, 8, 8), spectrum_channels=(8, 8), hidden=8
-)
+TINY = Architecture(stem_width=8, crop_channels=(8, 8, 8, 8), spectrum_channels=(8, 8), hidden=8)
 TINY_VIEW = ViewSettings(crop_px=32, crops=2, thumbnail_px=32)
 
 

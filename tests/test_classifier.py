@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from classifier.network import (
     inference_form,
     to_input,
 )
+from classifier.view import ViewSettings
 from classifier.weights import load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
@@ -109,6 +111,35 @@ def test_the_network_agrees_with_its_formula(tiny):
     assert logits.shape == (2, len(LABELS))
     torch.testing.assert_close(logits, shuffled)
     torch.testing.assert_close(fewer, alone)
+
+
+def test_a_thumbnail_goes_through_the_crops_backbone_or_its_own():
+    crops, thumbnails = torch.rand(2, 3, 3, 32, 32) * 255, torch.rand(2, 3, 32, 32) * 255
+    for own in ((), (8, 8, 8, 16)):
+        network = DegradationNetwork(replace(TINY, thumbnail_channels=own), crop_px=32).eval()
+        backbone = network.thumbnail_backbone if own else network.crop_backbone
+        with torch.inference_mode():
+            seen = network.crop_backbone(network.front(crops.flatten(0, 1))).view(2, 3, -1)
+            whole = backbone(network.front(thumbnails))
+            spectrum = network.spectrum_backbone(network.power_spectrum(crops))
+            expected = network.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
+            torch.testing.assert_close(network(crops, thumbnails), expected)
+            rounded = inference_form(network, torch.bfloat16)
+        assert {p.dtype for p in rounded.get_submodule("crop_backbone").parameters()} == {torch.bfloat16}
+        assert (rounded.thumbnail_backbone is None) == (not own)
+
+
+def test_one_backbone_needs_views_of_one_size(tmp_path):
+    path = tmp_path / "uneven.safetensors"
+    view = ViewSettings(crop_px=32, crops=2, thumbnail_px=48)
+    for own in ((8, 8, 8, 8), ()):
+        network = DegradationNetwork(replace(TINY, thumbnail_channels=own), crop_px=32)
+        thresholds = dict.fromkeys(LABELS, 0.0)
+        save_classifier(path, network, view=view, temperature=1.0, thresholds=thresholds, licence="", provenance={})
+        if own:
+            assert load_weights(path).view == view
+    with pytest.raises(ClassifierWeightsError, match="one backbone, but differ in size"):
+        load_weights(path)
 
 
 def test_the_front_is_colour_and_residual_of_every_pixel():

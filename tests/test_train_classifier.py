@@ -27,9 +27,10 @@ from jobs.classifier_samples import (
     vary_tone,
 )
 from jobs.errors import TrainingError, UsageError
-from jobs.train_classifier import Training, export, train
+from jobs.train_classifier import Training, all_logits, blended, export, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
+from jobs.training_loop import mixed_precision
 from jobs.training_state import CHECKPOINT, PORTABLE
 from pipeline.point_spread import smooth_field
 
@@ -364,6 +365,74 @@ def test_a_training_may_start_from_a_classifiers_weights(folder, tmp_path):
         train(small(folder, steps=1, start_from=Path("nowhere")), tmp_path / "none", threads=1)
     with pytest.raises(UsageError, match="start_from degradation-small is of another network"):
         train(small(folder, steps=1, start_from=Path("degradation-small")), tmp_path / "none", threads=1)
+
+
+# Teaching
+
+
+def test_half_of_a_batch_is_blended():
+    rng = np.random.default_rng(0)
+    levels = torch.tensor([0.0, 40.0, 80.0, 120.0, 160.0, 200.0])
+    crops = levels.view(6, 1, 1, 1, 1).expand(6, 2, 3, 4, 4)
+    thumbnails = levels.view(6, 1, 1, 1).expand(6, 3, 4, 4)
+    seen = set()
+    for _ in range(40):
+        mixed, small = blended(crops, thumbnails, rng)
+        assert torch.equal(mixed[:, 0], small)  # all views of a sample alike
+        assert torch.equal(mixed[3:], crops[3:])
+        values = mixed[:3, 0, 0, 0, 0]
+        assert torch.equal(mixed[:3], values.view(3, 1, 1, 1, 1).expand(3, 2, 3, 4, 4))
+        assert torch.equal(values, values.round())
+        seen.update(values.tolist())
+    assert min(seen) < 10
+    assert 150 < max(seen) <= 1.15 * 200
+    assert len(seen) > 40
+
+
+@pytest.mark.usefixtures("tiny")
+def test_who_agrees_with_the_teacher_has_the_labels_to_learn(folder, tmp_path):
+    train(small(folder, steps=1), tmp_path / "first", threads=1, max_minutes=0.0)
+    first = train(small(folder, steps=1), tmp_path / "first", threads=1)
+    export(first, tmp_path / "own.safetensors")
+    config = small(folder, steps=1, start_from=tmp_path / "own.safetensors", teacher=tmp_path / "own.safetensors")
+    training = Training(config, tmp_path / "pupil", torch.device("cpu"))
+    training.network.eval()  # without dropout, statistics of batches
+    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW, training=True)
+    crops, thumbnails, labels = as_batch(synthesis[range(1, 9)])
+    with torch.no_grad():
+        loss = training.loss(crops, thumbnails, labels, np.random.default_rng(0))
+        with mixed_precision(torch.device("cpu")):
+            logits = training.network(crops, thumbnails).float()[4:]
+        wrong = torch.nn.functional.cross_entropy(logits, labels[4:], label_smoothing=0.02)
+        assert float(loss) == pytest.approx(0.4 * 0.5 * float(wrong), rel=1e-4)
+        training.network.head[-1].bias[0] += 3
+        assert training.loss(crops, thumbnails, labels, np.random.default_rng(0)) > 2 * loss
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_pupil_learns_what_its_teacher_says(folder, tmp_path):
+    """The teacher calls everything rain; no label does."""
+    taught = train(small(folder, steps=1), tmp_path / "first", threads=1)
+    with torch.no_grad():
+        taught.network.head[-1].bias[LABELS.index(Degradation.RAIN)] += 6
+    export(taught, tmp_path / "rain.safetensors")
+    options = {"steps": 25, "pool": 8, "fresh": 0, "batch": 8, "learning_rate": 2e-2}
+    pupil = train(small(folder, teacher=tmp_path / "rain.safetensors", **options), tmp_path / "pupil", threads=1)
+    alone = train(small(folder, **options), tmp_path / "alone", threads=1)
+    shares = []
+    for trained in (pupil, alone):
+        logits, _ = all_logits(trained.network, trained.held_out)
+        shares.append(float(logits.softmax(dim=1)[:, LABELS.index(Degradation.RAIN)].mean()))
+    assert shares[0] > 0.6
+    assert shares[1] < 0.4
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_teacher_that_cannot_teach_is_refused(folder, tmp_path):
+    with pytest.raises(UsageError, match="teacher: no classifier 'nowhere'"):
+        train(small(folder, steps=1, teacher=Path("nowhere")), tmp_path / "none", threads=1)
+    with pytest.raises(UsageError, match=r"teacher degradation-small sees .*96.*, this training .*80"):
+        train(small(folder, steps=1, teacher=Path("degradation-small")), tmp_path / "none", threads=1)
 
 
 @pytest.mark.usefixtures("tiny")
