@@ -4,6 +4,7 @@ All functions are pure and may run in many threads at once; Pillow's codecs rele
 """
 
 import io
+import re
 import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, cast
@@ -42,6 +43,11 @@ _UPRIGHT = {
 }
 """What turns an image of each EXIF orientation upright; 1 already is."""
 
+_XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
+
+_MOST_DPI = 65_535
+"""That JPEG holds."""
+
 _DESCRIPTIVE_TIFF_TAGS = frozenset(
     {
         ExifTags.Base.ImageDescription,
@@ -68,6 +74,8 @@ class _Layout:
     white_is_zero: bool
     orientation: int | None
     exif: bytes | None
+    xmp: bytes | None
+    dpi: tuple[float, float] | None
     warnings: tuple[str, ...]
 
 
@@ -244,7 +252,20 @@ def _read_layout(image: Image.Image) -> _Layout:
         # Cameras and editors write all kinds of EXIF; the picture counts for more.
         notes.append("EXIF could not be read and was dropped")
     white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
-    return _Layout(bit_depth, greyscale, white_is_zero, orientation, exif, tuple(notes))
+    xmp, dpi = image.info.get("xmp"), _upright_dpi(image, orientation)
+    xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) and xmp else None
+    return _Layout(bit_depth, greyscale, white_is_zero, orientation, exif, xmp, dpi, tuple(notes))
+
+
+def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, float] | None:
+    """Pixels per inch across and down the upright image; None if the file says nothing that could be."""
+    try:
+        across, down = (float(value) for value in image.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    if not (1 <= across <= _MOST_DPI and 1 <= down <= _MOST_DPI):
+        return None
+    return (down, across) if orientation is not None and orientation >= 5 else (across, down)
 
 
 def _upright_exif(image: Image.Image) -> tuple[int | None, bytes | None]:
@@ -319,6 +340,8 @@ def _to_decoded(image: Image.Image, layout: _Layout) -> DecodedImage:
         exif_orientation=layout.orientation,
         exif=layout.exif,
         icc=icc,
+        xmp=layout.xmp,
+        dpi=layout.dpi,
         warnings=tuple(notes),
     )
 

@@ -4,7 +4,7 @@ import io
 from typing import cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, to_uint8
 from pipeline.records import Stage
@@ -15,6 +15,8 @@ _WRITES_ALPHA = frozenset({"PNG", "WEBP", "TIFF"})
 _WRITES_16_BITS = frozenset({"PNG", "TIFF", "PPM"})
 _WRITES_METADATA = frozenset({"JPEG", "PNG", "WEBP", "TIFF"})
 _JPEG_EXIF_BYTES = 65_533
+_JPEG_XMP_BYTES = 65_504
+_XMP_TIFF_TAG = 700
 
 
 def encoded_format(source_format: str, option: str) -> str:
@@ -30,7 +32,7 @@ def encoded_format(source_format: str, option: str) -> str:
 
 
 def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -> EncodedImage:
-    """A file of restored pixels with what `source` had beside them: alpha, greyscale, depth, EXIF, ICC.
+    """A file of restored pixels with what `source` had beside them: alpha, greyscale, depth, EXIF, XMP, ICC, DPI.
 
     What the format cannot hold is named in the warnings: JPEG has no alpha (composed over white); JPEG, WebP
     and BMP have eight bits; Pillow writes 16 bits for greyscale without alpha only. WebP holds greyscale
@@ -121,4 +123,25 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
                 notes.append("EXIF was dropped: it is larger than JPEG can hold")
             else:
                 options["exif"] = source.exif
+        if source.xmp is not None:
+            if name == "JPEG" and len(source.xmp) > _JPEG_XMP_BYTES:
+                notes.append("XMP was dropped: it is larger than JPEG can hold")
+            else:
+                options |= _xmp_option(name, source.xmp, source.exif)
+    if source.dpi is not None:
+        options["dpi"] = source.dpi
     return options
+
+
+def _xmp_option(name: str, xmp: bytes, exif: bytes | None) -> dict[str, object]:
+    match name:
+        case "PNG":
+            chunks = PngImagePlugin.PngInfo()
+            chunks.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
+            return {"pnginfo": chunks}
+        case "TIFF":
+            both = Image.Exif()
+            both.load(exif or b"")
+            both[_XMP_TIFF_TAG] = xmp
+            return {"exif": both.tobytes()}
+    return {"xmp": xmp}

@@ -45,7 +45,8 @@ class DecodedImage:
 
     `pixels` is H x W x 3 RGB, uint8 or uint16 (greyscale replicated to three channels); `alpha` is H x W of
     the same dtype, or None. `mode` and `bit_depth` (bits per channel) are those of the file, which may be
-    deeper than `pixels`: a warning then says so. `exif` has its orientation set to 1; `icc` describes `pixels`.
+    deeper than `pixels`: a warning then says so. `exif` and `xmp` have their orientation set to 1; `icc` describes
+    `pixels`; `dpi` is across and down, pixels per inch.
     """
 
     pixels: Pixels
@@ -57,6 +58,8 @@ class DecodedImage:
     exif_orientation: int | None
     exif: bytes | None
     icc: bytes | None
+    xmp: bytes | None
+    dpi: tuple[float, float] | None
     warnings: tuple[str, ...] = ()
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, JpegImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 from pipeline import decoding
 from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
@@ -162,6 +162,82 @@ def test_colour_profile_is_carried(name):
     for format in ("same", "png", "jpeg", "webp"):
         encoded = encode(decoded, decoded.pixels, format=format, quality=95)
         assert Image.open(io.BytesIO(encoded.data)).info["icc_profile"] == SRGB
+
+
+def xmp(orientation):
+    """As editors write it: as an attribute, or as an element."""
+    return (
+        f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{orientation}" xmp:Rating="4">'
+        f"<tiff:Orientation>{orientation}</tiff:Orientation>caf\u00e9</rdf:Description></x:xmpmeta>"
+    ).encode()
+
+
+def with_xmp(name, orientation, **options):
+    match name:
+        case "PNG":
+            chunks = PngImagePlugin.PngInfo()
+            chunks.add_itxt("XML:com.adobe.xmp", xmp(orientation).decode())
+            options["pnginfo"] = chunks
+        case "TIFF":
+            options["exif"] = options.get("exif", Image.Exif())
+            options["exif"][700] = xmp(orientation)
+            options["exif"] = options["exif"].tobytes()
+        case _:
+            options["xmp"] = xmp(orientation)
+    return file_bytes(Image.fromarray(picture()), name, **options)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("exif", [False, True])
+def test_xmp_is_carried_and_says_upright(name, exif):
+    options = {"exif": Image.Exif()} if exif else {}
+    if exif:
+        options["exif"][DESCRIPTION] = "beside it"
+    decoded = read(with_xmp(name, 1, **options))
+    for format in ("same", "png", "jpeg", "webp"):
+        written = Image.open(io.BytesIO(encode(decoded, decoded.pixels, format=format, quality=95).data))
+        written.load()
+        assert written.info["xmp"] == xmp(1)
+        assert (DESCRIPTION in written.getexif()) == exif
+    turned = read(with_xmp(name, 6, **options))
+    encoded = encode(turned, turned.pixels, format="same", quality=95)
+    written = Image.open(io.BytesIO(encoded.data))
+    written.load()
+    assert written.info["xmp"] == xmp(1)
+    assert written.getexif().get(ORIENTATION, 1) == 1
+    assert encoded.warnings == ()
+
+
+def test_xmp_too_large_for_jpeg_is_dropped_with_a_warning():
+    data = file_bytes(Image.fromarray(picture()), "WEBP", xmp=b"<x/>" * 20_000)
+    decoded = read(data)
+    assert "XMP was dropped" in encode(decoded, decoded.pixels, format="jpeg", quality=95).warnings[0]
+    decoded = read(file_bytes(Image.fromarray(picture()), "WEBP", xmp=b"x" * 65_504))
+    assert encode(decoded, decoded.pixels, format="jpeg", quality=95).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "TIFF", "BMP"])
+def test_resolution_is_carried(name):
+    decoded = read(file_bytes(Image.fromarray(picture()), name, dpi=(300, 150)))
+    for format in ("same", "png", "jpeg"):
+        written = Image.open(io.BytesIO(encode(decoded, decoded.pixels, format=format, quality=95).data))
+        assert written.info["dpi"] == pytest.approx((300, 150), abs=0.05)
+
+
+def test_resolution_turns_with_the_picture():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    assert read(file_bytes(Image.fromarray(picture()), "JPEG", exif=exif, dpi=(300, 150))).dpi == (150, 300)
+
+
+@pytest.mark.parametrize("density", [(0, 0), (0, 9)])
+def test_a_resolution_that_cannot_be_is_dropped(density):
+    data = bytearray(file_bytes(Image.fromarray(picture()), "JPEG", dpi=(300, 300)))
+    at = data.index(b"JFIF") + 8
+    data[at : at + 4] = struct.pack(">HH", *density)
+    decoded = read(bytes(data))
+    assert decoded.dpi is None
+    assert encode(decoded, decoded.pixels, format="same", quality=95).warnings == ()
 
 
 def test_damaged_exif_costs_the_exif_and_not_the_picture():
