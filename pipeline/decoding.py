@@ -6,12 +6,13 @@ All functions are pure and may run in many threads at once; Pillow's codecs rele
 import io
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
 from pipeline.records import Stage
@@ -21,6 +22,10 @@ READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 
 Image.MAX_IMAGE_PIXELS = None
 """Pillow's one limit for the whole process; here each call's `max_pixels` decides, before anything is decoded."""
+
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
+PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
+"""Bytes of one text or profile and of all texts in a PNG; Pillow refuses a profile above 1 MiB, which others hold."""
 
 _BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
@@ -42,6 +47,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns an image of each EXIF orientation upright; 1 already is."""
+
+_PNG_BITS = re.compile(r";(\d+)")
+"""Bits per channel in Pillow's name of how a PNG's pixels are stored, for instance `L;4` or `RGB;16B`."""
 
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
 
@@ -67,13 +75,21 @@ _DESCRIPTIVE_TIFF_TAGS = frozenset(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Metadata read before the pixels are."""
+    """How the file stores its pixels."""
 
     bit_depth: int
     greyscale: bool
     white_is_zero: bool
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What the file has beside its pixels."""
+
     orientation: int | None
     exif: bytes | None
+    icc: bytes | None
     xmp: bytes | None
     dpi: tuple[float, float] | None
     warnings: tuple[str, ...]
@@ -113,10 +129,14 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
             )
         # Codecs raise nearly any exception on bytes that are not what they should be.
         try:
-            layout = _read_layout(image)
+            layout = _read_layout(image, data)
+            # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
+            if image.format != "TIFF":
+                image.load()
+            metadata = _read_metadata(image)
             image.load()
             _check_end(data, _format_name(image))
-            decoded = _to_decoded(image, layout)
+            decoded = _to_decoded(image, layout, metadata)
         except (ImageFault, MemoryError):
             raise
         except Exception as error:
@@ -178,14 +198,17 @@ def _check_end(data: bytes, name: str) -> None:
     """Refuses a PNG or JPEG file whose end was never written: its decoder takes the zeros there for pixels."""
     if name == "PNG":
         _check_png_data(data)
-    elif name == "JPEG" and data.endswith(bytes(16)):
-        scan = 2
-        while data[scan : scan + 1] == b"\xff" and data[scan + 1] != 0xDA:
-            scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
-        if data.find(b"\xff\xd9", scan) < 0:
-            raise _fault(
-                "truncated", f"the JPEG file ends in {len(data) - len(data.rstrip(bytes(1)))} zeros, unfinished"
-            )
+    elif name == "JPEG" and data.endswith(bytes(16)) and data.find(b"\xff\xd9", _first_scan(data)) < 0:
+        raise _fault("truncated", f"the JPEG file ends in {len(data) - len(data.rstrip(bytes(1)))} zeros, unfinished")
+
+
+def _first_scan(data: bytes) -> int:
+    """Where a JPEG's pixels begin, behind segments that may hold a whole JPEG as a thumbnail."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        is_fill = data[at + 1 : at + 2] == b"\xff"  # any number of them may stand before a marker
+        at += 1 if is_fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at
 
 
 def _check_png_data(data: bytes) -> None:
@@ -224,41 +247,106 @@ def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
     return _fault("unreadable", f"the {name} file is damaged and cannot be decoded: {error or type(error).__name__}")
 
 
-# Metadata
+# Layout and metadata
 
 
-def _read_layout(image: Image.Image) -> _Layout:
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(ExifTags.Base.BitsPerSample)
-    raw_mode = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""  # type: ignore[attr-defined]
-    if bits:
-        bit_depth = int(bits[0] if isinstance(bits, tuple) else bits)
-    elif ";16" in raw_mode or image.mode.startswith("I"):
-        bit_depth = 16
-    else:
-        bit_depth = {"1": 1, "F": 32}.get(image.mode, 8)
+def _read_layout(image: Image.Image, data: bytes) -> _Layout:
+    """How the file stores its pixels; for an image that is not loaded yet, since Pillow forgets it then."""
+    bit_depth = _bit_depth(image)
     deep_mode = image.mode.startswith(("I", "F"))
-    greyscale = deep_mode or image.mode in ("1", "L", "LA", "La") or raw_mode.startswith("LA")
+    grey_mode = deep_mode or image.mode in ("1", "L", "LA", "La")
     notes = []
     if bit_depth > 8 and not deep_mode:
         notes.append(f"{bit_depth} bits per channel were read as 8: more are kept in plain greyscale only")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    frames = _count_frames(image, data)
+    if frames is None:
+        notes.append("the pages behind the first could not be read")
+    elif frames > 1:
         notes.append(f"first of {frames} frames")
+    return _Layout(
+        bit_depth=bit_depth,
+        greyscale=grey_mode or str(_storage(image)).startswith("LA"),  # Pillow's mode is RGBA at 16 bits
+        white_is_zero=_tiff_tags(image).get(ExifTags.Base.PhotometricInterpretation) == 0,
+        warnings=tuple(notes),
+    )
+
+
+def _bit_depth(image: Image.Image) -> int:
+    """Bits per channel in the file; 16 for each PGM beyond eight bits, since Pillow widens it."""
+    stated = _tiff_tags(image).get(ExifTags.Base.BitsPerSample)
+    if stated:
+        return int(stated[0] if isinstance(stated, tuple) else stated)
+    if image.mode.startswith("I"):
+        return 16
+    match image.format, _storage(image):
+        case "PPM", (_, int(maximum)):
+            return maximum.bit_length()
+        case "PNG", str(storage) if bits := _PNG_BITS.search(storage):
+            return int(bits[1])
+    return {"1": 1, "F": 32}.get(image.mode, 8)
+
+
+def _storage(image: Image.Image) -> object:
+    """What Pillow tells its codec of how the pixels are stored, if anything."""
+    tiles = getattr(image, "tile", [])
+    return tiles[0].args if tiles else None
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    return cast(Mapping[int, Any], getattr(image, "tag_v2", {}))
+
+
+def _count_frames(image: Image.Image, data: bytes) -> int | None:
+    """Frames or pages; None if a TIFF's pointer to a further page is bad."""
+    if image.format != "TIFF":
+        return int(getattr(image, "n_frames", 1))
+    # An opening of its own: a bad pointer leaves Pillow with the tags of neither page.
+    with _open(io.BytesIO(data), data[:16]) as pages:
+        try:
+            return int(getattr(pages, "n_frames", 1))
+        except MemoryError:
+            raise
+        except Exception:
+            return None
+
+
+def _read_metadata(image: Image.Image) -> _Metadata:
+    notes = []
+    for key, name in (("xmp", "XMP"), ("icc_profile", "the colour profile")):
+        if not isinstance(image.info.get(key, b""), bytes):
+            # Pillow looks for an orientation in XMP as well, and would fail here.
+            del image.info[key]
+            notes.append(f"{name} could not be read and was dropped")
     orientation, exif = None, None
     try:
-        orientation, exif = _upright_exif(image)
+        orientation = _stated_orientation(image.getexif())
+        exif = _upright_exif(image)
     except Exception:
         # Cameras and editors write all kinds of EXIF; the picture counts for more.
         notes.append("EXIF could not be read and was dropped")
-    white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
-    xmp, dpi = image.info.get("xmp"), _upright_dpi(image, orientation)
-    xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) and xmp else None
-    return _Layout(bit_depth, greyscale, white_is_zero, orientation, exif, xmp, dpi, tuple(notes))
+    xmp = image.info.get("xmp") or None
+    if xmp and b"HasExtendedXMP" in xmp:
+        notes.append("extended XMP was dropped")
+    return _Metadata(
+        orientation=orientation,
+        exif=exif,
+        icc=image.info.get("icc_profile") or None,
+        xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if xmp else None,
+        dpi=_upright_dpi(image, orientation),
+        warnings=tuple(notes),
+    )
+
+
+def _stated_orientation(exif: Image.Exif) -> int | None:
+    """The orientation (1..8) as stored."""
+    value = exif.get(ExifTags.Base.Orientation)
+    return value if isinstance(value, int) and 1 <= value <= 8 else None
 
 
 def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, float] | None:
     """Pixels per inch across and down the upright image; None if the file says nothing that could be."""
+    if image.format == "TIFF" and not {ExifTags.Base.XResolution, ExifTags.Base.YResolution} <= set(_tiff_tags(image)):
+        return None  # where Pillow says 1
     try:
         across, down = (float(value) for value in image.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -268,27 +356,23 @@ def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, fl
     return (down, across) if orientation is not None and orientation >= 5 else (across, down)
 
 
-def _upright_exif(image: Image.Image) -> tuple[int | None, bytes | None]:
-    """The orientation (1..8) as stored, and the EXIF with its orientation set to 1.
-
-    EXIF of an image that is already upright is kept byte by byte.
-    """
+def _upright_exif(image: Image.Image) -> bytes | None:
+    """The EXIF with its orientation set to 1; that of an image that is already upright byte by byte."""
     exif = image.getexif()
     value = exif.get(ExifTags.Base.Orientation)
-    orientation = value if isinstance(value, int) and 1 <= value <= 8 else None
     if image.format == "TIFF":
         for tag in set(exif) - _DESCRIPTIVE_TIFF_TAGS:
             del exif[tag]
     elif value in (None, 1):
-        return orientation, _prefixed(image.info.get("exif"))
+        return _prefixed(image.info.get("exif"))
     if not exif:
-        return orientation, None
+        return None
     exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
     kept = Image.Exif()
     kept.load(exif.tobytes())
     if value is not None:
         kept[ExifTags.Base.Orientation] = 1
-    return orientation, kept.tobytes()
+    return kept.tobytes()
 
 
 def _prefixed(exif: bytes | None) -> bytes | None:
@@ -301,15 +385,15 @@ def _prefixed(exif: bytes | None) -> bytes | None:
 # Pixels
 
 
-def _to_decoded(image: Image.Image, layout: _Layout) -> DecodedImage:
+def _to_decoded(image: Image.Image, layout: _Layout, metadata: _Metadata) -> DecodedImage:
     """Turns a loaded Pillow image upright and into arrays."""
     mode, source_format = image.mode, _format_name(image)
-    notes = list(layout.warnings)
-    icc = cast(bytes | None, image.info.get("icc_profile")) or None
+    notes = [*layout.warnings, *metadata.warnings]
+    icc = metadata.icc
     transparent = image.info.get("transparency")
     # Pillow turns TIFF upright while it loads; every other format is left to its reader.
-    if layout.orientation in _UPRIGHT and source_format != "TIFF":
-        image = image.transpose(_UPRIGHT[layout.orientation])
+    if metadata.orientation in _UPRIGHT and source_format != "TIFF":
+        image = image.transpose(_UPRIGHT[metadata.orientation])
     greyscale = layout.greyscale
     pixels: Pixels
     alpha: Pixels | None = None
@@ -324,6 +408,7 @@ def _to_decoded(image: Image.Image, layout: _Layout) -> DecodedImage:
         if mode in ("CMYK", "LAB"):
             icc = None
         if image.has_transparency_data:
+            _scale_transparent_colour(image, layout.bit_depth)
             colour_alpha = np.asarray(image.convert("RGBA"))
             pixels, alpha = colour_alpha[:, :, :3].copy(), colour_alpha[:, :, 3].copy()
         else:
@@ -337,13 +422,25 @@ def _to_decoded(image: Image.Image, layout: _Layout) -> DecodedImage:
         source_format=source_format,
         mode=mode,
         bit_depth=layout.bit_depth,
-        exif_orientation=layout.orientation,
-        exif=layout.exif,
+        exif_orientation=metadata.orientation,
+        exif=metadata.exif,
         icc=icc,
-        xmp=layout.xmp,
-        dpi=layout.dpi,
+        xmp=metadata.xmp,
+        dpi=metadata.dpi,
         warnings=tuple(notes),
     )
+
+
+def _scale_transparent_colour(image: Image.Image, bit_depth: int) -> None:
+    """Brings a PNG's transparent colour, which Pillow leaves in the depth of the file, to the eight bits of the pixels.
+
+    Of sixteen bits per channel, all colours that are the same in eight become transparent.
+    """
+    match image.mode, image.info.get("transparency"):
+        case "L", int(level) if bit_depth < 8:
+            image.info["transparency"] = level * 255 // (2**bit_depth - 1)
+        case "RGB", (int(), int(), int()) as colour if bit_depth == 16:
+            image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -126,6 +126,8 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
         if source.xmp is not None:
             if name == "JPEG" and len(source.xmp) > _JPEG_XMP_BYTES:
                 notes.append("XMP was dropped: it is larger than JPEG can hold")
+            elif name == "PNG" and not _is_utf8(source.xmp):
+                notes.append("XMP was dropped: it is not UTF-8, as PNG holds it")
             else:
                 options |= _xmp_option(name, source.xmp, source.exif)
     if source.dpi is not None:
@@ -133,11 +135,19 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
     return options
 
 
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _xmp_option(name: str, xmp: bytes, exif: bytes | None) -> dict[str, object]:
     match name:
         case "PNG":
             chunks = PngImagePlugin.PngInfo()
-            chunks.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
+            chunks.add_itxt("XML:com.adobe.xmp", xmp)
             return {"pnginfo": chunks}
         case "TIFF":
             both = Image.Exif()

@@ -47,10 +47,17 @@ def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def raw_png(width, height, *, bit_depth, color_type, rows):
+def raw_png(width, height, *, bit_depth, color_type, rows, before=b"", behind=b""):
+    """`before` and `behind` are chunks around the pixels."""
     header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+    chunks = png_chunk(b"IHDR", header) + before + png_chunk(b"IDAT", data) + behind + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def with_segment(jpeg, kind, body):
+    """A JPEG with one more segment in front."""
+    return jpeg[:2] + b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
 
 
 GREY = picture(channels=1)
@@ -89,7 +96,8 @@ def test_pixels_are_those_that_pillow_converts(mode, name):
         np.testing.assert_array_equal(decoded.pixels, np.asarray(image.convert("RGB")))
     assert decoded.greyscale == (mode in ("1", "L", "LA", "I;16"))
     assert (decoded.alpha is not None) == (mode in ("LA", "RGBA"))
-    assert decoded.bit_depth == {"1": 1, "I;16": 16}.get(mode, 8)
+    # Pillow writes a palette of 16 colours in 4 bits, as PNG only.
+    assert decoded.bit_depth == {("P", "PNG"): 4}.get((mode, name), {"1": 1, "I;16": 16}.get(mode, 8))
 
 
 @pytest.mark.parametrize("format", ["same", "png"])
@@ -156,12 +164,84 @@ def test_every_orientation_gives_the_same_upright_picture(name, orientation):
             assert written.getexif().get_ifd(0x8769).get(0x9003) == "2026:01:02 03:04:05"
 
 
+@pytest.mark.parametrize(
+    "unexpected",
+    [
+        pytest.param(struct.pack(">HHI4s", 0x128, 2, 2, b"2\0\0\0"), id="ResolutionUnit as text"),
+        pytest.param(struct.pack(">HHI4s", 0x11A, 2, 3, b"72\0\0"), id="XResolution as text"),
+        pytest.param(struct.pack(">HHI4s", 0x213, 7, 1, b"\1\0\0\0"), id="YCbCrPositioning of no type"),
+    ],
+)
+def test_orientation_outlives_exif_that_cannot_be_written_again(unexpected):
+    orientation = struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0)
+    jpeg = file_bytes(Image.fromarray(picture()), "JPEG")
+    plain, odd = (
+        with_segment(jpeg, 0xE1, b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + b"".join(tags) + bytes(4))
+        for tags in ([orientation], sorted([orientation, unexpected]))
+    )
+    decoded = read(odd)
+    assert (decoded.exif_orientation, decoded.exif) == (6, None)
+    assert decoded.warnings == ("EXIF could not be read and was dropped",)
+    np.testing.assert_array_equal(decoded.pixels, read(plain).pixels)
+
+
+def test_orientation_of_a_tiff_outlives_exif_that_cannot_be_written_again():
+    upright, artist = picture(), (315, "2I", 1, (3, 7), True)
+    buffer = io.BytesIO()
+    tags = [(ORIENTATION, "H", 1, 6, True), artist]
+    stored = np.ascontiguousarray(np.rot90(upright))
+    tifffile.imwrite(
+        buffer, stored, photometric="rgb", extratags=tags, metadata=None, resolution=(300, 150), resolutionunit="INCH"
+    )
+    decoded = read(buffer.getvalue())
+    assert (decoded.exif_orientation, decoded.exif, decoded.dpi) == (6, None, (150, 300))
+    assert decoded.warnings == ("EXIF could not be read and was dropped",)
+    np.testing.assert_array_equal(decoded.pixels, upright)
+
+
 @pytest.mark.parametrize("name", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_colour_profile_is_carried(name):
     decoded = read(file_bytes(Image.fromarray(picture()), name, icc_profile=SRGB))
     for format in ("same", "png", "jpeg", "webp"):
         encoded = encode(decoded, decoded.pixels, format=format, quality=95)
         assert Image.open(io.BytesIO(encoded.data)).info["icc_profile"] == SRGB
+
+
+def test_a_png_holds_the_largest_profile_that_others_do():
+    profile = np.random.default_rng(0).bytes(1_500_000)
+    decoded = read(file_bytes(Image.fromarray(picture()), "JPEG", icc_profile=profile))
+    assert read(encode(decoded, decoded.pixels, format="png", quality=95).data).icc == profile
+
+
+def png_with_text(*sizes):
+    texts = [png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(size), 1)) for size in sizes]
+    return raw_png(1, 1, bit_depth=8, color_type=0, rows=[b"\x07"], before=b"".join(texts))
+
+
+def test_text_in_a_png_may_be_large_within_bounds():
+    assert read(png_with_text(40 * 2**20, 40 * 2**20)).pixels.max() == 7
+    assert fault_of(png_with_text(64 * 2**20 + 1)).error_class == "unreadable"
+
+
+@pytest.mark.parametrize("name", ["TIFF", "PNG", "JPEG"])
+def test_a_colour_profile_that_is_none_is_dropped_with_a_warning(name):
+    match name:
+        case "TIFF":
+            buffer = io.BytesIO()
+            tags = [(34675, "H", 4, (1, 2, 3, 4), True)]
+            tifffile.imwrite(buffer, picture(), photometric="rgb", extratags=tags, metadata=None)
+            data = buffer.getvalue()
+        case "PNG":
+            chunk = png_chunk(b"iCCP", b"ICC\0\0not deflated")
+            data = raw_png(1, 1, bit_depth=8, color_type=0, rows=[b"\x07"], before=chunk)
+        case "JPEG":
+            fragment = b"ICC_PROFILE\0\x01\x02" + SRGB  # the first of two
+            data = with_segment(file_bytes(Image.fromarray(picture()), "JPEG"), 0xE2, fragment)
+    decoded = read(data)
+    assert decoded.icc is None
+    assert decoded.warnings == ("the colour profile could not be read and was dropped",)
+    for format in ("same", "png", "jpeg", "webp"):
+        assert encode(decoded, decoded.pixels, format=format, quality=95).data
 
 
 def xmp(orientation):
@@ -216,6 +296,56 @@ def test_xmp_too_large_for_jpeg_is_dropped_with_a_warning():
     assert encode(decoded, decoded.pixels, format="jpeg", quality=95).warnings == ()
 
 
+def test_xmp_that_is_not_utf8_is_kept_as_it_is_or_dropped_with_a_warning():
+    packet = "<x>caf\u00e9</x>".encode("latin-1")
+    decoded = read(file_bytes(Image.fromarray(picture()), "JPEG", xmp=packet))
+    encoded = encode(decoded, decoded.pixels, format="png", quality=95)
+    assert encoded.warnings == ("XMP was dropped: it is not UTF-8, as PNG holds it",)
+    assert read(encoded.data).xmp is None
+    for format in ("same", "webp"):
+        encoded = encode(decoded, decoded.pixels, format=format, quality=95)
+        assert (read(encoded.data).xmp, encoded.warnings) == (packet, ())
+
+
+def test_extended_xmp_is_dropped_with_a_warning():
+    packet = b"<rdf:Description xmpNote:HasExtendedXMP='00'/>"
+    extension = b"http://ns.adobe.com/xmp/extension/\0" + b"0" * 32 + struct.pack(">II", 100, 0) + b"e" * 100
+    data = with_segment(file_bytes(Image.fromarray(picture()), "JPEG", xmp=packet), 0xE1, extension)
+    decoded = read(data)
+    assert (decoded.xmp, decoded.warnings) == (packet, ("extended XMP was dropped",))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_xmp_behind_the_pixels_of_a_png_is_kept(orientation):
+    exif = Image.Exif()
+    exif[DESCRIPTION] = "before them"
+    data = raw_png(
+        2,
+        1,
+        bit_depth=8,
+        color_type=0,
+        rows=[b"\x01\x02"],
+        before=png_chunk(b"eXIf", exif.tobytes()[6:]),
+        behind=png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(orientation)),
+    )
+    decoded = read(data)
+    assert (decoded.xmp, decoded.warnings) == (xmp(1), ())
+    assert b"before them" in decoded.exif
+    assert (decoded.height, decoded.width) == ((1, 2) if orientation == 1 else (2, 1))
+
+
+@pytest.mark.parametrize("kind", [2, 6])
+def test_xmp_of_an_unexpected_type_costs_a_tiff_nothing_else(kind):
+    buffer = io.BytesIO()
+    packet = b'<rdf:Description tiff:Orientation="6"/>'
+    tags = [(700, kind, len(packet), packet, True)]
+    tifffile.imwrite(buffer, picture(), photometric="rgb", extratags=tags, metadata=None, description="kept")
+    decoded = read(buffer.getvalue())
+    assert (decoded.xmp, decoded.warnings) == (None, ("XMP could not be read and was dropped",))
+    assert b"kept" in decoded.exif
+    np.testing.assert_array_equal(decoded.pixels, picture())
+
+
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "TIFF", "BMP"])
 def test_resolution_is_carried(name):
     decoded = read(file_bytes(Image.fromarray(picture()), name, dpi=(300, 150)))
@@ -228,6 +358,14 @@ def test_resolution_turns_with_the_picture():
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     assert read(file_bytes(Image.fromarray(picture()), "JPEG", exif=exif, dpi=(300, 150))).dpi == (150, 300)
+
+
+def test_a_tiff_that_states_no_resolution_has_none():
+    decoded = read(file_bytes(Image.fromarray(picture()), "TIFF"))
+    assert decoded.dpi is None
+    for format in ("png", "jpeg"):
+        written = Image.open(io.BytesIO(encode(decoded, decoded.pixels, format=format, quality=95).data))
+        assert "dpi" not in written.info
 
 
 @pytest.mark.parametrize("density", [(0, 0), (0, 9)])
@@ -295,6 +433,23 @@ def test_transparent_colour_of_a_png_becomes_alpha(mode):
     assert decoded.alpha.max() == np.iinfo(decoded.alpha.dtype).max
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparent_grey_of_a_png_of_few_bits_becomes_alpha(bits):
+    levels = [0, 2**bits - 1, 1]
+    row = int("".join(f"{level:0{bits}b}" for level in levels).ljust(24, "0"), 2).to_bytes(3, "big")
+    trns = png_chunk(b"tRNS", struct.pack(">H", 2**bits - 1))
+    decoded = read(raw_png(3, 1, bit_depth=bits, color_type=0, rows=[row[: (3 * bits + 7) // 8]], before=trns))
+    assert decoded.bit_depth == bits
+    assert decoded.alpha.tolist() == [[255, 0, 0 if bits == 1 else 255]]
+
+
+def test_transparent_colour_of_sixteen_bits_becomes_alpha():
+    colours = np.array([[0x1234, 0x5678, 0x9ABC], [0x1034, 0x5078, 0x90BC], [0x3434, 0x7878, 0xBCBC]], dtype=">u2")
+    trns = png_chunk(b"tRNS", colours[0].tobytes())
+    decoded = read(raw_png(3, 1, bit_depth=16, color_type=2, rows=[colours.tobytes()], before=trns))
+    assert decoded.alpha.tolist() == [[0, 255, 255]]
+
+
 def test_grey_palette_stays_greyscale_and_colour_palette_does_not():
     grey = Image.fromarray(GREY).convert("P")
     decoded = read(file_bytes(grey, "PNG"))
@@ -353,6 +508,30 @@ def test_sixteen_bit_colour_is_read_as_eight_and_says_so(color_type, channels):
     np.testing.assert_array_equal(decoded.pixels[:, :, 0], high[:, :, 0])
 
 
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+@pytest.mark.parametrize(("maximum", "bits"), [(65535, 16), (1023, 10)])
+def test_ppm_of_more_than_eight_bits_is_read_as_eight_and_says_so(kind, maximum, bits):
+    values = np.random.default_rng(3).integers(0, maximum + 1, (4, 5, 3))
+    body = values.astype(">u2").tobytes() if kind == "P6" else " ".join(map(str, values.ravel())).encode()
+    decoded = read(f"{kind} 5 4 {maximum}\n".encode() + body)
+    assert decoded.bit_depth == bits
+    assert f"{bits} bits per channel were read as 8" in decoded.warnings[0]
+    np.testing.assert_allclose(decoded.pixels, values * (255 / maximum), atol=0.51)
+
+
+@pytest.mark.parametrize(("maximum", "bits"), [(255, 8), (65535, 16)])
+def test_depth_of_greyscale_ppm_is_kept(maximum, bits):
+    decoded = read(f"P5 1 1 {maximum}\n".encode() + bytes([7] * (bits // 8)))
+    assert (decoded.bit_depth, decoded.warnings) == (bits, ())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_depth_of_a_png_palette_is_that_of_the_file(bits):
+    data = file_bytes(Image.fromarray(picture()).quantize(2**bits), "PNG")
+    decoded = read(data)
+    assert (data[24], decoded.bit_depth, decoded.warnings) == (bits, bits, ())
+
+
 def test_floating_point_greyscale_in_the_unit_range_becomes_sixteen_bits():
     values = (GREY / 255).astype(np.float32)
     decoded = read(file_bytes(Image.fromarray(values), "TIFF"))
@@ -375,6 +554,24 @@ def test_first_frame_of_several_with_a_warning():
         decoded = read(file_bytes(frames[0], name, save_all=True, append_images=frames[1:], **options))
         np.testing.assert_array_equal(decoded.pixels, picture(seed=0))
         assert decoded.warnings == ("first of 3 frames",)
+
+
+@pytest.mark.parametrize("pointer", [99_999_999, 2**32 - 1, 20, 1])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_with_a_bad_pointer_to_the_next_page_is_read(pointer, compression):
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[DESCRIPTION] = 6, "the first page"
+    image = Image.fromarray(picture())
+    data = bytearray(file_bytes(image, "TIFF", exif=exif, dpi=(300, 150), compression=compression))
+    whole = read(bytes(data))
+    directory = int.from_bytes(data[4:8], "little")
+    at = directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], "little")
+    assert data[at : at + 4] == bytes(4)
+    data[at : at + 4] = pointer.to_bytes(4, "little")
+    decoded = read(bytes(data))
+    assert decoded.warnings == ("the pages behind the first could not be read",)
+    assert_same_image(decoded, whole)
+    assert (decoded.exif, decoded.dpi) == (whole.exif, whole.dpi)
 
 
 def test_gif_content_is_written_as_png_with_a_warning():
@@ -562,6 +759,14 @@ def test_a_file_whose_end_was_never_written_is_a_fault(name):
 def test_zeros_behind_a_jpeg_are_no_fault():
     data = file_bytes(Image.fromarray(picture(10, 20)), "JPEG")
     assert read(data + bytes(100)).pixels.shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize("fill", [1, 3])
+def test_fill_bytes_before_a_marker_are_no_fault(fill):
+    data = with_segment(file_bytes(Image.fromarray(picture(60, 80)), "JPEG"), 0xE5, b"a thumbnail's end: \xff\xd9")
+    data = data[:2] + b"\xff" * fill + data[2:]
+    assert read(data + bytes(100)).pixels.shape == (60, 80, 3)
+    assert fault_of(data[: len(data) // 2] + bytes(len(data) // 2)).error_class == "truncated"
 
 
 @settings(max_examples=150, deadline=None)
