@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from jobs.errors import UsageError
 from jobs.runner import RunError
 
 START_TRIES = 3
+ANSWER_WITHIN_S = 10.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Only rows cross it."""
 
@@ -68,8 +71,10 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         start_local(cpus=max(os.cpu_count() or 1, threads))
     else:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            _check_answers(address)
+            with _nothing_to_import():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
     try:
         yield
@@ -77,19 +82,34 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_answers(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT: Ray would try for a quarter of an hour, deaf to signals."""
+    if place := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address):
+        socket.create_connection((place[1], int(place[2])), timeout=ANSWER_WITHIN_S).close()
+
+
+def _nothing_to_import() -> chdir[str]:
+    """An empty-handed working directory: Ray has workers import from the driver's before anything installed.
+
+    A folder there named `models`, as many repositories have one, would be taken for this project's package.
+    """
+    return chdir(os.sep)
+
+
 def start_local(*, cpus: int) -> None:
     """Starts a cluster of this one machine and connects to it; raises RunError when Ray does not come up."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     for attempt in range(1, START_TRIES + 1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
+            with _nothing_to_import():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
             return
         except Exception as error:
             # Ray gives its processes 15 s to start, fixed (ray-project/ray#65983): on a busy machine that may be

@@ -1,6 +1,7 @@
 """What many tests share: tiny weights, planned runs, and one Ray cluster for the whole session."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,20 @@ def make_run(tmp_path: Path, tiny_weights: TinyWeights) -> Callable[..., TinyRun
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """The one cluster of the test session, with room for two workers."""
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The one cluster of the test session, with room for two workers.
+
+    It is started where every package of the project has a namesake, which no worker may import.
+    """
     import ray
 
     from jobs.ray_cluster import start_local
 
-    start_local(cpus=2)
+    elsewhere = tmp_path_factory.mktemp("repository")
+    for name in ("models", "classifier", "pipeline", "jobs"):
+        (elsewhere / name).mkdir()
+        (elsewhere / name / "__init__.py").write_text("raise ImportError('a package of the working directory')\n")
+    with chdir(elsewhere):
+        start_local(cpus=2)
     yield
     ray.shutdown()

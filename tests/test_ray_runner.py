@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from jobs import ray_runner
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.local import LocalRunner
-from jobs.ray_cluster import Needs, measure_room
+from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
 from jobs.runner import RunError, RunInterruptedError
@@ -182,6 +183,16 @@ def test_a_death_with_its_machine_is_told_from_one_alone(monkeypatch: pytest.Mon
     assert not ray_runner._node_is_gone(alone, ActorDiedError())
     assert ray_runner._node_is_gone(with_machine, ActorDiedError())
     assert ray_runner._node_is_gone(alone, RayActorError(preempted=True))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
+def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at .*:"), connected(f"{host}:{port}", threads=1):
+        pass
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
