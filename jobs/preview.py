@@ -1,5 +1,6 @@
 """What would become of one photograph."""
 
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.restore import load_networks
 from jobs.sheets import side_by_side
+from jobs.terminal import harmless
 from pipeline.images import ImageFault, decode, to_uint8
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
@@ -22,7 +24,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
 
     Raises `UsageError` if the image cannot be read, weights are at fault, or the picture would overwrite another one.
     """
-    if picture.resolve() == image.resolve():
+    if os.path.realpath(picture) == os.path.realpath(image):
         raise UsageError(f"--picture {picture} is the image itself; choose another name")
     if picture.suffix.lower() not in IMAGE_EXTENSIONS:
         raise UsageError(f"--picture {picture}: give a name that ends in {', '.join(sorted(IMAGE_EXTENSIONS))}")
@@ -59,4 +61,4 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
         cells.append((f"kept as it is: {decision.status}", shown))
     picture.parent.mkdir(parents=True, exist_ok=True)
     side_by_side([cells], cell_px=800).save(picture)
-    console.print(f"picture: {picture}", markup=False, soft_wrap=True)
+    console.print(f"picture: {harmless(str(picture))}", markup=False, soft_wrap=True)

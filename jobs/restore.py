@@ -21,6 +21,7 @@ import torch
 from classifier import CLIP_PREFIX, classifier_sha256, load_classifier
 from classifier.base import Classifier
 from classifier.errors import ClassifierWeightsError
+from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
@@ -28,13 +29,14 @@ from jobs.runner import Runner
 from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from models.precision import fastest_dtype
+from models.registry import list_models
 from pipeline.outputs import ReferenceIndex, reserved_names
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import Outcome, Status
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
-from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, read_manifest
+from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest
 from pipeline.source import Listing, SourceError, list_source
 
 OnOutcomes = Callable[[list[Outcome]], None]
@@ -121,7 +123,9 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
                 + "\n  ".join(differences)
                 + "\nUse another OUT, or the options of the first call to go on with that run."
             )
-    elif job is None and out.exists() and any(path for path in out.iterdir() if path.name != directory.lock_path.name):
+    elif (
+        job is None and out.exists() and any(p for p in out.iterdir() if p != directory.lock_path and not is_partial(p))
+    ):
         raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")
     if job is not None and job["source_root"] != str(src.resolve()):
         raise UsageError(f"{out} holds a run over {job['source_root']}, not {src.resolve()}; use another OUT")
@@ -208,6 +212,7 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
     """Creates OUT, if it is in a fit place, and holds it against a second driver."""
     _check_places(src, out)
     directory = RunDirectory(out)
+    made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with directory.lock_path.open("w") as lock:
         try:
@@ -220,7 +225,8 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
             if not directory.job_path.exists():  # nothing was started: leave nothing behind
                 directory.lock_path.unlink()
                 with suppress(OSError):
-                    out.rmdir()
+                    for path in made:
+                        path.rmdir()
 
 
 def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
@@ -297,14 +303,16 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
 
 
 def _absolute(name_or_path: str) -> str:
-    """A path must mean the same in a worker's working directory; a name stays a name."""
+    """A path must mean the same in a worker's working directory; a name stays one, whatever lies in this directory."""
+    if name_or_path in {*shipped_names(), *(spec.name for spec in list_models())}:
+        return name_or_path
     prefix = CLIP_PREFIX if name_or_path.startswith(CLIP_PREFIX) else ""
     path = Path(name_or_path.removeprefix(prefix))
     return f"{prefix}{path.resolve()}" if path.is_file() else name_or_path
 
 
 def _check_places(src: Path, out: Path) -> None:
-    source, target = src.resolve(), out.resolve()
+    source, target = (Path(os.path.realpath(path)) for path in (src, out))  # `resolve` raises for a loop of links
     if target == source or source in target.parents:
         raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
     if target in source.parents:
@@ -329,8 +337,8 @@ def _read_job(directory: RunDirectory) -> dict[str, Any] | None:
         return None
     try:
         job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8", errors="surrogateescape"))
-        if not {"config", "source_root", "run_id"} <= job.keys():
-            raise ValueError("it lacks config, source_root or run_id")
+        if not isinstance(job, dict) or not {"config", "config_digest", "source_root", "run_id"} <= job.keys():
+            raise ValueError("it lacks config, config_digest, source_root or run_id")
     except ValueError as error:
         raise UsageError(f"{directory.job_path} is not a job of dfpir: {error}") from error
     return job

@@ -18,6 +18,11 @@ from pipeline.records import ImageRef, Outcome, Stage, Status, printable
 FULL_OR_READ_ONLY = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 
 
+FIGURES_OF_RESULT = frozenset(
+    {"psnr_db", "ssim", "change_rmse_255", "clipped_fraction", "suspicious", "clean_probability_after"}
+)
+
+
 class SourceGoneError(Exception):
     """The folder of all source images cannot be reached any more."""
 
@@ -76,8 +81,10 @@ class Item:
         self.facts[name] = self.facts.get(name, 0.0) + milliseconds
 
     def fail(self, stage: Stage, error: Exception) -> None:
-        """Turns an exception into the row's fault."""
+        """Turns an exception into the row's fault; figures of a result that nobody gets go."""
         self.status = Status.FAILED
+        for name in FIGURES_OF_RESULT & self.facts.keys():
+            del self.facts[name]
         if isinstance(error, ImageFault):
             stage, error_class, message = error.stage, error.error_class, str(error)
         elif is_out_of_memory(error):

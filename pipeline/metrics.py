@@ -13,6 +13,8 @@ from pipeline.images import Pixels
 PSNR_CAP_DB = 100.0
 """Stands for the infinite PSNR of equal images, so that means stay finite."""
 SSIM_WINDOW_PX = 11
+_SSIM_BAND_PIXELS = 2**20
+"""Windows that are compared at once: scikit-image takes some 80 bytes for each."""
 
 
 def psnr_db(image: Pixels, reference: Pixels) -> float:
@@ -39,17 +41,22 @@ def ssim(image: Pixels, reference: Pixels) -> float | None:
     if min(image.shape[:2]) < SSIM_WINDOW_PX:
         return None
     scale = np.float32(np.iinfo(image.dtype).max)
-    return float(
-        structural_similarity(  # type: ignore[no-untyped-call]  # scikit-image leaves it untyped
-            image.astype(np.float32) / scale,
-            reference.astype(np.float32) / scale,
+    height, width = image.shape[:2]
+    rows, band = height - SSIM_WINDOW_PX + 1, max(1, _SSIM_BAND_PIXELS // width)
+    total = 0.0
+    for first in range(0, rows, band):
+        count = min(band, rows - first)
+        part = slice(first, first + count + SSIM_WINDOW_PX - 1)
+        total += count * structural_similarity(  # type: ignore[no-untyped-call]  # scikit-image leaves it untyped
+            image[part].astype(np.float32) / scale,
+            reference[part].astype(np.float32) / scale,
             channel_axis=2,
             gaussian_weights=True,
             sigma=1.5,
             use_sample_covariance=False,
             data_range=1.0,
         )
-    )
+    return float(total / rows)
 
 
 def change_rmse_255(before: Pixels, after: Pixels) -> float:

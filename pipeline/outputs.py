@@ -58,7 +58,9 @@ def restored_name(
 
 def reserved_names(planned: pa.ChunkedArray) -> frozenset[str]:
     """Planned names that `restored_name` could give to another planned image's result: `a.jpg.png` beside `a.jpg`."""
-    named = planned.filter(pc.match_substring_regex(planned, r"\.[^/]*\.[^./]*$"))
+    # Nearly always two extensions are needed, which few names have.
+    bare = pc.any(pc.match_substring_regex(planned, r"(^|/)[^./]*$")).as_py()
+    named = planned.filter(pc.match_substring_regex(planned, r"[^/]\.[^./]*$" if bare else r"\.[^/]*\.[^./]*$"))
     beside = [pc.replace_substring_regex(named, r"\.[^./]*$", "")]
     while pc.any(pc.ends_with(beside[-1], _BETWEEN)).as_py():
         beside.append(pc.replace_substring_regex(beside[-1], f"{re.escape(_BETWEEN)}$", ""))

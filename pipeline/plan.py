@@ -5,7 +5,6 @@ Each call that finds something new adds one file, `OUT/plan/<generation>.parquet
 
 import os
 import secrets
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +132,13 @@ def update_plan(
         kept = pc.or_(pa.array(np.arange(listed.num_rows) < limit), pc.is_valid(where))
         listed, where = listed.filter(kept), where.filter(kept)
     new = _with_revision(_where(listed, pc.is_null(where)), 0)
+    if new.num_rows and planned.num_rows:
+        names = planned["relative_path"]
+        if len(both := names.filter(pc.is_in(names, new["relative_path"].combine_chunks()))):
+            raise PlanError(
+                f"{both[0]} is the name of two images once bytes that are not UTF-8 are written out, and one has been "
+                "planned before; rename the other, or use another OUT"
+            )
     known, before = pc.indices_nonzero(pc.is_valid(where)), where.drop_null()
 
     def differing(name: str) -> pa.ChunkedArray:
@@ -196,7 +202,7 @@ def _read_plan(run_dir: Path | str) -> pa.Table:
     tables = [PLAN_SCHEMA.empty_table()]
     for path in _generations(Path(run_dir) / "plan"):
         try:
-            with pq.ParquetFile(path) as file:
+            with path.open("rb") as data, pq.ParquetFile(data) as file:  # pyarrow takes no path that is not UTF-8
                 table = file.read().replace_schema_metadata(None)
         except (pa.ArrowInvalid, OSError) as error:
             raise PlanError(f"{path} cannot be read as a plan ({error}); start again with a new OUT") from error
@@ -237,14 +243,12 @@ BYTES_PER_PIXEL = {"JPEG": 0.7, "PNG": 1.9, "WEBP": 0.5, "TIFF": 2.0, "BMP": 3.0
 class Estimate:
     """What a run is likely to take, extrapolated from the headers of `sampled` of its `images`.
 
-    `formats` counts the readable ones of the sample. `seconds` is None without a known speed.
+    `seconds` is None without a known speed.
     """
 
     images: int
     sampled: int
     unreadable: int
-    formats: dict[str, int]
-    megapixels_mean: float
     megapixels: float
     output_bytes: int
     seconds: float | None
@@ -276,9 +280,11 @@ def estimate(
     rng = np.random.default_rng(seed)
     sampled = min(sample_images, len(uris))
     for index in sorted(rng.choice(len(uris), size=sampled, replace=False)):
+        path = local_path(uris[index].as_py())
         try:
-            with local_path(uris[index].as_py()).open("rb") as file:
-                headers.append(read_header(file))
+            if path.is_file():  # a named pipe would have no end
+                with path.open("rb") as file:
+                    headers.append(read_header(file))
         except (ImageFault, OSError):
             continue
     scale = len(uris) / sampled if sampled else 0.0
@@ -292,8 +298,6 @@ def estimate(
         images=len(uris),
         sampled=sampled,
         unreadable=sampled - len(headers),
-        formats=dict(Counter(header.format for header in headers).most_common()),
-        megapixels_mean=sum(megapixels) / len(headers) if headers else 0.0,
         megapixels=total,
         output_bytes=round(written * scale),
         seconds=total / megapixels_per_s if megapixels_per_s else None,

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -168,9 +169,10 @@ class RunDirectory:
         for lock in sorted(self.journal_dir.glob("*.lock")):
             with self.shard_lock(lock.stem, wait_s=wait_s):
                 pass
-        stale = [path for folder in (self.images_dir, self.manifest_dir, self.plan_dir, self.journal_dir)
+        found = [path for folder in (self.images_dir, self.manifest_dir, self.plan_dir, self.journal_dir)
                  for path in folder.rglob(f".*{PARTIAL_SUFFIX}")]  # fmt: skip
-        stale += self.root.glob(f".*{PARTIAL_SUFFIX}")
+        found += self.root.glob(f".*{PARTIAL_SUFFIX}")
+        stale = [path for path in found if is_partial(path)]
         for path in stale:
             path.unlink(missing_ok=True)
         return len(stale)
@@ -243,7 +245,7 @@ def _read_parts(parts: Sequence[Path], columns: list[str]) -> pa.Table:
 
 def _read_part(path: Path, columns: list[str]) -> pa.Table:
     try:
-        with pq.ParquetFile(path) as part:
+        with path.open("rb") as data, pq.ParquetFile(data) as part:  # pyarrow takes no path that is not UTF-8
             schema = part.schema_arrow.remove_metadata()
             if not schema.equals(MANIFEST_SCHEMA):
                 differing = [f.name for f in MANIFEST_SCHEMA if f.name not in schema.names or schema.field(f.name) != f]
@@ -258,6 +260,12 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
             f"{path} cannot be read as a manifest part ({error}). Restore it from a copy, "
             "or remove it: its images are then done again."
         ) from error
+
+
+def is_partial(path: Path) -> bool:
+    """Whether an interrupted write has left this: an image may have a name that ends like such a file's."""
+    named = re.fullmatch(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL_SUFFIX), path.name, re.DOTALL)
+    return named is not None and not path.is_dir()
 
 
 def _temporary_name(path: Path) -> Path:

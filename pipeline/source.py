@@ -40,6 +40,9 @@ _Row = tuple[str, str, str, int, int | None]
 
 _ROWS_AT_ONCE = 50_000
 
+_EARLIEST, _LATEST = -62_135_596_800_000_000, 253_402_300_799_999_999
+"""Microseconds since 1970 of the years 1 to 9999, beyond which Python knows no dates but file systems do."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -81,10 +84,11 @@ def list_source(src: Path) -> Listing:
 def _list_folder(src: Path) -> Listing:
     """Candidates are regular files, and links to them, with a known extension, in the order of their paths.
 
-    Hidden files and folders count like any other. Links to folders are not followed, which also rules out loops. A
-    broken link, and a file that cannot be examined, stays a candidate of 0 bytes without a time: it ends as a `failed`
-    row. All other entries that are not folders count as ignored. A name that is not UTF-8 gets a relative path in
-    which each byte at fault is written `%XX`; its id is of the true name.
+    Hidden files and folders count like any other, but for the `._NAME` that macOS puts beside NAME. Links to folders
+    are not followed, which also rules out loops. A broken link, and a file that cannot be examined, stays a candidate
+    of 0 bytes without a time: it ends as a `failed` row. All other entries that are not folders count as ignored. A
+    name that is not UTF-8 gets a relative path in which each byte at fault is written `%XX`; its id is of the true
+    name.
     """
     root = os.fspath(src.resolve())
     prefix = os.path.join(root, "")
@@ -95,7 +99,7 @@ def _list_folder(src: Path) -> Listing:
     def candidates() -> Iterator[_Row]:
         nonlocal ignored
         for entry in _walk(root, unreadable):
-            if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
+            if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS or _is_companion(entry):
                 ignored += 1
                 continue
             try:
@@ -126,6 +130,11 @@ def _list_folder(src: Path) -> Listing:
     return Listing(table, ignored, skipped)
 
 
+def _is_companion(entry: "os.DirEntry[str]") -> bool:
+    """Whether this holds what macOS knows of a file beside it, on disks that cannot hold that otherwise."""
+    return entry.name.startswith("._") and os.path.lexists(entry.path[: -len(entry.name)] + entry.name[2:])
+
+
 def _with_rewritten(table: pa.Table, rewritten: list[_Row]) -> pa.Table:
     """Adds names that are not UTF-8; one that reads like another file's name gets part of its id."""
     names = Counter(row[1] for row in rewritten)
@@ -148,6 +157,7 @@ def _read_list(src: Path) -> Listing:
     """
     root = os.fspath(src.resolve().parent)
     prefix = os.path.join(root, "")
+    as_given = os.path.join(os.path.abspath(src.parent), "")
     names = 0
 
     def candidates() -> Iterator[_Row]:
@@ -156,7 +166,12 @@ def _read_list(src: Path) -> Listing:
             names += 1
             if "\0" in name:
                 raise SourceError(f"list {src} has a path with a NUL in it", hint="is it UTF-16? save it as UTF-8")
-            path = os.path.normpath(os.path.join(root, name))
+            path = os.path.join(root, name)
+            if ".." in name.split("/"):  # behind a link it leads to where the link's target lies
+                path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+            path = os.path.normpath(path)
+            if path.startswith(as_given):  # by way of a link
+                path = prefix + path[len(as_given) :]
             try:
                 status = os.stat(path)
             except OSError:
@@ -174,12 +189,13 @@ def _read_list(src: Path) -> Listing:
         raise SourceError(f"list {src} names no file", hint="expected one path per line, or a column `path`")
     if len(files := first_rows(table["uri"])) < table.num_rows:
         table = table.take(pa.array(files))
-    if len(results := first_rows(table["image_id"])) < table.num_rows:
+    results = min((first_rows(table[name]) for name in ("image_id", "relative_path")), key=len)
+    if len(results) < table.num_rows:
         clash = np.setdiff1d(np.arange(table.num_rows), results)[0]
-        both = table.filter(pc.equal(table["image_id"], table["image_id"][clash]))["uri"].to_pylist()
+        both = table.filter(pc.equal(table["relative_path"], table["relative_path"][clash]))["uri"].to_pylist()
         raise SourceError(
             f"list {src} names two files whose results would have one name: {' and '.join(both)}",
-            hint="put the list into a folder above both",
+            hint="put the list into a folder above both, or rename one",
         )
     return Listing(table, names - table.num_rows)
 
@@ -198,7 +214,7 @@ def _names_in(src: Path) -> Iterator[str]:
             for batch in reader:
                 yield from filter(None, batch["path"].to_pylist())
         return
-    with pq.ParquetFile(src) as file:
+    with src.open("rb") as data, pq.ParquetFile(data) as file:  # pyarrow takes no path that is not UTF-8
         if "path" not in file.schema_arrow.names:
             raise KeyError(f"its columns are {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["path"]):
@@ -210,7 +226,8 @@ def _row(true_name: str, path: str, status: os.stat_result | None) -> _Row:
     uri = "file://" + quote_from_bytes(os.fsencode(path))
     if status is None or not stat.S_ISREG(status.st_mode):
         return image_id(true_name), printable(true_name), uri, 0, None
-    return image_id(true_name), printable(true_name), uri, status.st_size, status.st_mtime_ns // 1000
+    modified = min(max(status.st_mtime_ns // 1000, _EARLIEST), _LATEST)
+    return image_id(true_name), printable(true_name), uri, status.st_size, modified
 
 
 def _to_table(rows: Iterator[_Row]) -> pa.Table:

@@ -49,10 +49,16 @@ def load(item: Item, config: RunConfig, *, source_root: str) -> None:
 
 def measure_input(item: Item, references: ReferenceIndex | None, config: RunConfig) -> None:
     """Holds the input against its reference, if there is one of the same size."""
-    match = references.find(item.ref.relative_path) if references is not None else None
-    if match is None or item.has_failed:
+    if references is None or item.has_failed:
         return
     with item.stage(Stage.MEASURE):
+        try:
+            match = references.find(item.ref.relative_path)
+        except OSError as error:
+            item.warnings.append(f"not measured: references cannot be listed ({error.strerror})")
+            return
+        if match is None:
+            return
         if match.others:
             names = ", ".join(path.name for path in match.others)
             item.warnings.append(f"several references match: {match.path.name} was taken, not {names}")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.config import RestoreOptions
+from jobs.restore import _absolute
 from jobs.terminal import harmless
 from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
@@ -429,6 +430,46 @@ def test_a_result_stays_when_its_photograph_leaves_and_another_could_have_its_na
     }  # fmt: skip
     for row in rows.values():
         assert hashlib.sha256((out / row["output_uri"]).read_bytes()).hexdigest() == row["output_sha256"]
+
+
+def test_a_folder_that_was_there_before_wrong_usage_stays_and_others_go(tmp_path: Path) -> None:
+    there, new = tmp_path / "there", tmp_path / "new" / "deep"
+    there.mkdir()
+    for out in (there, new):
+        assert invoke("restore", tmp_path / "nowhere", out)[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_kill_before_a_run_began_leaves_a_folder_that_can_be_used(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".dfpir.lock").touch()
+    (out / ".job.json.0123456789abcdef.partial").touch()
+    assert restore(photographs, out, weights, "--label", "rain")[0] == 0
+    assert not list(out.glob("*.partial")) + list(out.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_loop_of_links_is_told_of(photographs: Path, tmp_path: Path, place: int) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    arguments = ["restore", photographs, tmp_path / "out"]
+    arguments[place] = tmp_path / "loop"
+    code, _, stderr = invoke(*arguments)
+    assert code == 2
+    assert "loop" in stderr
+
+
+def test_a_file_of_a_models_name_does_not_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dfpir-compact", "degradation-small", "mine"):
+        Path(name).touch()
+    assert [_absolute(name) for name in ("dfpir-compact", "degradation-small")] == [
+        "dfpir-compact",
+        "degradation-small",
+    ]
+    assert _absolute("mine") == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("place", [1, 2])

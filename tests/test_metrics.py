@@ -9,6 +9,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from pipeline import metrics
 from pipeline.metrics import PSNR_CAP_DB, change_rmse_255, clipped_fraction, psnr_db, ssim
 
 
@@ -61,6 +62,14 @@ def test_ssim_of_images_without_room_for_a_window_is_none(height, width):
     one, two = random_pair(height, width, 0)
     assert ssim(one, two) is None
     assert psnr_db(one, two) > 0
+
+
+def test_ssim_in_bands_is_that_of_the_whole(monkeypatch):
+    one, two = random_pair(47, 30, 0)
+    whole = ssim(one, two)
+    for rows in (1, 7, 36, 37):
+        monkeypatch.setattr(metrics, "_SSIM_BAND_PIXELS", rows * 30)
+        assert ssim(one, two) == pytest.approx(whole, abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", [psnr_db, ssim, change_rmse_255])

@@ -96,7 +96,7 @@ def test_references_of_one_beginning_are_told_apart(tmp_path):
     assert index.find("a.tif").others == ()
 
 
-def test_names_that_a_result_could_have_arereserved_names() -> None:
+def test_names_that_a_result_could_have_are_reserved() -> None:
     planned = [
         "a.jpg",
         "a.jpg.png",
@@ -110,3 +110,4 @@ def test_names_that_a_result_could_have_arereserved_names() -> None:
     wanted = {"a.jpg.png", "x.restored.restored.png", "y.restored.png"}
     assert reserved_names(pa.chunked_array([planned[:3], planned[3:]])) == wanted
     assert reserved_names(pa.chunked_array([[]], pa.string())) == frozenset()
+    assert reserved_names(pa.chunked_array([["deep/a", "deep/a.png", "b.png"]])) == {"deep/a.png"}

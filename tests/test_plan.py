@@ -169,14 +169,29 @@ def test_estimate_adds_up_what_headers_say(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     found = estimate(list_source(tmp_path).table["uri"], megapixels_per_s=0.5)
     assert (found.images, found.sampled, found.unreadable) == (6, 6, 1)
-    assert found.formats == {"PNG": 4, "JPEG": 1}
     assert found.unreadable_fraction == pytest.approx(1 / 6)
-    assert found.megapixels_mean == pytest.approx(0.2)
     assert found.megapixels == pytest.approx(1.0)
     assert found.seconds == pytest.approx(2.0)
     smaller = estimate(list_source(tmp_path).table["uri"], megapixels_per_s=None, output_format="webp")
     assert smaller.seconds is None
     assert 0 < smaller.output_bytes < found.output_bytes
+
+
+def test_an_estimate_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "list.txt").write_text("pipe.png\n")
+    found = estimate(list_source(tmp_path / "list.txt").table["uri"], megapixels_per_s=None)
+    assert (found.sampled, found.unreadable) == (1, 1)
+
+
+def test_a_new_file_that_reads_like_a_planned_one_is_refused(tmp_path):
+    def named(identity):
+        return ImageRef(identity, "a%FF.jpg", "file:///src/a", 1000, NOON)
+
+    update_plan(tmp_path, listing(named("0" * 32), ref("b.jpg")))
+    with pytest.raises(PlanError, match=r"a%FF\.jpg is the name of two images"):
+        update_plan(tmp_path, listing(named("0" * 32), named("1" * 32)))
+    assert load_plan(tmp_path).image_count == 2
 
 
 def test_estimate_extrapolates_from_a_seeded_sample(tmp_path):

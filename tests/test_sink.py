@@ -146,6 +146,20 @@ def test_a_half_written_part_is_not_read_and_is_removed(directory: RunDirectory)
     assert names(directory.images_dir) == ["deep/a.png"]
 
 
+def test_what_only_looks_half_written_stays(directory: RunDirectory) -> None:
+    directory.write_image(".foo.partial", b"x")
+    directory.write_image(".cache.partial/a.png", b"x")
+    directory.write_image(".cache.0123456789abcdef.partial/a.png", b"x")
+    assert directory.remove_partials() == 0
+    assert len(names(directory.images_dir)) == 3
+
+
+def test_a_folder_whose_name_is_no_text_holds_a_run(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / os.fsdecode(b"o\xff"))
+    directory.commit_part("s1", [row("a")])
+    assert read_manifest(directory.root).num_rows == 1
+
+
 def test_a_damaged_part_is_named(directory: RunDirectory) -> None:
     part = directory.commit_part("s1", [row("a")])
     part.write_bytes(part.read_bytes()[:-10])

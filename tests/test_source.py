@@ -1,12 +1,13 @@
 """What counts as an image of a source, and what becomes of odd files."""
 
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import source
 from pipeline.images import ImageFault
 from pipeline.records import Stage, image_id
 from pipeline.source import SourceError, fetch, list_source, local_path
@@ -177,6 +178,41 @@ def test_a_list_names_files_wherever_they_are(tmp_path, suffix):
         with pytest.raises(ImageFault) as caught:
             fetch(listing.images[index])
         assert caught.value.error_class == fault
+
+
+def test_a_list_may_name_files_by_way_of_a_link(tmp_path):
+    """`find $PWD` under a linked home says the link's path; behind a link, `..` is where the target lies."""
+    fill(tmp_path, "real/photos/a.png", "real/x.png", "x.png")
+    (tmp_path / "home").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "far").symlink_to(tmp_path / "real" / "photos")
+    path = tmp_path / "home" / "list.txt"
+    path.write_text(f"{tmp_path}/home/photos/a.png\nphotos/a.png\n{tmp_path}/home/far/../x.png\nphotos/b..png\n")
+    listing = list_source(path)
+    assert paths(listing) == ["photos/a.png", "x.png", "photos/b..png"]
+    assert fetch(listing.images[1]) == b"real/x.png"
+    assert listing.ignored == 1
+
+
+def test_a_list_may_not_name_two_files_that_read_alike(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"caf%E9.png\ncaf\xe9.png\n")
+    with pytest.raises(SourceError, match=r"two files whose results would have one name: .*caf%25E9.*caf%E9"):
+        list_source(tmp_path / "list.txt")
+
+
+def test_companions_of_macos_are_ignored(tmp_path):
+    fill(tmp_path, "a.png", "._a.png", "deep/._b.jpg")
+    listing = list_source(tmp_path)
+    assert paths(listing) == ["a.png", "deep/._b.jpg"]
+    assert listing.ignored == 1
+
+
+def test_a_time_that_python_has_no_date_for_is_cut(tmp_path, monkeypatch):
+    fill(tmp_path, "a.png")
+    monkeypatch.setattr(source, "_LATEST", 1_000_000)
+    assert list_source(tmp_path).images[0].modified == datetime.fromtimestamp(1, UTC)
+    monkeypatch.undo()
+    for limit, year in ((source._EARLIEST, 1), (source._LATEST, 9999)):
+        assert (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=limit)).year == year
 
 
 def test_a_listed_pipe_is_a_fault_and_is_not_waited_for(tmp_path):

@@ -268,6 +268,31 @@ def test_references_are_measured_before_and_after(tmp_path: Path) -> None:
     assert rows["alone.png"]["reference_uri"] is None
 
 
+def test_a_failed_image_has_no_figures_of_a_result(tmp_path: Path) -> None:
+    source, references = tmp_path / "src", tmp_path / "ref"
+    marked(source / "rain.png", red(Degradation.RAIN))
+    references.mkdir()
+    Image.new("RGB", (16, 16), (138, 138, 138)).save(references / "rain.png")
+    run = plan(tmp_path, reference=str(references))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAULT, "raise:before-rename:rain.png")
+        row = work(run)["rain.png"]
+    assert (row["status"], row["stage"]) == ("failed", "write")
+    assert row["psnr_input_db"] is not None
+    figures = ("psnr_db", "ssim", "change_rmse_255", "clipped_fraction", "suspicious", "clean_probability_after")
+    assert [row[name] for name in figures] == [None] * 6
+
+
+def test_references_that_cannot_be_listed_cost_the_figures_alone(tmp_path: Path) -> None:
+    source, references = tmp_path / "src", tmp_path / "ref"
+    marked(source / "deep" / "rain.png", red(Degradation.RAIN))
+    references.mkdir()
+    (references / "deep").symlink_to("deep")  # a loop
+    row = work(plan(tmp_path, reference=str(references)))["deep/rain.png"]
+    assert (row["status"], row["psnr_db"]) == ("restored", None)
+    assert any("references cannot be listed" in warning for warning in row["warnings"])
+
+
 def test_a_file_that_changed_since_the_plan_is_done_with_a_warning(tmp_path: Path) -> None:
     marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
     run = plan(tmp_path)
