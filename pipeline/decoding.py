@@ -53,6 +53,9 @@ _PNG_BITS = re.compile(r";(\d+)")
 
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
 
+_XMP_OF_MORE = re.compile(rb"Container:Directory|:MicroVideo|:MotionPhoto|hdrgm:")
+"""Of motion photos and Ultra HDR, whose further parts are not kept."""
+
 _MOST_DPI = 65_535
 """That JPEG holds."""
 
@@ -325,7 +328,10 @@ def _read_metadata(image: Image.Image) -> _Metadata:
         # Cameras and editors write all kinds of EXIF; the picture counts for more.
         notes.append("EXIF could not be read and was dropped")
     xmp = image.info.get("xmp") or None
-    if xmp and b"HasExtendedXMP" in xmp:
+    if xmp and _XMP_OF_MORE.search(xmp):
+        notes.append("XMP was dropped: it speaks of a video or gain map behind the picture")
+        xmp = None
+    elif xmp and b"HasExtendedXMP" in xmp:
         notes.append("extended XMP was dropped")
     return _Metadata(
         orientation=orientation,
@@ -357,14 +363,14 @@ def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, fl
 
 
 def _upright_exif(image: Image.Image) -> bytes | None:
-    """The EXIF with its orientation set to 1; that of an image that is already upright byte by byte."""
+    """The EXIF with its orientation set to 1 and no thumbnail; else that of an upright image byte by byte."""
     exif = image.getexif()
     value = exif.get(ExifTags.Base.Orientation)
     if image.format == "TIFF":
         for tag in set(exif) - _DESCRIPTIVE_TIFF_TAGS:
             del exif[tag]
     elif value in (None, 1):
-        return _prefixed(image.info.get("exif"))
+        return _without_thumbnail(_prefixed(image.info.get("exif")))
     if not exif:
         return None
     exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
@@ -373,6 +379,22 @@ def _upright_exif(image: Image.Image) -> bytes | None:
     if value is not None:
         kept[ExifTags.Base.Orientation] = 1
     return kept.tobytes()
+
+
+def _without_thumbnail(exif: bytes | None) -> bytes | None:
+    """EXIF that ends its list of pictures after the first; the thumbnail would show the photograph unrestored.
+
+    Nothing moves, since makers' notes may hold offsets of their own.
+    """
+    if exif is None:
+        return None
+    tiff = bytearray(exif.removeprefix(b"Exif\0\0"))
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
+    first = int.from_bytes(tiff[4:8], order)
+    following = first + 2 + 12 * int.from_bytes(tiff[first : first + 2], order)
+    if following + 4 <= len(tiff):
+        tiff[following : following + 4] = bytes(4)
+    return b"Exif\0\0" + bytes(tiff)
 
 
 def _prefixed(exif: bytes | None) -> bytes | None:

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 from pipeline import decoding
 from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
@@ -286,6 +286,35 @@ def test_xmp_is_carried_and_says_upright(name, exif):
     assert written.info["xmp"] == xmp(1)
     assert written.getexif().get(ORIENTATION, 1) == 1
     assert encoded.warnings == ()
+
+
+def test_xmp_of_a_motion_photo_is_dropped_with_a_warning():
+    said = xmp(1).replace(b"xmp:Rating", b'GCamera:MotionPhoto="1" xmp:Rating')
+    decoded = read(file_bytes(Image.fromarray(picture()), "JPEG", xmp=said))
+    assert decoded.xmp is None
+    assert decoded.warnings == ("XMP was dropped: it speaks of a video or gain map behind the picture",)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_thumbnail_of_the_unrestored_photograph_is_left_out(order):
+    """Everything else of an upright photograph's EXIF stays in its place, to the byte."""
+    small = file_bytes(Image.new("RGB", (16, 16)), "JPEG")
+
+    def directory(following, *entries):
+        packed = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in entries)
+        return struct.pack(order + "H", len(entries)) + packed + struct.pack(order + "I", following)
+
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8)
+    behind = 8 + 2 + 12 + 4 + 2 + 24 + 4
+    first = directory(26, (0x0100, 17))
+    tiff = start + first + directory(0, (0x0201, behind), (0x0202, len(small))) + small
+    source = file_bytes(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0" + tiff)
+    assert Image.open(io.BytesIO(source)).getexif().get_ifd(ExifTags.IFD.IFD1)
+    decoded = read(source)
+    written = Image.open(io.BytesIO(encode(decoded, decoded.pixels, format="same", quality=95).data))
+    assert written.getexif().get_ifd(ExifTags.IFD.IFD1) == {}
+    assert written.getexif()[0x0100] == 17
+    assert written.info["exif"] == b"Exif\0\0" + start + directory(0, (0x0100, 17)) + tiff[26:]
 
 
 def test_xmp_too_large_for_jpeg_is_dropped_with_a_warning():
