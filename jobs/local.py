@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +14,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.runner import Assignment, Dispatcher, OnOutcomes, RunInterruptedError, log_to, note_traceback
+from jobs.runner import STOP_GRACE_S, Assignment, Dispatcher, OnOutcomes, RunInterruptedError, log_to, note_traceback
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
 POLL_S = 0.5
-STOP_GRACE_S = 300.0
-"""How long workers may take to finish and commit what they have in hand once the run is to end."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -177,10 +176,9 @@ def _wind_up(children: dict[int, _Child], dispatcher: Dispatcher, request: StopR
     for child in children.values():
         if child.assignment is not None:
             child.stop()
-    left_s = STOP_GRACE_S
-    while _busy(children) and left_s > 0:
+    deadline = time.monotonic() + STOP_GRACE_S
+    while _busy(children) and time.monotonic() < deadline:
         _step(children, dispatcher, give=False)
-        left_s -= POLL_S
     assert request.signal_number is not None
     raise RunInterruptedError(request.signal_number)
 

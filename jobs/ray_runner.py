@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayError
 
 from jobs.ray_cluster import Needs, all_nodes, connected, measure_room
 from jobs.runner import (
+    STOP_GRACE_S,
     Assignment,
     Dispatcher,
     OnOutcomes,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from pipeline.worker import Worker
 
 POLL_S = 1.0
-STOP_GRACE_S = 300.0
-"""How long workers may take to finish and commit what they have in hand once the run is to end."""
 PENDING_WARNING_S = 60.0
 
 _log = logging.getLogger(__name__)

@@ -22,6 +22,9 @@ START_DEATHS_ALLOWED = 3
 FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
 
+STOP_GRACE_S = 300.0
+"""How long workers may take to finish and commit what they have in hand once the run is to end."""
+
 OnOutcomes = Callable[[list[Outcome]], None]
 
 
