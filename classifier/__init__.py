@@ -5,28 +5,46 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from classifier.base import Classifier, Prediction
+from classifier.errors import ClassifierWeightsError
+from classifier.labels import LABELS, Degradation
+
 if TYPE_CHECKING:
     import torch
 
-    from classifier.base import Classifier
-
-__all__ = ["CLIP_PREFIX", "classifier_sha256", "load_classifier"]
+__all__ = [
+    "CLIP_PREFIX",
+    "LABELS",
+    "Classifier",
+    "ClassifierWeightsError",
+    "Degradation",
+    "Prediction",
+    "classifier_sha256",
+    "load_classifier",
+]
 
 CLIP_PREFIX = "clip:"
 """Before the path of CLIP weights, where a classifier is named."""
 
 
 def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Classifier:
-    """The classifier of a shipped name, of a weights file, or CLIP zero-shot by `clip:PATH`; nothing is downloaded.
+    """A classifier of H x W x 3 uint8 RGB images; nothing is downloaded.
 
-    Its backbones run in `dtype`, which is float32 if not given.
     Networks' libraries are imported on the first call, so that labels and limits stay cheap to import.
+
+    Args:
+        name_or_path: a shipped name, a weights file, or `clip:PATH` of CLIP weights for zero-shot.
+        device: `cpu`, `cuda` or one CUDA device.
+        dtype: of the backbones; float32 if not given.
 
     Raises:
         ClassifierWeightsError: the file is not there, is none that can be used, or is damaged.
+        ValueError: CUDA asked for where there is none.
     """
     import torch
 
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("CUDA was asked for, but torch finds no CUDA device here; use device='cpu'")
     dtype = dtype or torch.float32
     if isinstance(name_or_path, str) and name_or_path.startswith(CLIP_PREFIX):
         from classifier.clip_classifier import ClipClassifier

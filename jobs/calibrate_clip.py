@@ -20,9 +20,12 @@ from torch import Tensor
 
 from classifier.calibration import calibration_error, fit_thresholds, prior_weights, probabilities
 from classifier.clip_classifier import ClipCalibration, ClipClassifier
+from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from jobs.classifier_samples import as_filed, draw_damaged
+from jobs.errors import UsageError
 from jobs.training_data import Photographs
+from jobs.training_loop import told_plainly
 
 FloatArray = NDArray[np.float64]
 
@@ -86,12 +89,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=2800)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
-    uncalibrated = ClipCalibration(architecture=arguments.architecture)
-    classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=arguments.device)
-    photographs = Photographs.clean(arguments.photographs, validation=None)
-    found = calibrate(classifier, photographs, samples=arguments.samples)
-    print(f"wrote {found.write(arguments.weights)}")
-    print(json.dumps(found.quality, indent=2))
+
+    def work() -> None:
+        uncalibrated = ClipCalibration(architecture=arguments.architecture)
+        try:
+            classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=arguments.device)
+        except ClassifierWeightsError as error:
+            raise UsageError(str(error)) from error
+        photographs = Photographs.clean(arguments.photographs, validation=None)
+        found = calibrate(classifier, photographs, samples=arguments.samples)
+        print(json.dumps(found.quality, indent=2))
+        try:
+            path = found.write(arguments.weights)
+        except OSError as error:
+            raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
+        print(f"wrote {path}")
+
+    told_plainly(work)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.terminal import harmless
+
+if TYPE_CHECKING:
+    from jobs.config import RestoreOptions
 
 app = typer.Typer(
     name="dfpir",
@@ -39,7 +43,7 @@ Source = Annotated[
         metavar="SRC",
         parser=_named,
         help="Folder of photographs, searched recursively, or a list of them: .txt with a path per line, .csv or "
-        ".parquet with a column `path`. Never changed.",
+        ".parquet with a column `path`; relative paths start at the list's folder. Never changed.",
     ),
 ]
 Target = Annotated[
@@ -53,16 +57,27 @@ Label = Annotated[
     str | None, typer.Option(help="auto, or the one damage of all images: noise[:SIGMA], rain, haze, blur, lowlight.")
 ]
 Reference = Annotated[
-    Path | None, typer.Option(help="Folder of undamaged originals, matched by relative path without extension.")
+    Path | None,
+    typer.Option(
+        metavar="DIR", parser=_named, help="Folder of undamaged originals, matched by relative path without extension."
+    ),
 ]
 Format = Annotated[str | None, typer.Option(help="Format of restored images: same, png, jpeg or webp; default: same.")]
 Quality = Annotated[int | None, typer.Option(help="JPEG and WebP quality, 1 to 100; default: 95.")]
-Clean = Annotated[str | None, typer.Option(help="Images that are not restored: copy, link or skip; default: copy.")]
+Clean = Annotated[
+    str | None, typer.Option(help="Images that are not restored: copy, link (hard links) or skip; default: copy.")
+]
 Engine = Annotated[str | None, typer.Option(help="ray or local (no Ray at all); default: ray.")]
-Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster; default: one is started here.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Address of a running Ray cluster; default: RAY_ADDRESS, else one is started here."),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; default: auto.")]
-MaxWorkers = Annotated[int | None, typer.Option(help="At most this many workers.")]
+MaxWorkers = Annotated[
+    int | None,
+    typer.Option(help="At most this many workers; default: as many as there is room for, locally one per GPU or one."),
+]
 Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels; default: auto.")]
 MinConfidence = Annotated[
     float | None, typer.Option(help="Abstain below this probability, 0 to 1; default: the classifier's thresholds.")
@@ -70,19 +85,42 @@ MinConfidence = Annotated[
 SecondLook = Annotated[
     bool | None,
     typer.Option(
-        "--second-look/--no-second-look", help="Classify results too: `clean_probability_after`; default: yes."
+        "--second-look/--no-second-look",
+        help="Classify each result again, to fill `clean_probability_after`; default: yes.",
     ),
 ]
 MaxFailedFraction = Annotated[
     float | None,
     typer.Option(help="More failures than this share make the exit code 1; the run never stops for it; default: 0.05."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Of what is not planned yet, only what is among the first N images.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Plan no more than the first N images of SRC; what is planned already stays.")
+]
 RetryFailed = Annotated[
     bool | None, typer.Option("--retry-failed", help="Do images again that failed or were quarantined.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these options.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file with options of `restore`, and max-pixels; what the command line says wins."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dfpir {installed_version('dfpir')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `dfpir` itself."""
 
 
 @contextmanager
@@ -107,6 +145,32 @@ def _faults_explained() -> Iterator[None]:
     text = "\n".join(map(harmless, str(fault).split("\n")))
     messages.print(f"dfpir: {text}", markup=False, soft_wrap=True)
     raise typer.Exit(code) from fault
+
+
+def _read_options(config: Path | None, given: dict[str, Any]) -> "RestoreOptions":
+    """As `jobs.config.read_options`, with the file named where it is at fault and not the command line."""
+    from jobs.config import read_options
+
+    try:
+        return read_options(config, given)
+    except UsageError as error:
+        if config is None or str(config) in str(error):
+            raise
+        read_options(None, given)
+        raise UsageError(f"{config}: {error}") from error
+
+
+@contextmanager
+def _left_as_found(out: Path) -> Iterator[None]:
+    """Removes a folder that was made before wrong usage was found, if it is empty."""
+    was_there = out.exists()
+    try:
+        yield
+    except UsageError:
+        if not was_there:
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 @app.command()
@@ -136,16 +200,16 @@ def restore(
 ) -> None:
     """Restores the photographs in SRC into OUT; the same command again goes on where it stopped.
 
-    Exit code: 0 done, 1 more images failed than allowed, 2 nothing was started.
+    Exit code: 0 done; 1 more images failed than allowed, or the run broke off; 2 wrong use, or a place that cannot be
+    used; 128 + N ended by signal N.
     """
     given = _given(locals())
     with _faults_explained():
         from jobs import display
-        from jobs.config import read_options
         from jobs.progress import ProgressView
         from jobs.restore import make_runner, prepare, run, sole_driver
 
-        options = read_options(config, given)
+        options = _read_options(config, given)
         with sole_driver(src, out):
             job = prepare(src, out, options)
             display.before(messages, job, options)
@@ -187,10 +251,9 @@ def plan(
     given = _given(locals())
     with _faults_explained():
         from jobs import display
-        from jobs.config import read_options
         from jobs.restore import estimate_job, measure_speed, prepare, sole_driver
 
-        options = read_options(config, given)
+        options = _read_options(config, given)
         with sole_driver(src, out):
             job = prepare(src, out, options)
         estimated = estimate_job(job, megapixels_per_s=measure_speed(options))
@@ -218,11 +281,10 @@ def preview(
     """Shows what would become of one photograph: probabilities, the decision and its reason, before and after."""
     given = _given(locals())
     with _faults_explained():
-        from jobs.config import read_options
         from jobs.preview import preview as preview_image
 
         target = picture or Path(f"{image.name}.preview.png")
-        preview_image(image, target, read_options(config, given), console=results)
+        preview_image(image, target, _read_options(config, given), console=results)
 
 
 @app.command()
@@ -297,7 +359,7 @@ def figures(
     dtype: Dtype = None,
 ) -> None:
     """Draws confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after."""
-    with _faults_explained():
+    with _faults_explained(), _left_as_found(out):
         from jobs import figures as drawing
         from jobs.config import read_options
         from jobs.restore import load_networks
@@ -316,10 +378,14 @@ def figures(
 
 train = typer.Typer(help="Trains a restorer or a classifier from a configuration.", no_args_is_help=True)
 app.add_typer(train, name="train")
-TrainingConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]
+RestorerConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]
+ClassifierConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/classifier.toml.")]
 TrainingFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder: checkpoints, logs, samples.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
-Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead; of each worker, if there are several.")]
+Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead.")]
+LoadersOfEach = Annotated[
+    int, typer.Option(help="Processes that make samples ahead; of each worker, if there are several.")
+]
 Compiled = Annotated[
     bool, typer.Option("--compile", help="Faster steps after minutes of compiling; needs a C++ compiler.")
 ]
@@ -328,18 +394,18 @@ MaxMinutes = Annotated[float, typer.Option(help="Stop after so long; the same co
 
 @train.command("restorer")
 def train_restorer(
-    config: TrainingConfig,
+    config: RestorerConfig,
     out: TrainingFolder,
     device: Device = None,
     threads: Threads = 0,
-    loaders: Loaders = 0,
+    loaders: LoadersOfEach = 0,
     compiled: Compiled = False,
     max_minutes: MaxMinutes = math.inf,
     workers: Annotated[int, typer.Option(min=1, help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
     address: Address = None,
 ) -> None:
     """Trains a DFPIR restorer, or goes on with it where the last call stopped."""
-    with _faults_explained():
+    with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.restore import resolve_device
         from jobs.train_restorer import train as run
@@ -360,7 +426,7 @@ def train_restorer(
 
 @train.command("classifier")
 def train_classifier(
-    config: TrainingConfig,
+    config: ClassifierConfig,
     out: TrainingFolder,
     device: Device = None,
     threads: Threads = 0,
@@ -369,7 +435,7 @@ def train_classifier(
     export: Annotated[Path | None, typer.Option(help="Calibrated weights (.safetensors) to write at the end.")] = None,
 ) -> None:
     """Trains a classifier, or goes on with it where the last call stopped."""
-    with _faults_explained():
+    with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.restore import resolve_device
         from jobs.train_classifier import export as write_weights

@@ -6,28 +6,63 @@ Takes the averaged weights and writes a `.safetensors` file and, beside it, the 
 import argparse
 import json
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from jobs.errors import UsageError
 from jobs.train_restorer import prompt_bank
+from jobs.training_loop import told_plainly
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
+from models.errors import WeightsError
 from models.registry import write_card
 from models.weights import save_checkpoint
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes the weights and their card."""
-    state = torch.load(arguments.training / CHECKPOINT, map_location="cpu", weights_only=True)
-    network = DFPIR(DFPIRConfig(**state["config"]["model"]))
-    network.load_state_dict(state["average"])
-    provenance = json.loads(arguments.provenance.read_text(encoding="utf-8"))
+    """Writes the weights and their card; raises UsageError naming the file that cannot be read or written."""
+    provenance = _read_object(arguments.provenance)
+    quality = _read_object(arguments.quality) if arguments.quality else {}
+    network, state = _read_training(arguments.training / CHECKPOINT)
     provenance |= {"steps": int(state["step"]), "training_minutes": round(float(state["seconds"]) / 60, 1)}
-    bank = prompt_bank(state["config"]["prompts"])
-    save_checkpoint(arguments.out, network, bank, licence=arguments.licence, provenance=provenance)
-    quality = json.loads(arguments.quality.read_text(encoding="utf-8")) if arguments.quality else {}
-    card = write_card(arguments.out, description=arguments.description, quality=quality)
+    try:
+        bank = prompt_bank(state["config"]["prompts"])
+        save_checkpoint(arguments.out, network, bank, licence=arguments.licence, provenance=provenance)
+        card = write_card(arguments.out, description=arguments.description, quality=quality)
+    except WeightsError as error:
+        raise UsageError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{arguments.out} and its card cannot be written: {error}") from error
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB) and {card}")
+
+
+def _read_training(path: Path) -> tuple[DFPIR, dict[str, Any]]:
+    """The network with its averaged weights, and all of the checkpoint."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        network = DFPIR(DFPIRConfig(**state["config"]["model"]))
+        network.load_state_dict(state["average"])
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; give the folder of a training") from error
+    except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
+        raise UsageError(f"{path} is no checkpoint of a restorer's training: {shorten(repr(error), 300)}") from error
+    return network, state
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file with an object in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object")
+    return content
 
 
 def main() -> None:
@@ -39,7 +74,8 @@ def main() -> None:
     parser.add_argument("--provenance", type=Path, required=True, help="JSON object: data, hardware, script")
     parser.add_argument("--description", required=True, help="one line")
     parser.add_argument("--quality", type=Path, help="JSON object of measured figures, named after data and unit")
-    export(parser.parse_args())
+    arguments = parser.parse_args()
+    told_plainly(lambda: export(arguments))
 
 
 if __name__ == "__main__":

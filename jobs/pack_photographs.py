@@ -11,6 +11,7 @@ from PIL import Image
 from jobs.datasets import read_rgb
 from jobs.errors import UsageError
 from jobs.training_data import photographs_in
+from jobs.training_loop import told_plainly
 
 QUALITIES = range(95, 49, -5)
 
@@ -36,7 +37,7 @@ def pack(folder: Path, target: Path, *, megabytes: float, longest_px: int) -> in
     it is, so that the same photographs are held out.
 
     Raises:
-        UsageError: there are no photographs, one cannot be read, or they do not fit.
+        UsageError: there are no photographs, one cannot be read, they do not fit, or `target` cannot be written.
     """
     pictures = {path.name: shrunk(path, longest_px) for path in photographs_in([folder], validation=None)}
     if not pictures:
@@ -46,9 +47,12 @@ def pack(folder: Path, target: Path, *, megabytes: float, longest_px: int) -> in
         # A file's entries in a zip file take twice its name and 100 bytes.
         if sum(len(data) + 2 * len(name) + 100 for name, data in files.items()) > megabytes * 1e6:
             continue
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
+        try:
+            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+                for name, data in files.items():
+                    archive.writestr(name, data)
+        except OSError as error:
+            raise UsageError(f"{target} cannot be written: {error.strerror}") from error
         return quality
     raise UsageError(f"{len(pictures)} photographs do not fit into {megabytes} MB; make --longest-px smaller")
 
@@ -61,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=float, default=20.0)
     parser.add_argument("--longest-px", type=int, default=1000, help="larger photographs are shrunk to this")
     arguments = parser.parse_args(argv)
-    quality = pack(arguments.folder, arguments.target, megabytes=arguments.megabytes, longest_px=arguments.longest_px)
-    print(f"{arguments.target}: {arguments.target.stat().st_size / 1e6:.1f} MB, JPEG quality {quality}")
+    target, sizes = arguments.target, {"megabytes": arguments.megabytes, "longest_px": arguments.longest_px}
+
+    def work() -> None:
+        quality = pack(arguments.folder, target, **sizes)
+        print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, JPEG quality {quality}")
+
+    told_plainly(work)
 
 
 if __name__ == "__main__":

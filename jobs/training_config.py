@@ -227,7 +227,10 @@ def read_config(kind: type[Kind], path: Path) -> Kind:
     try:
         table = _read_table(path)
         return typing.cast(Kind, _convert(kind, table, ""))
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+    except OSError as error:
+        extended = f", which {path} extends" if Path(error.filename or path) != path else ""
+        raise ConfigError(f"cannot read {error.filename or path}{extended}: {error.strerror}") from error
+    except (UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -40,7 +40,10 @@ def photographs_in(
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder; paths start at the working directory")
+            raise UsageError(
+                f"{folder} is not a folder; paths start at the working directory, those of data.clean and data.pairs "
+                "in a configuration too"
+            )
     return [
         path
         for folder in folders

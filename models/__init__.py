@@ -1,4 +1,8 @@
-"""DFPIR: the network, its prompts and weights, and the Restorer that runs it."""
+"""DFPIR: the network, its prompts and weights, and the Restorer that runs it.
+
+`load_restorer(name).restore(images, keys)` takes and returns H x W x 3 RGB images of any sizes (uint8, uint16, or
+float32 in [0, 1]), with one key of `restorer.prompts.keys` for each.
+"""
 
 from torch import nn
 
@@ -23,6 +27,9 @@ __all__ = [
 
 def build_model(name: str, **config: object) -> nn.Module:
     """A network with random weights, for training: `build_model("dfpir", dim=24)`.
+
+    Called with images, B x 3 x H x W float32 RGB in [0, 1] with sides that are multiples of `config.size_multiple`, and
+    with embeddings, B x 512 float32, it returns B x 3 x H x W, not clamped.
 
     Args:
         name: `dfpir`, the one architecture there is.

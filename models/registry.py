@@ -18,7 +18,6 @@ from models.errors import WeightsError
 from models.weights import load_checkpoint
 
 SHIPPED_DIR = Path(__file__).parent / "shipped"
-DEFAULT_MODEL = "dfpir-compact"
 
 
 @dataclass(frozen=True)

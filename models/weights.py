@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,12 +179,14 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[-1]
+        # torch's advice around it is to load what the file says without a check.
+        reason = re.search(r"WeightsUnpickler error: (.+?)(\. |$)", str(error), re.MULTILINE)
         raise WeightsError(
-            f"{path} is not a checkpoint that holds tensors only, or is cut short; it was not loaded ({reason})"
+            f"{path} is not a checkpoint that holds tensors only, or is cut short; it was not loaded"
+            + (f" ({reason[1]})" if reason else "")
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is not a PyTorch checkpoint, or is cut short: {error}") from error
+    except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
+        raise WeightsError(f"{path} is not a PyTorch checkpoint, or is cut short: {error!r}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         found = listed(content) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{path}: expected an entry state_dict, as released checkpoints have; found {found}")

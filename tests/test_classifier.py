@@ -344,3 +344,10 @@ def test_bfloat16_moves_probabilities_little():
         assert max(abs(expected[label] - found[label]) for label in LABELS) <= 0.05
     assert rounded.network.crop_backbone.conv1[0].weight.dtype == torch.bfloat16
     assert rounded.network.head[-1].weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["degradation-small", "clip:none.pt"])
+def test_a_gpu_that_is_not_there_is_told_with_advice(name):
+    with pytest.raises(ValueError, match="no CUDA device here; use device='cpu'"):
+        load_classifier(name, device="cuda")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -522,3 +523,47 @@ def test_the_help_tells_the_defaults() -> None:
         option = told.index(f"--{name.replace('_', '-')} ")
         default = RestoreOptions.model_fields[name].default
         assert f"default: {default}." in told[option : told.index(" --", option + 1)], name
+
+
+def test_the_version_is_told() -> None:
+    code, stdout, _ = invoke("--version")
+    assert (code, stdout) == (0, f"dfpir {version('dfpir')}\n")
+
+
+def test_help_names_what_a_classifier_is_trained_from() -> None:
+    _, stdout, _ = invoke("train", "classifier", "--help")
+    assert "configs/classifier.toml" in stdout
+    assert "of each worker" not in stdout
+
+
+def test_a_fault_of_the_options_file_names_it_and_one_of_the_command_line_does_not(
+    photographs: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('label = "fog"\nmax-workers = 0\n')
+    code, _, stderr = invoke("restore", photographs, tmp_path / "out", "--config", file)
+    assert code == 2
+    assert f"{file}: --label fog" in stderr
+    assert "--max-workers 0" in stderr
+    file.write_text('label = "rain"\n')
+    code, _, stderr = invoke("restore", photographs, tmp_path / "out", "--config", file, "--quality", "200")
+    assert code == 2
+    assert "--quality 200" in stderr
+    assert file.name not in stderr
+
+
+def test_wrong_inputs_leave_no_empty_folder_behind(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    config, out = tmp_path / "some.toml", tmp_path / "out"
+    config.write_text(TRAINING.format(folder=tmp_path / "nowhere"))
+    commands = [
+        ("figures", tmp_path / "nowhere", out, *weights),
+        ("train", "restorer", config, out, "--device", "cpu"),
+    ]
+    for command in commands:
+        code, _, stderr = invoke(*command)
+        assert code == 2
+        assert "nowhere is not a folder" in stderr
+        assert not out.exists()
+        out.mkdir()
+        assert invoke(*command)[0] == 2
+        out.rmdir()

@@ -136,3 +136,14 @@ def test_workers_find_weights_by_absolute_paths(tmp_path, monkeypatch):
     assert _absolute("clip:clip.pt") == f"clip:{tmp_path / 'clip.pt'}"
     assert _absolute("clip.pt") == str(tmp_path / "clip.pt")
     assert _absolute("degradation-small") == "degradation-small"
+
+
+def test_calibration_tells_wrong_paths_without_a_traceback(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    settings = ["--architecture", "small-clip", "--device", "cpu"]
+    for arguments, said in (
+        ([tmp_path / "none.pt", tmp_path], "none.pt: no such file"),
+        ([path, tmp_path / "nowhere"], "nowhere is not a folder"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            calibrate_clip.main([*map(str, arguments), *settings])

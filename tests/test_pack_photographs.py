@@ -42,3 +42,13 @@ def test_the_quality_falls_with_the_room_until_there_is_none(folder: Path, tmp_p
         pack(folder, tmp_path / "b.zip", megabytes=0.01, longest_px=330)
     assert not (tmp_path / "b.zip").exists()
     assert pack(folder, tmp_path / "c.zip", megabytes=0.3, longest_px=100) >= 50
+
+
+def test_wrong_paths_are_told_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        ([tmp_path / "none", tmp_path / "a.zip"], "none is not a folder"),
+        ([folder, tmp_path / "none" / "a.zip"], "a.zip cannot be written: No such file"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(list(map(str, arguments)))
+        assert said in str(caught.value)

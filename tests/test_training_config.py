@@ -62,7 +62,7 @@ def test_a_configuration_may_extend_another(tmp_path: Path) -> None:
     assert differences(as_plain(base), as_plain(config)) == [
         "model.kept_fraction: was 0.9, is now 0.5", "seed: was 0, is now 3",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml, which .*some\.toml extends: No such file"):
         read(tmp_path, 'extends = "nowhere.toml"')
 
 
@@ -105,9 +105,10 @@ def test_what_is_wrong_is_said_with_file_and_key(tmp_path: Path, old: str, new: 
     assert "some.toml" in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.toml"):
+def test_a_missing_file_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
         read_config(RestorerTraining, tmp_path / "none.toml")
+    assert str(caught.value) == f"cannot read {tmp_path / 'none.toml'}: No such file or directory"
 
 
 def test_a_stored_configuration_comes_back_with_defaults_for_what_is_new(tmp_path: Path) -> None:
