@@ -1,9 +1,7 @@
 """The shipped classifier's network: a small timm backbone for crops and thumbnail, a spectrum, and one head."""
 
 import copy
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 import timm
 import torch
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from classifier.architecture import Architecture
 from classifier.labels import LABELS
 
 UNSHUFFLE = 2
@@ -21,29 +20,6 @@ RESIDUAL_GAIN = 8.0
 
 FAINTEST_POWER = 0.1
 """Added to a power spectrum of white noise of variance 1 on the 0..255 scale: about that of rounding to levels."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """All that is needed to rebuild the network."""
-
-    backbone: str = "resnet10t"
-    """A timm model of the ResNet family."""
-    stem_width: int = 32
-    crop_channels: tuple[int, ...] = (64, 96, 128, 192)
-    thumbnail_channels: tuple[int, ...] = ()
-    """Of a backbone for thumbnails alone; empty: they go through that of the crops, whose size they must have."""
-    spectrum_channels: tuple[int, ...] = (24, 48, 64, 64)
-    hidden: int = 128
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "crop_channels", tuple(self.crop_channels))
-        object.__setattr__(self, "thumbnail_channels", tuple(self.thumbnail_channels))
-        object.__setattr__(self, "spectrum_channels", tuple(self.spectrum_channels))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The architecture as JSON-ready keyword arguments of `Architecture`."""
-        return asdict(self)
 
 
 class FinestPixels(nn.Module):

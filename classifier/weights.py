@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from classifier.architecture import Architecture
 from classifier.errors import ClassifierWeightsError
 from classifier.files import FORMAT, WeightsFile, read_weights_file
 from classifier.labels import LABELS, Degradation
-from classifier.network import Architecture, DegradationNetwork
+from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
 
 

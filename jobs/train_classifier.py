@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
-from classifier.network import Architecture, DegradationNetwork
+from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
@@ -151,7 +151,10 @@ class Training:
         torch.manual_seed(config.seed)
         out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
-        self.network = DegradationNetwork(Architecture(), crop_px=VIEW.crop_px)
+        try:
+            self.network = DegradationNetwork(config.network, crop_px=VIEW.crop_px)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ConfigError(f"network.backbone {config.network.backbone} is no ResNet of timm: {error}") from error
         if state is not None:
             try:
                 self.network.load_state_dict(state["network"])

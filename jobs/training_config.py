@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from classifier.architecture import Architecture
 from classifier.labels import Degradation
 from jobs.datasets import PARTNERS
 from jobs.errors import UsageError
@@ -169,6 +170,8 @@ class RestorerTraining(TrainingConfig):
 class ClassifierTraining(TrainingConfig):
     """All that decides what a training of the classifier gives; its photographs are clean ones."""
 
+    network: Architecture = field(default_factory=Architecture)
+    """The shape, that of the shipped classifier if not given."""
     batch: int = 48
     pool: int = 16_000
     """Samples kept, in a file of some 140 kB each: synthesis costs more than a training step."""

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import torch
 
+from classifier.architecture import Architecture
 from classifier.labels import LABELS
-from classifier.network import Architecture, DegradationNetwork
+from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import save_classifier
 
-TINY = Architecture(stem_width=8, crop_channels=(8, 8, 8, 8), spectrum_channels=(8, 8), hidden=8)
+TINY = Architecture(
+    stem_width=8, crop_channels=(8, 8, 8, 8), thumbnail_channels=(8, 8, 8, 8), spectrum_channels=(8, 8), hidden=8
+)
 TINY_VIEW = ViewSettings(crop_px=32, crops=2, thumbnail_px=32)
 
 

@@ -13,12 +13,12 @@ from skimage import data
 from synthetic_classifier import TINY, TINY_VIEW, write_tiny_classifier
 
 from classifier import classifier_sha256, load_classifier
+from classifier.architecture import Architecture
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
 from classifier.network import (
     RESIDUAL_GAIN,
-    Architecture,
     DegradationNetwork,
     FinestPixels,
     PowerSpectrum,

@@ -2,6 +2,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(train_classifier, "VIEW", SMALL_VIEW)
-    monkeypatch.setattr(train_classifier, "Architecture", lambda: TINY)
 
 
 def small(folder, **more):
-    options = {"batch": 4, "pool": 12, "first_fill": 8, "fresh": 2, "validation_samples": 42}
+    options = {"batch": 4, "pool": 12, "first_fill": 8, "fresh": 2, "validation_samples": 42, "network": TINY}
     return ClassifierTraining(data=Data(clean=(folder,)), weight_decay=0.02, **(options | more))
 
 
@@ -417,7 +417,9 @@ def test_a_pupil_learns_what_its_teacher_says(folder, tmp_path):
         taught.network.head[-1].bias[LABELS.index(Degradation.RAIN)] += 6
     export(taught, tmp_path / "rain.safetensors")
     options = {"steps": 25, "pool": 8, "fresh": 0, "batch": 8, "learning_rate": 2e-2}
-    pupil = train(small(folder, teacher=tmp_path / "rain.safetensors", **options), tmp_path / "pupil", threads=1)
+    one_backbone = replace(TINY, thumbnail_channels=())
+    config = small(folder, teacher=tmp_path / "rain.safetensors", **(options | {"network": one_backbone}))
+    pupil = train(config, tmp_path / "pupil", threads=1)
     alone = train(small(folder, **options), tmp_path / "alone", threads=1)
     shares = []
     for trained in (pupil, alone):
@@ -425,6 +427,13 @@ def test_a_pupil_learns_what_its_teacher_says(folder, tmp_path):
         shares.append(float(logits.softmax(dim=1)[:, LABELS.index(Degradation.RAIN)].mean()))
     assert shares[0] > 0.6
     assert shares[1] < 0.4
+
+
+@pytest.mark.parametrize("backbone", ["nonsense", "vit_tiny_patch16_224"])
+def test_another_backbone_than_a_resnet_is_refused(folder, tmp_path, backbone):
+    config = small(folder, steps=1, network=replace(TINY, backbone=backbone))
+    with pytest.raises(ConfigError, match=f"backbone {backbone} is no ResNet"):
+        train(config, tmp_path, threads=1)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -1,0 +1,35 @@
+"""The shape of the shipped classifier's network, apart from it: a configuration needs no timm, which takes seconds."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STAGES = 4
+"""Of a ResNet."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that is needed to rebuild the network."""
+
+    backbone: str = "resnet10t"
+    """A timm model of the ResNet family."""
+    stem_width: int = 32
+    crop_channels: tuple[int, ...] = (64, 96, 128, 192)
+    thumbnail_channels: tuple[int, ...] = (32, 64, 96, 128)
+    """Of a backbone for thumbnails alone; empty: they go through that of the crops, whose size they must have."""
+    spectrum_channels: tuple[int, ...] = (24, 48, 64, 64)
+    hidden: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crop_channels", tuple(self.crop_channels))
+        object.__setattr__(self, "thumbnail_channels", tuple(self.thumbnail_channels))
+        object.__setattr__(self, "spectrum_channels", tuple(self.spectrum_channels))
+        if len(self.crop_channels) != STAGES or len(self.thumbnail_channels) not in (0, STAGES):
+            raise ValueError(f"crop_channels are {STAGES}, thumbnail_channels as many or none")
+        channels = (*self.crop_channels, *self.thumbnail_channels, *self.spectrum_channels)
+        if min(self.stem_width, self.hidden, *channels) < 1:
+            raise ValueError("widths are at least 1")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The architecture as JSON-ready keyword arguments of `Architecture`."""
+        return asdict(self)
