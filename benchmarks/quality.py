@@ -81,7 +81,7 @@ def sets(data: Path, work: Path, wanted: list[str]) -> Iterator[Set]:
     for name in ("cbsd68", "urban", "large"):
         if asked(f"clean-{name}"):
             yield Set(f"clean-{name}", data / name, Degradation.CLEAN, None)
-    for folder in sorted((data / "labelled").iterdir()):
+    for folder in sorted((data / "labelled").glob("*")):
         if asked(f"labelled-{folder.name}"):
             yield Set(f"labelled-{folder.name}", folder, Degradation(folder.name), None)
 
@@ -98,9 +98,10 @@ def restore(source: Path, out: Path, *options: str) -> dict[str, dict[str, objec
     return {row["relative_path"]: row for row in rows}
 
 
-def mean(rows: list[dict[str, object]], name: str) -> float | None:
-    """Mean of a column, None if it has no values."""
-    values = [float(row[name]) for row in rows if row[name] is not None]  # type: ignore[arg-type]
+def mean(rows: list[dict[str, object]], name: str, fallback: str) -> float | None:
+    """Mean of a column, with `fallback` where it is empty; None if both are everywhere."""
+    found = (row[fallback] if row[name] is None else row[name] for row in rows)
+    values = [float(value) for value in found if value is not None]  # type: ignore[arg-type]
     return float(np.mean(values)) if values else None
 
 
@@ -117,12 +118,12 @@ def measure(one: Set, work: Path, model: list[str]) -> tuple[dict[str, object], 
         "images": len(blind),
         "label": str(one.label),
         "recognised": right / len(blind),
-        "psnr_input_db": mean(list(blind.values()), "psnr_input_db"),
-        "psnr_db": mean(list(blind.values()), "psnr_db"),
-        "psnr_told_db": mean(list(told.values()), "psnr_db"),
-        "ssim_input": mean(list(blind.values()), "ssim_input"),
-        "ssim": mean(list(blind.values()), "ssim"),
-        "ssim_told": mean(list(told.values()), "ssim"),
+        "psnr_input_db": mean(list(blind.values()), "psnr_input_db", "psnr_input_db"),
+        "psnr_db": mean(list(blind.values()), "psnr_db", "psnr_input_db"),
+        "psnr_told_db": mean(list(told.values()), "psnr_db", "psnr_input_db"),
+        "ssim_input": mean(list(blind.values()), "ssim_input", "ssim_input"),
+        "ssim": mean(list(blind.values()), "ssim", "ssim_input"),
+        "ssim_told": mean(list(told.values()), "ssim", "ssim_input"),
     }
     images = [
         {"set": one.name}
