@@ -80,7 +80,11 @@ def spread_px(kernel: NDArray[np.floating]) -> float:
 def smooth_field(height: int, width: int, rng: np.random.Generator, *, cells: int = 4) -> Field:
     """A smooth random field in [0, 1], H x W: a coarse grid of `cells` random values a side, enlarged."""
     coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-    field = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+    return _stretched(np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32))
+
+
+def _stretched(field: Field) -> Field:
+    """To 0..1."""
     low, high = float(field.min()), float(field.max())
     return (field - low) / max(high - low, 1e-6)
 
@@ -102,7 +106,7 @@ def room_depth(height: int, width: int, rng: np.random.Generator) -> Field:
         left, right = np.sort(rng.integers(0, width + 1, 2))
         inside = depth[top:bottom, left:right]
         np.minimum(inside, np.float32(rng.uniform(0.15, 1)), out=inside)
-    return cast(Field, depth)
+    return _stretched(depth)
 
 
 def pseudo_depth(height: int, width: int, rng: np.random.Generator) -> Field:
