@@ -80,42 +80,16 @@ def spread_px(kernel: NDArray[np.floating]) -> float:
 def smooth_field(height: int, width: int, rng: np.random.Generator, *, cells: int = 4) -> Field:
     """A smooth random field in [0, 1], H x W: a coarse grid of `cells` random values a side, enlarged."""
     coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-    return _stretched(np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32))
-
-
-def _stretched(field: Field) -> Field:
-    """To 0..1."""
+    field = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     low, high = float(field.min()), float(field.max())
     return (field - low) / max(high - low, 1e-6)
-
-
-def room_depth(height: int, width: int, rng: np.random.Generator) -> Field:
-    """A depth map in [0, 1], H x W, of a room: walls, floor and ceiling up to a back wall, boxes in front of them.
-
-    The camera looks towards a point in the middle half of the picture; a plane at a distance a beside the line of sight
-    is seen at the depth a / |x|, x pixels off that point.
-    """
-    lines = []
-    for length in (height, width):
-        off = np.arange(length, dtype=np.float32) / np.float32(length) - np.float32(rng.uniform(0.25, 0.75))
-        near, far = rng.uniform(0.08, 0.4, 2).astype(np.float32)
-        lines.append(np.where(off < 0, near, far) / np.maximum(np.abs(off), np.float32(1e-3)))
-    depth = np.minimum(np.minimum(lines[0][:, None], lines[1][None]), np.float32(1))
-    for _ in range(rng.integers(0, 7)):
-        top, bottom = np.sort(rng.integers(0, height + 1, 2))
-        left, right = np.sort(rng.integers(0, width + 1, 2))
-        inside = depth[top:bottom, left:right]
-        np.minimum(inside, np.float32(rng.uniform(0.15, 1)), out=inside)
-    return _stretched(depth)
 
 
 def pseudo_depth(height: int, width: int, rng: np.random.Generator) -> Field:
     """A depth map in [0, 1], H x W: farther towards the top as a rule, with smooth hills and valleys.
 
-    Half of the maps are cut into a few planes; one of four is a `room_depth` instead.
+    Half of the maps are cut into a few planes, as walls and furniture cut a room.
     """
-    if rng.random() < 0.25:
-        return room_depth(height, width, rng)
     ramp = np.linspace(1, 0, height, dtype=np.float32)[:, None] * np.ones((1, width), dtype=np.float32)
     share = rng.uniform(0, 0.8)
     depth = share * ramp + (1 - share) * smooth_field(height, width, rng, cells=int(rng.integers(2, 7)))

@@ -8,7 +8,6 @@ from pipeline.point_spread import (
     gaussian_kernel,
     line_kernel,
     pseudo_depth,
-    room_depth,
     smooth_field,
     spread_px,
     trajectory_kernel,
@@ -56,7 +55,7 @@ def test_the_spread_of_a_kernel():
 def test_depth_and_fields_stay_in_their_range():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        for field in (pseudo_depth(30, 50, rng), room_depth(30, 50, rng), smooth_field(30, 50, rng)):
+        for field in (pseudo_depth(30, 50, rng), smooth_field(30, 50, rng)):
             assert field.shape == (30, 50)
             assert field.min() >= 0
             assert field.max() <= 1
