@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.terminal import harmless
-
-if TYPE_CHECKING:
-    from jobs.config import RestoreOptions
 
 app = typer.Typer(
     name="dfpir",
@@ -147,19 +144,6 @@ def _faults_explained() -> Iterator[None]:
     raise typer.Exit(code) from fault
 
 
-def _read_options(config: Path | None, given: dict[str, Any]) -> "RestoreOptions":
-    """As `jobs.config.read_options`, with the file named where it is at fault and not the command line."""
-    from jobs.config import read_options
-
-    try:
-        return read_options(config, given)
-    except UsageError as error:
-        if config is None or str(config) in str(error):
-            raise
-        read_options(None, given)
-        raise UsageError(f"{config}: {error}") from error
-
-
 @contextmanager
 def _left_as_found(out: Path) -> Iterator[None]:
     """Removes a folder that was made before wrong usage was found, if it is empty."""
@@ -206,10 +190,11 @@ def restore(
     given = _given(locals())
     with _faults_explained():
         from jobs import display
+        from jobs.config import read_options
         from jobs.progress import ProgressView
         from jobs.restore import make_runner, prepare, run, sole_driver
 
-        options = _read_options(config, given)
+        options = read_options(config, given)
         with sole_driver(src, out):
             job = prepare(src, out, options)
             display.before(messages, job, options)
@@ -251,9 +236,10 @@ def plan(
     given = _given(locals())
     with _faults_explained():
         from jobs import display
+        from jobs.config import read_options
         from jobs.restore import estimate_job, measure_speed, prepare, sole_driver
 
-        options = _read_options(config, given)
+        options = read_options(config, given)
         with sole_driver(src, out):
             job = prepare(src, out, options)
         estimated = estimate_job(job, megapixels_per_s=measure_speed(options))
@@ -281,10 +267,11 @@ def preview(
     """Shows what would become of one photograph: probabilities, the decision and its reason, before and after."""
     given = _given(locals())
     with _faults_explained():
+        from jobs.config import read_options
         from jobs.preview import preview as preview_image
 
         target = picture or Path(f"{image.name}.preview.png")
-        preview_image(image, target, _read_options(config, given), console=results)
+        preview_image(image, target, read_options(config, given), console=results)
 
 
 @app.command()

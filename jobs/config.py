@@ -51,7 +51,7 @@ class RestoreOptions(BaseModel):
 def read_options(config_file: Path | None, given: dict[str, Any]) -> RestoreOptions:
     """Merges the options given on the command line (None: not given) over those of a TOML file.
 
-    Raises `UsageError` naming each wrong option, what it was and what it may be.
+    Raises `UsageError` naming each wrong option, the file if it stands there, what it was and what it may be.
     """
     from_file: dict[str, Any] = {}
     if config_file is not None:
@@ -62,11 +62,15 @@ def read_options(config_file: Path | None, given: dict[str, Any]) -> RestoreOpti
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{config_file} is not valid TOML: {error}") from error
         from_file = {key.replace("-", "_"): value for key, value in from_file.items()}
-    merged = from_file | {key: value for key, value in given.items() if value is not None}
+    told = {key: value for key, value in given.items() if value is not None}
     try:
-        return RestoreOptions(**merged)
+        return RestoreOptions(**(from_file | told))
     except ValidationError as error:
-        raise UsageError("\n".join(_explain(fault) for fault in error.errors())) from error
+        lines = [
+            _explain(fault) if fault["loc"][0] in told else f"{config_file}: {_explain(fault)}"
+            for fault in error.errors()
+        ]
+        raise UsageError("\n".join(lines)) from error
 
 
 def _explain(fault: Any) -> str:

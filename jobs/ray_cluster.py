@@ -83,13 +83,13 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT: Ray would try for a quarter of an hour, deaf to signals."""
+    """Raises OSError where nothing listens at HOST:PORT: Ray would try for more than ten minutes, deaf to signals."""
     if place := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address):
         socket.create_connection((place[1], int(place[2])), timeout=ANSWER_WITHIN_S).close()
 
 
 def _nothing_to_import() -> chdir[str]:
-    """An empty-handed working directory: Ray has workers import from the driver's before anything installed.
+    """A working directory without packages: Ray has workers import from the driver's before anything installed.
 
     A folder there named `models`, as many repositories have one, would be taken for this project's package.
     """

@@ -123,7 +123,7 @@ def weights_of(name: str) -> ClassifierWeights:
 
 
 def blended(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """The views, the first half of the batch each blended with another sample's and every other one of these dimmed.
+    """The views, the first half of the batch each blended with another sample's, half of these at random dimmed.
 
     What lies between the samples has no label, but a teacher's opinion of it (Beyer et al., "Knowledge distillation: a
     good teacher is patient and consistent", CVPR 2022).

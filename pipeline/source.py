@@ -189,8 +189,7 @@ def _read_list(src: Path) -> Listing:
         raise SourceError(f"list {src} names no file", hint="expected one path per line, or a column `path`")
     if len(files := first_rows(table["uri"])) < table.num_rows:
         table = table.take(pa.array(files))
-    results = min((first_rows(table[name]) for name in ("image_id", "relative_path")), key=len)
-    if len(results) < table.num_rows:
+    if len(results := first_rows(table["relative_path"])) < table.num_rows:
         clash = np.setdiff1d(np.arange(table.num_rows), results)[0]
         both = table.filter(pc.equal(table["relative_path"], table["relative_path"][clash]))["uri"].to_pylist()
         raise SourceError(
