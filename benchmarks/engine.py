@@ -192,13 +192,16 @@ class Contender:
     """A variant in a process of its own."""
 
     def __init__(self, variant: str, arguments: argparse.Namespace, shape: Shape) -> None:
-        """Returns when the process is ready to be timed."""
+        """Starts the process; `wait` has to be called before it is timed."""
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
         self.process = spawn.Process(target=contend, args=(theirs, variant, arguments, shape), daemon=True)
         self.process.start()
         theirs.close()
-        self.output: Tensor = torch.from_numpy(self.connection.recv())
+
+    def wait(self) -> Tensor:
+        """Its output, once it is ready to be timed."""
+        return torch.from_numpy(self.connection.recv())
 
     def seconds(self) -> float:
         """Of one more run."""
@@ -238,6 +241,7 @@ def variants_on(device: str) -> list[str]:
 def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float | None]) -> list[dict[str, object]]:
     """A row for each variant, those whose peaks are given."""
     contenders = {variant: Contender(variant, arguments, shape) for variant in peaks}
+    outputs = {variant: contender.wait() for variant, contender in contenders.items()}
     seconds: dict[str, list[float]] = {variant: [] for variant in peaks}
     for _ in range(arguments.rounds):
         for variant, contender in contenders.items():
@@ -255,7 +259,7 @@ def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float 
             "megapixels_per_s": round(shape.megapixels / statistics.median(seconds[variant]), 5),
             "ratio": round(statistics.median(ratios), 3),
             "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
-            "largest_error": float((contender.output - expected).abs().max()),
+            "largest_error": float((outputs[variant] - expected).abs().max()),
             "peak_bytes_per_pixel": peaks[variant],
         })  # fmt: skip
     return rows

@@ -27,6 +27,7 @@ from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
 from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
+from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
 from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly
 from jobs.training_state import (
@@ -146,9 +147,12 @@ class Training:
             start_from(self.network, config.start_from, partial(weights_of, model=config.model))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
+        self.gradients: Gradients = self._gradients
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        if device.type == "cuda" and not compiled:
+            self.gradients = RecordedGradients(self._gradients, list(self.trained.values()))
         averaged = dict(self.average.named_parameters())
         self.averaged = {name: averaged[name] for name in self.trained}
         self.optimiser = torch.optim.AdamW(
@@ -196,20 +200,17 @@ class Training:
         """
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate_at(self.progress)
-        self.optimiser.zero_grad(set_to_none=True)
         try:
-            restored = self._restored(self.learner, batch.degraded, batch.prompts)
+            loss = self.gradients(batch.degraded, batch.clean, self._embedded(batch.prompts))
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"the network cannot be compiled here, try without --compile: {error}") from error
-        loss = LOSSES[self.config.loss](restored, batch.clean)
-        loss.backward()  # type: ignore[no-untyped-call]
         meanwhile()
         self.group.average_gradients(self.trained.values())
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
             named = ", ".join(f"{name} ({prompt})" for name, prompt in zip(batch.names, batch.prompts, strict=True))
             raise TrainingError(
-                f"loss {float(loss.detach()):.4g} or its gradient is not finite at step {self.step}{self.group}, "
+                f"loss {float(loss):.4g} or its gradient is not finite at step {self.step}{self.group}, "
                 f"batch {named}; {last_good(self.out)}"
             )
         self.optimiser.step()
@@ -217,12 +218,19 @@ class Training:
         decay = self.config.average_decay_at(self.step)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.values()), list(self.trained.values()), 1 - decay)
-        return float(loss.detach())
+        return float(loss)
 
-    def _restored(self, network: Callable[..., Any], degraded: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _gradients(self, degraded: Tensor, clean: Tensor, embedded: Tensor) -> Tensor:
+        """The loss; every trained parameter has the gradient of this batch alone, in new memory."""
+        self.optimiser.zero_grad(set_to_none=True)
         with mixed_precision(self.device):
-            restored: Tensor = network(degraded, self.embeddings[self.bank.indices(prompts)])
-        return restored
+            restored = self.learner(degraded, embedded)
+        loss = LOSSES[self.config.loss](restored, clean)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _embedded(self, prompts: Sequence[str]) -> Tensor:
+        return self.embeddings[self.bank.indices(prompts)]
 
     @torch.no_grad()
     def validate(self, held_out: Sources, *, count: int) -> tuple[dict[str, tuple[float, float]], FloatImage]:
@@ -235,7 +243,8 @@ class Training:
             for number in range(count):
                 sample = held_out.draw(rng, label=label, side_px=VALIDATION_PX, jpeg_share=self.config.jpeg_share)
                 given = Batch.of([sample]).to(self.device)
-                restored = self._restored(self.average, given.degraded, given.prompts).float().clamp(0, 1)
+                with mixed_precision(self.device):
+                    restored = self.average(given.degraded, self._embedded(given.prompts)).float().clamp(0, 1)
                 errors = [float((image - given.clean).square().mean()) for image in (given.degraded, restored)]
                 psnr.append([-10 * math.log10(max(error, 1e-10)) for error in errors])
                 if number == 0:

@@ -71,26 +71,25 @@ class Similarity:
     Rounding the Gram matrix to bfloat16 would change which logits survive in CAAPM.
     """
 
-    def __init__(self, like: Tensor, heads: int) -> None:
-        """Nothing summed yet, for features shaped like B x H x W x C."""
-        self.heads, self.per_head = heads, like.shape[-1] // heads
-        shape = len(like), heads, self.per_head
-        self.gram = torch.zeros(*shape, self.per_head, device=like.device)
-        self.query_power, self.key_power = (torch.zeros(shape, device=like.device) for _ in range(2))
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.sums: tuple[Tensor, ...] = ()
+        """Gram matrix and squared norms of queries and of keys; empty before the first band."""
 
     def add(self, wide: "Wide", values: Tensor) -> None:
         """Adds a band's queries and keys, and writes its values to `values`, B x h x W x C."""
-        gram, query_power, key_power = passes_for(values.device).depthwise_attention(
+        found = passes_for(values.device).depthwise_attention(
             wide.features, wide.taps, values, heads=self.heads, border=wide.border
         )
-        self.gram += gram
-        self.query_power += query_power
-        self.key_power += key_power
+        for total, more in zip(self.sums, found, strict=bool(self.sums)):
+            total += more
+        self.sums = self.sums or found
 
     def logits(self, temperature: Tensor) -> Tensor:
         """Scaled similarities, B x heads x C_head x C_head; `temperature` is heads x 1 x 1."""
-        query_norm, key_norm = (power.sqrt().clamp_min(1e-12) for power in (self.query_power, self.key_power))
-        return self.gram / query_norm[..., :, None] / key_norm[..., None, :] * temperature
+        gram, *powers = self.sums
+        query_norm, key_norm = (power.sqrt().clamp_min(1e-12) for power in powers)
+        return gram / query_norm[..., :, None] / key_norm[..., None, :] * temperature
 
 
 class Wide(NamedTuple):

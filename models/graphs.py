@@ -3,7 +3,6 @@
 A network of many small kernels waits for Python to launch them; how much that is, `benchmarks/engine.py` measures.
 """
 
-import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,17 +37,14 @@ class _Recording:
         return self.output.clone()
 
 
-@functools.cache
-def _pool() -> Any:
-    """Working memory that all recordings share: one is replayed at a time, and each keeps its output."""
-    return torch.cuda.graph_pool_handle()
+def record(forward: Forward, image: Tensor, prompts: Tensor, beside: Forward | None) -> Forward:
+    """A replay of `forward`, which has run on these shapes before.
 
-
-def record(forward: Forward, image: Tensor, prompts: Tensor) -> Forward:
-    """A replay of `forward`, which has run on these shapes before."""
+    It shares its working memory with the recording `beside` it: one is replayed at a time, and each keeps its output.
+    """
     image, prompts = image.clone(), prompts.clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=beside.graph.pool() if isinstance(beside, _Recording) else None):
         output = forward(image, prompts)
     output.fill_(torch.nan)  # so that only what is replayed can pass for a result
     return _Recording(graph, image, prompts, output)
@@ -61,7 +57,9 @@ class Recorded:
     warning says so and the network runs without recordings from then on.
     """
 
-    def __init__(self, forward: Forward, *, record: Callable[[Forward, Tensor, Tensor], Forward] = record) -> None:
+    def __init__(
+        self, forward: Forward, *, record: Callable[[Forward, Tensor, Tensor, Forward | None], Forward] = record
+    ) -> None:
         self._forward, self._record = forward, record
         self._recordings: OrderedDict[torch.Size, Forward] = OrderedDict()
         self._seen: OrderedDict[torch.Size, None] = OrderedDict()
@@ -84,7 +82,8 @@ class Recorded:
 
     def _try_recording(self, image: Tensor, prompts: Tensor, expected: Tensor) -> None:
         try:
-            recording = self._record(self._forward, image, prompts)
+            beside = next(iter(self._recordings.values()), None)
+            recording = self._record(self._forward, image, prompts, beside)
             difference = float((recording(image, prompts) - expected).abs().max())
         except torch.OutOfMemoryError:
             return  # there is room for the network, not for keeping what it needs

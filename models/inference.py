@@ -84,7 +84,7 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """Changes x itself and returns it; `values` is room for another tensor of its shape."""
-        similarity = bands.Similarity(x, len(self.temperature))
+        similarity = bands.Similarity(len(self.temperature))
         for band, wide in self.widen(x):
             similarity.add(wide, values[:, band])
         attention = similarity.logits(self.temperature).softmax(dim=-1)
@@ -118,7 +118,7 @@ class _PerturbedAttention(nn.Module):
 
     def forward(self, x: Tensor, shuffle: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         """Attention between x after `shuffle`, and x; `values` is room for another tensor of its shape."""
-        similarity = bands.Similarity(x, len(self.temperature))
+        similarity = bands.Similarity(len(self.temperature))
         for band, wide in self.widen(x, shuffle):
             similarity.add(wide, values[:, band])
         logits = keep_largest(similarity.logits(self.temperature), self.kept_fraction)

@@ -1,10 +1,12 @@
-"""The passes of `models.passes` as Triton kernels: each reads its features from memory once and writes its result once.
+"""The passes of `models.passes` as Triton kernels for NVIDIA GPUs; products are left to cuBLAS.
 
 Tested against `models.passes` in Triton's interpreter, and on a GPU where there is one. Blocks are powers of two, as
-Triton wants them; what lies beyond a tensor is masked. Sums over pixels go through partial sums of fixed chunks, never
-through atomic additions, so that the same input gives the same bits.
+Triton wants them; what lies beyond a tensor is masked. Sizes are no compile-time constants, so that a network of many
+widths is compiled once. Sums over pixels go through partial sums of fixed chunks, never through atomic additions, so
+that the same input gives the same bits.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,133 +20,183 @@ from models.products import Product
 
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Of a result's largest value."""
-_PIXELS_PER_CHUNK = 4096
-"""Pixels whose products one program sums up."""
+_COLUMNS, _CHANNELS = 8, 64
+"""Of a program of `_depthwise`."""
+_PROGRAMS = 1024
+"""That fill a GPU."""
+_NORMALISED = 4096
+"""Features of a program of `_normalise`."""
 
 
-@triton.jit
-def _widen(
-    x_ptr, norm_ptr, matrix_ptr, out_ptr, count, out_stride,
-    C: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["count"])
+def _normalise(x_ptr, norm_ptr, out_ptr, count, width, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_C)
-    columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (rows[:, None] < count) & (channels[None, :] < C)
-    loaded = tl.load(x_ptr + rows[:, None].to(tl.int64) * C + channels[None, :], mask=inside, other=0.0)
-    x = loaded.to(tl.float32)
-    mean = tl.sum(x, axis=1) / C
+    inside = (rows[:, None] < count) & (channels[None, :] < width)
+    place = rows[:, None].to(tl.int64) * width + channels[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / width
     centred = tl.where(inside, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / C
-    scale = tl.load(norm_ptr + channels, mask=channels < C, other=0.0)
-    shift = tl.load(norm_ptr + C + channels, mask=channels < C, other=0.0)
-    normalised = centred / tl.sqrt(variance + EPS)[:, None] * scale[None, :] + shift[None, :]
-    within = (channels[:, None] < C) & (columns[None, :] < M)
-    matrix = tl.load(matrix_ptr + channels[:, None] * M + columns[None, :], mask=within, other=0.0)
-    wide = tl.dot(normalised.to(loaded.dtype), matrix, input_precision="ieee")
-    place = out_ptr + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
-    tl.store(place, wide.to(loaded.dtype), mask=(rows[:, None] < count) & (columns[None, :] < M))
+    deviation = tl.sqrt(tl.sum(centred * centred, axis=1) / width + EPS)
+    scale = tl.load(norm_ptr + channels, mask=channels < width, other=0.0)
+    shift = tl.load(norm_ptr + width + channels, mask=channels < width, other=0.0)
+    normalised = centred / deviation[:, None] * scale[None, :] + shift[None, :]
+    tl.store(out_ptr + place, normalised.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _convolved(
-    wide_ptr, taps_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width,
-    STRIDE: tl.constexpr, BORDER: tl.constexpr,
-):  # fmt: skip
-    """Pixels x channels of a depth-wise convolution, float32; `pixels` count the rows that come out.
+def _gelu(x):
+    """GELU by a rational approximation of the error function, off by 1.5e-7 at most, in half of its instructions.
 
-    `channels` are those among the `STRIDE` of all parts.
+    Abramowitz and Stegun, "Handbook of mathematical functions", 1964, 7.1.26.
     """
-    rows, columns = pixels // width, pixels % width
-    wide_height = height + 2 - 2 * BORDER
-    total = tl.zeros((pixels.shape[0], channels.shape[0]), dtype=tl.float32)
-    for tap in tl.static_range(9):
-        row, column = rows + tap // 3 - BORDER, columns + tap % 3 - 1
-        known = pixel_mask & (row >= 0) & (row < wide_height) & (column >= 0) & (column < width)
-        place = ((image * wide_height + row) * width + column).to(tl.int64) * STRIDE
-        mask = known[:, None] & channel_mask[None, :]
-        x = tl.load(wide_ptr + place[:, None] + channels[None, :], mask=mask, other=0.0)
-        weight = tl.load(taps_ptr + tap * STRIDE + channels, mask=channel_mask, other=0.0)
-        total += x.to(tl.float32) * weight[None, :].to(tl.float32)
-    return total
+    t = 1.0 / (1.0 + (0.3275911 * 0.7071067811865476) * tl.abs(x))
+    series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    # The normal distribution's share above |x|; exp2 is the one that a GPU has.
+    beyond = 0.5 * series * tl.exp2(-0.7213475204444817 * (x * x))
+    return x * tl.where(x > 0, 1.0 - beyond, beyond)
 
 
 @triton.jit
-def _depthwise(
-    wide_ptr, taps_ptr, out_ptr, height, width,
-    C: tl.constexpr, STRIDE: tl.constexpr, VALUE: tl.constexpr, BORDER: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The `C` channels from `VALUE` on; times GELU of those from 0 on, if `GATED`."""
-    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    image = tl.program_id(2)
-    pixel_mask, channel_mask = pixels < height * width, channels < C
-    result = _convolved(
-        wide_ptr, taps_ptr, image, pixels, VALUE + channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
+def _tap(taps_ptr, number: tl.constexpr, stride, channels, mask):
+    return tl.load(taps_ptr + number * stride + channels, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _taps(taps_ptr, stride, channels, mask):
+    """The 3x3 kernels of some channels, row by row; kept in registers, since loading them again takes longer."""
+    return (
+        _tap(taps_ptr, 0, stride, channels, mask),
+        _tap(taps_ptr, 1, stride, channels, mask),
+        _tap(taps_ptr, 2, stride, channels, mask),
+        _tap(taps_ptr, 3, stride, channels, mask),
+        _tap(taps_ptr, 4, stride, channels, mask),
+        _tap(taps_ptr, 5, stride, channels, mask),
+        _tap(taps_ptr, 6, stride, channels, mask),
+        _tap(taps_ptr, 7, stride, channels, mask),
+        _tap(taps_ptr, 8, stride, channels, mask),
     )
-    if GATED:
-        gate = _convolved(
-            wide_ptr, taps_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
-        )
-        result *= 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    place = (image * height * width + pixels).to(tl.int64) * C
-    mask = pixel_mask[:, None] & channel_mask[None, :]
-    tl.store(out_ptr + place[:, None] + channels[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _similarity(
-    wide_ptr, taps_ptr, gram_ptr, query_power_ptr, key_power_ptr, height, width,
-    C: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, BORDER: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _row(place_ptr, stride, known, columns, width, mask):
+    """Features at some places of a row, left of them and right of them."""
+    left = tl.load(place_ptr - stride, mask=(known & (columns > 0))[:, None] & mask[None, :], other=0.0)
+    middle = tl.load(place_ptr, mask=known[:, None] & mask[None, :], other=0.0)
+    right = tl.load(place_ptr + stride, mask=(known & (columns < width - 1))[:, None] & mask[None, :], other=0.0)
+    return left, middle, right
+
+
+@triton.jit
+def _add(left, middle, right, k00, k01, k02, k10, k11, k12, k20, k21, k22, upper, lower):
+    """Adds a row of features to the rows that come out above, at and below it; the first of these is done then."""
+    left, middle, right = left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
+    done = upper + left * k20 + middle * k21 + right * k22
+    return done, lower + left * k10 + middle * k11 + right * k12, left * k00 + middle * k01 + right * k02
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _depthwise(
+    wide_ptr, taps_ptr, out_ptr, height, width, wide_channels, out_channels, first,
+    BORDER: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """The `out_channels` from `first` on, convolved; times GELU of those from 0 on, if `GATED`.
+
+    A program goes down a strip of rows, so that it loads every row once for its three columns instead of nine times,
+    and loads each one while it computes with the one before.
+    """
+    own = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    strips = tl.cdiv(height, ROWS)
+    image, top = tl.program_id(2) // strips, tl.program_id(2) % strips * ROWS
+    mask = own < out_channels
+    wide_height = height + 2 - 2 * BORDER
+    v00, v01, v02, v10, v11, v12, v20, v21, v22 = _taps(taps_ptr, wide_channels, first + own, mask)
+    upper = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
+    lower = upper
+    rows = top - BORDER + 0 * columns
+    place = ((image * wide_height + rows).to(tl.int64) * width + columns) * wide_channels
+    place_ptr = wide_ptr + place[:, None] + own[None, :]
+    known = (rows >= 0) & (rows < wide_height) & (columns < width)
+    left, middle, right = _row(place_ptr + first, wide_channels, known, columns, width, mask)
+    if GATED:
+        g00, g01, g02, g10, g11, g12, g20, g21, g22 = _taps(taps_ptr, wide_channels, own, mask)
+        gate_upper, gate_lower = upper, upper
+        gate_left, gate_middle, gate_right = _row(place_ptr, wide_channels, known, columns, width, mask)
+    out_place = ((image * height + top - 2).to(tl.int64) * width + columns) * out_channels
+    results_ptr = out_ptr + out_place[:, None] + own[None, :]
+    for _ in range(ROWS + 2):
+        rows += 1
+        place_ptr += width.to(tl.int64) * wide_channels
+        known = (rows >= 0) & (rows < wide_height) & (columns < width)
+        next_left, next_middle, next_right = _row(place_ptr + first, wide_channels, known, columns, width, mask)
+        if GATED:
+            gate_next_left, gate_next_middle, gate_next_right = _row(
+                place_ptr, wide_channels, known, columns, width, mask
+            )
+        result, upper, lower = _add(
+            left, middle, right, v00, v01, v02, v10, v11, v12, v20, v21, v22, upper, lower
+        )  # fmt: skip
+        left, middle, right = next_left, next_middle, next_right
+        if GATED:
+            gate, gate_upper, gate_lower = _add(
+                gate_left, gate_middle, gate_right,
+                g00, g01, g02, g10, g11, g12, g20, g21, g22, gate_upper, gate_lower,
+            )  # fmt: skip
+            gate_left, gate_middle, gate_right = gate_next_left, gate_next_middle, gate_next_right
+            result *= _gelu(gate)
+        out_rows = rows - 3 + BORDER
+        inside = (out_rows >= top) & (out_rows < height) & (columns < width)
+        tl.store(results_ptr, result.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask[None, :])
+        results_ptr += width.to(tl.int64) * out_channels
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _similarity(
+    pairs_ptr, sums_ptr, pixels, channels, per_head,
+    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over a chunk of the pixels: the Gram matrix, and below it the squares of queries and of keys.
+
+    A pixel of `pairs` has its queries and then its keys.
+    """
     chunk, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    per_head: tl.constexpr = C // HEADS
     own = tl.arange(0, BLOCK_C)
     channel_mask = own < per_head
-    channels = head * per_head + own
     gram = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
-    query_power = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    key_power = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    dtype = wide_ptr.dtype.element_ty
-    for first in range(0, CHUNK, BLOCK_P):
-        pixels = chunk * CHUNK + first + tl.arange(0, BLOCK_P)
-        pixel_mask = pixels < height * width
-        # Rounded to the features' dtype, as a convolution of its own would leave them; products of these are exact.
-        query = _convolved(
-            wide_ptr, taps_ptr, image, pixels, channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
-        ).to(dtype)
-        key = _convolved(
-            wide_ptr, taps_ptr, image, pixels, C + channels, pixel_mask, channel_mask, height, width, STRIDE, BORDER
-        ).to(dtype)
-        gram += tl.dot(tl.trans(query), key, input_precision="ieee")
-        query_power += tl.sum(query.to(tl.float32) * query.to(tl.float32), axis=0)
-        key_power += tl.sum(key.to(tl.float32) * key.to(tl.float32), axis=0)
-    place = (image * HEADS + head) * tl.num_programs(0) + chunk
+    # Added up over rows at the end: doing so for every block takes longer than its product.
+    query_squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    key_squares = query_squares
+    for begin in range(0, CHUNK, BLOCK_P):
+        pixel = chunk * CHUNK + begin + tl.arange(0, BLOCK_P)
+        place = (image.to(tl.int64) * pixels + pixel)[:, None] * (2 * channels) + head * per_head + own[None, :]
+        mask = (pixel < pixels)[:, None] & channel_mask[None, :]
+        query = tl.load(pairs_ptr + place, mask=mask, other=0.0)
+        key = tl.load(pairs_ptr + place + channels, mask=mask, other=0.0)
+        # float32 as three products of its parts in TF32, which a GPU multiplies many times as fast.
+        gram += tl.dot(tl.trans(query), key, input_precision="tf32x3")
+        query_squares += query.to(tl.float32) * query.to(tl.float32)
+        key_squares += key.to(tl.float32) * key.to(tl.float32)
+    place = (image * tl.num_programs(1) + head) * tl.num_programs(0) + chunk
+    sums_ptr += place.to(tl.int64) * (per_head + 2) * per_head
     both = channel_mask[:, None] & channel_mask[None, :]
-    tl.store(gram_ptr + (place * per_head + own[:, None]) * per_head + own[None, :], gram, mask=both)
-    tl.store(query_power_ptr + place * per_head + own, query_power, mask=channel_mask)
-    tl.store(key_power_ptr + place * per_head + own, key_power, mask=channel_mask)
-
-
-def widen_blocks(channels: int, item_bytes: int) -> tuple[int, int]:
-    """Channels of a program of `_widen`, and rows and columns of its product: its factors fit into 64 KiB."""
-    block_c = max(16, triton.next_power_of_2(channels))
-    return block_c, max(16, min(64, (32 << 10) // (block_c * item_bytes)))
+    tl.store(sums_ptr + own[:, None] * per_head + own[None, :], gram, mask=both)
+    sums_ptr += per_head * per_head
+    tl.store(sums_ptr + own, tl.sum(query_squares, axis=0), mask=channel_mask)
+    tl.store(sums_ptr + per_head + own, tl.sum(key_squares, axis=0), mask=channel_mask)
 
 
 def widen(x: Tensor, norm: Tensor, product: Product, out: Tensor) -> None:
     """See `models.passes.widen`."""
-    channels, columns = product.matrix.shape
-    block_c, block = widen_blocks(channels, x.element_size())
-    grid = triton.cdiv(len(x), block), triton.cdiv(columns, block)
-    _widen[grid](
-        x.contiguous(), norm, product.matrix, out, len(x), out.stride(0),
-        C=channels, M=columns, EPS=EPS,
-        BLOCK_N=block, BLOCK_C=block_c, BLOCK_M=block,
-    )  # fmt: skip
+    x = x.contiguous()
+    normalised = torch.empty_like(x)
+    block_c = triton.next_power_of_2(x.shape[1])
+    block_n = max(1, _NORMALISED // block_c)
+    _normalise[(triton.cdiv(len(x), block_n),)](
+        x, norm, normalised, len(x), x.shape[1], EPS=EPS, BLOCK_N=block_n, BLOCK_C=block_c
+    )
+    product(normalised, out)
 
 
 def depthwise_gate(wide: Tensor, taps: Tensor, *, border: int) -> Tensor:
@@ -161,27 +213,36 @@ def depthwise_attention(
     """See `models.passes.depthwise_attention`."""
     batch, height, width, channels = values.shape
     _run_depthwise(wide, taps, values, first=2 * channels, border=border, gated=False)
-    per_head = channels // heads
-    chunks = triton.cdiv(height * width, _PIXELS_PER_CHUNK)
-    gram = wide.new_empty(batch, heads, chunks, per_head, per_head, dtype=torch.float32)
-    powers = [wide.new_empty(batch, heads, chunks, per_head, dtype=torch.float32) for _ in range(2)]
+    pairs = wide.new_empty(batch, height, width, 2 * channels)
+    _run_depthwise(wide, taps, pairs, first=0, border=border, gated=False)
+    pixels, per_head = height * width, channels // heads
+    chunk = pixels_per_chunk(pixels)
+    chunks = triton.cdiv(pixels, chunk)
+    sums = wide.new_empty(batch, heads, chunks, per_head + 2, per_head, dtype=torch.float32)
+    block_c = max(16, triton.next_power_of_2(per_head))
     _similarity[chunks, heads, batch](
-        wide.contiguous(), taps, gram, *powers, height, width,
-        C=channels, STRIDE=3 * channels, HEADS=heads, BORDER=border, CHUNK=_PIXELS_PER_CHUNK,
-        BLOCK_P=32, BLOCK_C=max(16, triton.next_power_of_2(per_head)),
-        num_stages=1,  # loads of several steps at once would take more shared memory than there is, in float32
+        pairs, sums, pixels, channels, per_head,
+        CHUNK=chunk, BLOCK_P=128 // wide.element_size(), BLOCK_C=block_c,
+        num_stages=3, num_warps=8 if block_c >= 64 else 4,
     )  # fmt: skip
-    return gram.sum(2), powers[0].sum(2), powers[1].sum(2)
+    gram, query_power, key_power = sums.sum(2).split([per_head, 1, 1], dim=2)
+    return gram, query_power[:, :, 0], key_power[:, :, 0]
+
+
+def pixels_per_chunk(pixels: int) -> int:
+    """Of an image with so many: enough chunks to fill a GPU, but few sums to be added up."""
+    return min(4096, max(256, triton.next_power_of_2(pixels // _PROGRAMS)))
 
 
 def _run_depthwise(wide: Tensor, taps: Tensor, out: Tensor, *, first: int, border: int, gated: bool) -> None:
     """Writes to `out`, whose images are contiguous: with bands of rows there is one, or else all are."""
     batch, height, width, channels = out.shape
-    block_p, block_c = 64, 32
-    grid = triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch
-    _depthwise[grid](
-        wide.contiguous(), taps, out, height, width,
-        C=channels, STRIDE=wide.shape[-1], VALUE=first, BORDER=border, GATED=gated, BLOCK_P=block_p, BLOCK_C=block_c,
+    side = triton.cdiv(channels, _CHANNELS), triton.cdiv(width, _COLUMNS)
+    # The fewer rows, the more of them are loaded by two programs; but a small image should have enough programs.
+    rows = 16 if batch * math.prod(side) * height >= 16 * _PROGRAMS else 4
+    _depthwise[*side, triton.cdiv(height, rows) * batch](
+        wide.contiguous(), taps, out, height, width, wide.shape[-1], channels, first,
+        BORDER=border, GATED=gated, ROWS=rows, BLOCK_W=_COLUMNS, BLOCK_C=_CHANNELS, num_warps=4,
     )  # fmt: skip
 
 
@@ -210,10 +271,10 @@ def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCE
         hold(f"widen in {dtype}", there, out)
         for border in (0, 1):
             name = f"border {border}, in {dtype}"
-            wide, taps = draw(2, 5, 9, 40), draw(9, 40)
+            wide, taps = draw(2, 21, 19, 40), draw(9, 40)
             found = depthwise_gate(wide.to(device), taps.to(device), border=border)
             hold(f"gate, {name}", found, passes.depthwise_gate(wide, taps, border=border))
-            wide, taps, values = draw(2, 5, 9, 60), draw(9, 60), draw(2, 3 + 2 * border, 9, 20)
+            wide, taps, values = draw(2, 21, 19, 60), draw(9, 60), draw(2, 19 + 2 * border, 19, 20)
             values_there = values.to(device, copy=True)
             expected = passes.depthwise_attention(wide, taps, values, heads=2, border=border)
             sums = depthwise_attention(wide.to(device), taps.to(device), values_there, heads=2, border=border)

@@ -23,7 +23,7 @@ class Counted:
         self.calls += 1
         return 2 * image
 
-    def record(self, forward, image, prompts):
+    def record(self, forward, image, prompts, beside):
         if self.fault:
             raise self.fault
         self.recorded += 1
@@ -102,7 +102,7 @@ def test_replays_on_a_gpu_equal_the_network():
     recorded = Recorded(form)
     with torch.inference_mode():
         for number in range(12):
-            given = torch.rand(1 + number % 2, 3, 32, 40, device="cuda")
+            given = torch.rand(1 + number % 2, 3, 32, 48, device="cuda")
             prompts = torch.full((len(given),), number % 5, device="cuda")
             assert (recorded(given, prompts) - form(given, prompts)).abs().max() <= 1e-3
     assert len(recorded._recordings) == 2

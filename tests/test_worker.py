@@ -222,7 +222,7 @@ def test_a_gpu_without_room_for_an_image_has_it_in_tiles_and_the_run_goes_on(tmp
         rows = work(plan(tmp_path), restorer)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert {row["status"] for row in rows.values()} == {"restored"}
+    assert [row["error_message"] for row in rows.values()] == [None, None]
     assert rows["large.png"]["oom_retries"] > 0
     assert rows["large.png"]["tiled"]
     assert not rows["small.png"]["tiled"]
