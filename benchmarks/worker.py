@@ -3,10 +3,13 @@
 A runner's one worker takes a folder of photographs with noise of sigma 25 from file to file: decode, classify, restore,
 measure, encode, write, manifest. In turn with it, classifier and network alone run over the same pixels in memory. The
 ratio of a run's speed to the mean of its neighbours' is the share of the machine that does the work proper; start-up
-counts for neither: a run lasts from the first image's start to the last one's end, as its manifest tells.
+counts for neither: a run lasts from the first image's start to the last one's end, as its manifest tells. On a GPU a
+run begins when a third of the images are done, since shapes are compiled and recorded as they come, and the network
+alone has all pixels on the device, in batches.
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.classifier_recall import noisy
@@ -26,19 +30,25 @@ from jobs.config import RestoreOptions
 from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, run, sole_driver
 from models import Restorer, load_restorer
 from models.memory import keep_freed_memory
+from models.padding import pad, padded_size
 from models.weights import save_checkpoint
+from pipeline.batching import batches
 from pipeline.run_config import RunContext
 from pipeline.sink import read_manifest
+from pipeline.worker import WINDOW_IMAGES
 
 PROMPT = "noise25"
 
 
-def make_noisy(folders: list[Path], most: int, out: Path) -> None:
-    """Writes up to `most` photographs of each folder as PNG, with the field's noise of sigma 25."""
+def make_noisy(folders: list[Path], most: int, out: Path, *, suffix: str, copies: int) -> None:
+    """Writes up to `most` photographs of each folder, with the field's noise of sigma 25, each so many times."""
     for folder in folders:
         for number, path in enumerate(sorted(folder.glob("*.png"))[:most]):
             clean = np.asarray(Image.open(path).convert("RGB"))
-            Image.fromarray(noisy(clean, 25, seed=number)).save(out / path.name)
+            first = out / f"{path.stem}{suffix}"
+            Image.fromarray(noisy(clean, 25, seed=number)).save(first, quality=95, subsampling=0)
+            for copy in range(1, copies):
+                shutil.copy(first, out / f"{path.stem}-{copy}{suffix}")
 
 
 def options(arguments: argparse.Namespace, model: str) -> RestoreOptions:
@@ -58,29 +68,51 @@ def model_file(name: str, folder: Path) -> str:
     return str(path)
 
 
-def seconds_alone(source: Path, classifier: Classifier, restorer: Restorer) -> tuple[float, float]:
-    """Classifier, and network, over all images, which are decoded before."""
-    images = [np.asarray(Image.open(path)) for path in sorted(source.glob("*.png"))]
+def seconds_alone(images: list[NDArray[np.uint8]], classifier: Classifier, restorer: Restorer) -> tuple[float, float]:
+    """Classifier, and network, over all images."""
+    on_gpu = restorer.device.type == "cuda"
     classifying = restoring = 0.0
     for image in images:
         begun = time.perf_counter()
         classifier.predict([image])
         classified = time.perf_counter()
-        restorer.restore([image], [PROMPT])
+        if not on_gpu:
+            restorer.restore([image], [PROMPT])
         classifying += classified - begun
         restoring += time.perf_counter() - classified
-    return classifying, restoring
+    return classifying, seconds_resident(images, restorer) if on_gpu else restoring
 
 
-def seconds_of_run(source: Path, out: Path, chosen: RestoreOptions) -> tuple[float, RunContext, Counter[str]]:
-    """One worker over all images, from file to file; and what became of them."""
+@torch.inference_mode()
+def seconds_resident(images: list[NDArray[np.uint8]], restorer: Restorer) -> float:
+    """The network over images that lie on the GPU, in batches of one shape."""
+    groups = batches(images, key=lambda image: image.shape, limit=lambda shape: WINDOW_IMAGES)
+    ready = []
+    for group in groups:
+        pixels = torch.from_numpy(np.stack(group)).to(restorer.device).permute(0, 3, 1, 2).float() / 255
+        ready.append(pad(pixels, *padded_size(pixels.shape[2], pixels.shape[3], restorer.size_multiple)))
+    prompt = restorer.prompts.indices([PROMPT])
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for batch in ready:
+        restorer._run(batch, prompt * len(batch))
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def speed_of_run(source: Path, out: Path, chosen: RestoreOptions) -> tuple[float, RunContext, Counter[str]]:
+    """Megapixels per second of one worker, from file to file; and what became of the images."""
     with sole_driver(source, out):
         job = prepare(source, out, chosen)
         run(job, make_runner(chosen), on_outcomes=lambda outcomes: None)
-    rows = read_manifest(out).to_pylist()
-    seconds = max(row["finished_at"] for row in rows) - min(row["started_at"] for row in rows)
+    rows = sorted(read_manifest(out).to_pylist(), key=lambda row: row["finished_at"])
+    begun, counted = min(row["started_at"] for row in rows), rows
+    if job.context.device == "cuda":
+        first = len(rows) // 3
+        begun, counted = rows[first]["finished_at"], rows[first + 1 :]
+    megapixels = sum(row["width"] * row["height"] for row in counted) / 1e6
     statuses = Counter(f"{row['status']} {row['prompt']}" for row in rows)
-    return seconds.total_seconds(), job.context, statuses
+    return megapixels / (rows[-1]["finished_at"] - begun).total_seconds(), job.context, statuses
 
 
 def main() -> None:
@@ -88,6 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of clean PNG photographs")
     parser.add_argument("--most", type=int, default=1000, help="photographs taken from each folder")
+    parser.add_argument("--copies", type=int, default=1, help="of each photograph")
+    parser.add_argument("--suffix", default=".png", help="of the files that are made: .png or .jpg")
     parser.add_argument("--model", default="dfpir-compact", help="full: the published size, random weights")
     parser.add_argument("--engine", default="local", help="local or ray")
     parser.add_argument("--no-second-look", dest="second_look", action="store_false")
@@ -100,9 +134,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "noisy"
         source.mkdir()
-        make_noisy(arguments.folders, arguments.most, source)
-        sizes = [Image.open(path).size for path in source.iterdir()]
-        megapixels = sum(width * height for width, height in sizes) / 1e6
+        make_noisy(arguments.folders, arguments.most, source, suffix=arguments.suffix, copies=arguments.copies)
+        images = [np.asarray(Image.open(path)) for path in sorted(source.iterdir())]
+        megapixels = sum(image.shape[0] * image.shape[1] for image in images) / 1e6
         model = model_file(arguments.model, Path(folder))
         chosen = options(arguments, model)
         device = resolve_device(chosen.device)
@@ -111,30 +145,33 @@ def main() -> None:
         restorer = load_restorer(model, device=device, dtype=dtype)
 
         def measure_alone() -> None:
-            classifying, restoring = seconds_alone(source, classifier, restorer)
+            classifying, restoring = seconds_alone(images, classifier, restorer)
             alone.append(classifying + restoring)
             shares.append(classifying / restoring)
 
+        for _ in range(2 if device == "cuda" else 0):  # until every shape is recorded
+            seconds_alone(images, classifier, restorer)
         measure_alone()
         for number in range(arguments.rounds):
             out = Path(folder) / f"run{number}"
-            seconds, context, statuses = seconds_of_run(source, out, chosen)
+            speed, context, statuses = speed_of_run(source, out, chosen)
             measure_alone()
-            whole.append(seconds)
-            ratios.append((alone[-2] + alone[-1]) / 2 / seconds)
-            speeds = ", ".join(f"{megapixels / each:.3f}" for each in (alone[-2], seconds, alone[-1]))
+            whole.append(speed)
+            ratios.append((alone[-2] + alone[-1]) / 2 / (megapixels / speed))
+            speeds = ", ".join(f"{each:.3f}" for each in (megapixels / alone[-2], speed, megapixels / alone[-1]))
             print(
                 f"round {number + 1}: alone, worker, alone {speeds} MP/s; ratio {ratios[-1]:.1%}, classifier "
                 f"{shares[-1]:.1%} of the network; {dict(statuses)}",
                 flush=True,
             )
     row = {
-        "engine": arguments.engine, "model": arguments.model, "dtype": context.config.dtype, "device": context.device,
-        "threads": context.threads, "images": len(sizes), "megapixels": round(megapixels, 2),
+        "engine": arguments.engine, "source": arguments.suffix, "model": arguments.model,
+        "dtype": context.config.dtype, "device": context.device,
+        "threads": context.threads, "images": len(images), "megapixels": round(megapixels, 2),
         "rounds": arguments.rounds, "ratio": round(statistics.median(ratios), 3),
         "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
         "second_look": arguments.second_look, "classifier_to_network": round(statistics.median(shares), 4),
-        "worker_megapixels_per_s": round(megapixels / statistics.median(whole), 4),
+        "worker_megapixels_per_s": round(statistics.median(whole), 4),
         "alone_megapixels_per_s": round(megapixels / statistics.median(alone), 4),
     }  # fmt: skip
     print(f"median ratio {row['ratio']:.1%} ({row['ratio_low']:.1%} to {row['ratio_high']:.1%})")

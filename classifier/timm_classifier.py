@@ -1,5 +1,11 @@
 """The shipped backend: a small timm network that sees native crops and a thumbnail."""
 
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,14 +28,31 @@ class TimmClassifier(Backend):
         self.weights = weights
         self.device = torch.device(device)
         self.network = inference_form(weights.network, dtype).to(self.device)
+        self._lock = threading.Lock()
+        self._run: Callable[..., Any] = self._recorded() if self.device.type == "cuda" else self.network
+
+    def _recorded(self) -> Callable[..., Any]:
+        """The network as one CUDA graph: launching its hundred small kernels takes longer than they do."""
+        view = self.weights.view
+        crops = torch.zeros(view.crops, view.crop_px, view.crop_px, 3, dtype=torch.uint8, device=self.device)
+        thumbnail = torch.zeros(view.thumbnail_px, view.thumbnail_px, 3, dtype=torch.uint8, device=self.device)
+        try:
+            with torch.cuda.device(self.device):
+                samples = to_input(crops)[None], to_input(thumbnail)[None]
+                return torch.cuda.make_graphed_callables(copy.copy(self.network), samples)
+        except RuntimeError as error:
+            warnings.warn(f"classifier: CUDA graphs are not used, which is slower: {error}", stacklevel=3)
+            return self.network
 
     @torch.inference_mode()
     def _logits(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
         views = take_views(image, self.weights.view)
-        crops = to_input(torch.from_numpy(views.crops).to(self.device))[None]
-        thumbnails = to_input(torch.from_numpy(views.thumbnail.copy()).to(self.device))[None]
-        logits: NDArray[np.float64] = self.network(crops, thumbnails)[0].double().cpu().numpy()
-        return logits
+        crops = torch.from_numpy(views.crops).to(self.device)
+        thumbnail = torch.from_numpy(views.thumbnail.copy()).to(self.device)
+        with self._lock:  # a graph has one place for its inputs
+            logits = self._run(to_input(crops)[None], to_input(thumbnail)[None])[0].double().cpu()
+        found: NDArray[np.float64] = logits.numpy()
+        return found
 
     def probabilities(self, image: NDArray[np.uint8]) -> dict[Degradation, float]:
         """See `Backend.probabilities`."""

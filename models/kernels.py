@@ -231,7 +231,7 @@ def depthwise_attention(
 
 def pixels_per_chunk(pixels: int) -> int:
     """Of an image with so many: enough chunks to fill a GPU, but few sums to be added up."""
-    return min(4096, max(256, triton.next_power_of_2(pixels // _PROGRAMS)))
+    return int(min(4096, max(256, triton.next_power_of_2(pixels // _PROGRAMS))))
 
 
 def _run_depthwise(wide: Tensor, taps: Tensor, out: Tensor, *, first: int, border: int, gated: bool) -> None:

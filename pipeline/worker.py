@@ -125,6 +125,8 @@ class Worker:
         self._context, self._config = context, context.config
         self._judge = Judge(context.config, classifier=classifier, prompts=restorer.prompts.keys)
         self._restoring = BatchRestorer(restorer, device=context.device)
+        # A GPU leaves the CPUs idle: there the threads that read and write classify, beside the network.
+        self._threads_classify = context.device == "cuda"
         self._directory = RunDirectory(context.run_dir)
         reference = context.config.reference
         self._references = ReferenceIndex(Path(reference)) if reference is not None else None
@@ -240,11 +242,17 @@ class Worker:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
         load(item, self._config, source_root=self._context.source_root)
         measure_input(item, self._references, self._config)
+        if self._threads_classify:
+            self._decide([item])
         return item
 
+    def _decide(self, items: Sequence[Item]) -> None:
+        self._judge.decide([item for item in items if not item.has_failed])
+
     def _prepared_batches(self, window: list[Item]) -> Iterator[list[Item]]:
-        """Decides on each image of a window, then cuts it into batches; images that skip the network come first."""
-        self._judge.decide([item for item in window if not item.has_failed])
+        """Cuts a window of images, once they are decided on, into batches; those that skip the network come first."""
+        if not self._threads_classify:
+            self._decide(window)
         aside = [item for item in window if item.status is not Status.RESTORED]
         if aside:
             yield aside
@@ -254,9 +262,15 @@ class Worker:
         self._watchdog.headway(pixels=sum(map(_pixels, batch)))
         self._restoring([item for item in batch if item.status is Status.RESTORED])
         self._watchdog.headway()
-        self._judge.look_again([item for item in batch if item.restored is not None])
+        if not self._threads_classify:
+            self._look_again(batch)
+
+    def _look_again(self, items: Sequence[Item]) -> None:
+        self._judge.look_again([item for item in items if item.restored is not None])
 
     def _finish(self, item: Item) -> Item:
+        if self._threads_classify:
+            self._look_again([item])
         measure_result(item)
         write(item, self._directory, self._config, reserved=self._context.reserved)
         item.drop_pixels()
@@ -282,7 +296,8 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     """
     fault_point("start", worker_id)
     keep_freed_memory()
-    torch.set_num_threads(context.threads)
+    # What is left to the CPU beside a GPU is done in many threads of the worker's own.
+    torch.set_num_threads(1 if context.device == "cuda" else context.threads)
     config = context.config
     dtype = getattr(torch, config.dtype)
     restorer = load_restorer(config.model, device=context.device, dtype=dtype, tile=parse_tile(config.tile))

@@ -34,40 +34,26 @@ def image(side):
     return torch.rand(1, 3, side, side)
 
 
-def test_a_shape_is_recorded_the_second_time_and_replayed_from_the_third():
+def test_a_shape_is_recorded_once_it_has_come_often_and_replayed_from_then_on():
     counted = Counted()
     recorded = Recorded(counted, record=counted.record)
-    for calls, records in [(1, 0), (2, 1), (2, 1), (2, 1)]:
+    for calls, records in [(1, 0), (2, 0), (3, 0), (4, 1), (4, 1), (4, 1)]:
         given = image(8)
         assert torch.equal(recorded(given, PROMPT), 2 * given)
         assert (counted.calls, counted.recorded) == (calls, records)
+    recorded(image(9), PROMPT)
+    assert (counted.calls, counted.recorded) == (5, 1)
 
 
-def test_the_shapes_needed_last_are_kept():
+def test_what_is_large_or_comes_when_there_is_no_more_room_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(graphs, "LARGEST_PIXELS", 100)
+    monkeypatch.setattr(graphs, "MOST_PIXELS", 150)
     counted = Counted()
     recorded = Recorded(counted, record=counted.record)
-    sides = range(1, graphs.MOST_SHAPES + 1)
-    for side in [*sides, *sides]:
-        recorded(image(side), PROMPT)
-    recorded(image(1), PROMPT)  # now side 2 is the one not needed for longest
-    for _ in range(2):
-        recorded(image(100), PROMPT)
-    calls = counted.calls
-    recorded(image(1), PROMPT)
-    assert counted.calls == calls
-    recorded(image(2), PROMPT)
-    assert counted.calls == calls + 1
-
-
-def test_what_comes_once_or_is_large_is_not_recorded(monkeypatch):
-    counted = Counted()
-    recorded = Recorded(counted, record=counted.record)
-    for side in range(1, 50):
-        recorded(image(side), PROMPT)
-    monkeypatch.setattr(graphs, "LARGEST_PIXELS", 8)
-    for _ in range(3):
-        recorded(image(60), PROMPT)
-    assert counted.recorded == 0
+    for side, records in [(11, 0), (10, 1), (8, 1), (7, 2), (2, 2)]:
+        for _ in range(5):
+            recorded(image(side), PROMPT)
+        assert counted.recorded == records
 
 
 @pytest.mark.parametrize(
@@ -77,7 +63,8 @@ def test_what_comes_once_or_is_large_is_not_recorded(monkeypatch):
 )  # fmt: skip
 def test_a_recording_that_is_wrong_or_fails_is_never_used(counted, why):
     recorded = Recorded(counted, record=counted.record)
-    recorded(image(8), PROMPT)
+    for _ in range(graphs.RUNS_BEFORE):
+        recorded(image(8), PROMPT)
     with pytest.warns(UserWarning, match=why):
         recorded(image(8), PROMPT)
     with warnings.catch_warnings():
@@ -90,9 +77,9 @@ def test_a_recording_that_is_wrong_or_fails_is_never_used(counted, why):
 def test_no_room_for_a_recording_is_no_fault():
     counted = Counted(fault=torch.OutOfMemoryError())
     recorded = Recorded(counted, record=counted.record)
-    for _ in range(3):
+    for _ in range(graphs.RUNS_BEFORE + 3):
         recorded(image(8), PROMPT)
-    assert counted.calls == 3
+    assert counted.calls == graphs.RUNS_BEFORE + 3
 
 
 @pytest.mark.gpu
