@@ -147,12 +147,13 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=[], help="only sets whose names begin so")
     parser.add_argument("--images", action="store_true", help="print a line per image too")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--model", nargs="*", default=[], help="options passed on, e.g. --model=--model=FILE")
+    help_text = "one passed on to dfpir restore, e.g. --option=--model=FILE; may be repeated"
+    parser.add_argument("--option", action="append", default=[], dest="options", help=help_text)
     arguments = parser.parse_args()
     summaries, images = [], []
     print("set                    n  recogn.   input   blind   gain    told  SSIM in  blind")
     for one in sets(arguments.data, arguments.work, arguments.sets):
-        row, rows = measure(one, arguments.work, arguments.model)
+        row, rows = measure(one, arguments.work, arguments.options)
         gain = None if row["psnr_db"] is None else row["psnr_db"] - row["psnr_input_db"]  # type: ignore[operator]
         print(
             f"{row['set']:<20}{row['images']:>4} {row['recognised']:>8.1%} {show(row['psnr_input_db']):>7} "

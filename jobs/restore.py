@@ -148,6 +148,8 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         fruitless = pc.is_in(rows["status"], pa.array([Status.FAILED, Status.QUARANTINED]))
         again = rows.filter(fruitless) if options.retry_failed else None
         changes = update_plan(out, listing, limit=options.limit, again=again)
+        ignored, unreadable_directories = listing.ignored, listing.unreadable_directories
+        del listing  # as large as the plan
         shards = load_plan(out)
         left = shards.without(rows)
     except (PlanError, ManifestError) as error:
@@ -159,8 +161,8 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         changes=changes,
         shards=shards,
         left=left,
-        ignored=listing.ignored,
-        unreadable_directories=listing.unreadable_directories,
+        ignored=ignored,
+        unreadable_directories=unreadable_directories,
     )
 
 

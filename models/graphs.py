@@ -13,8 +13,8 @@ from torch import Tensor
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
-RUNS_BEFORE = 3
-"""Of a shape before it is recorded: recording takes as long as many runs."""
+RUNS_BEFORE = 2
+"""Of a shape before it is recorded: recording takes as long as three runs, and a replay a tenth of one."""
 
 MOST_PIXELS = 32_000_000
 """Of all recordings together, which keep their inputs and outputs; what comes later is not recorded."""

@@ -29,6 +29,8 @@ FEWEST_IMAGES = 4
 _ROW_GROUP_ROWS = 100_000
 
 PLAN_SCHEMA = pa.schema([("shard_id", pa.string()), *IMAGE_REF_SCHEMA])
+_NAMES = ("relative_path", "uri")
+"""Columns that take most of a plan's memory, and that bringing it up to date hardly needs."""
 
 
 class PlanError(Exception):
@@ -124,7 +126,7 @@ def update_plan(
     that can no longer be examined counts as vanished. `limit` leaves out of the listing what lies behind that many
     images and is not planned yet.
     """
-    generations = _read_plan(run_dir)
+    generations = _read_plan(run_dir, [field.name for field in PLAN_SCHEMA if field.name not in _NAMES])
     planned = _latest(generations)
     listed = listing.table
     where = pc.index_in(listed["image_id"], planned["image_id"])
@@ -133,7 +135,7 @@ def update_plan(
         listed, where = listed.filter(kept), where.filter(kept)
     new = _with_revision(_where(listed, pc.is_null(where)), 0)
     if new.num_rows and planned.num_rows:
-        names = planned["relative_path"]
+        names = _read_plan(run_dir, ["relative_path"])["relative_path"]
         if len(both := names.filter(pc.is_in(names, new["relative_path"].combine_chunks()))):
             raise PlanError(
                 f"{both[0]} is the name of two images once bytes that are not UTF-8 are written out, and one has been "
@@ -169,8 +171,8 @@ def load_plan(run_dir: Path | str) -> Shards:
 
 
 def _latest(planned: pa.Table) -> pa.Table:
-    """The rows that no later one supersedes."""
-    if not planned.num_rows:
+    """The rows that no later one supersedes; a revision above the first one does."""
+    if not pc.any(pc.greater(planned["revision"], 0)).as_py():
         return planned
     codes = planned["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     last = np.empty(codes.max() + 1, dtype=np.int64)
@@ -197,17 +199,18 @@ def _generations(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
 
 
-def _read_plan(run_dir: Path | str) -> pa.Table:
+def _read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> pa.Table:
     """Every row ever planned, in order, superseded revisions included."""
-    tables = [PLAN_SCHEMA.empty_table()]
+    tables = [PLAN_SCHEMA.empty_table().select(columns)]
     for path in _generations(Path(run_dir) / "plan"):
         try:
             with path.open("rb") as data, pq.ParquetFile(data) as file:  # pyarrow takes no path that is not UTF-8
-                table = file.read().replace_schema_metadata(None)
+                schema = file.schema_arrow.remove_metadata()
+                table = file.read(columns).replace_schema_metadata(None) if schema.equals(PLAN_SCHEMA) else None
         except (pa.ArrowInvalid, OSError) as error:
             raise PlanError(f"{path} cannot be read as a plan ({error}); start again with a new OUT") from error
-        if not table.schema.equals(PLAN_SCHEMA):
-            raise PlanError(f"{path} has columns {table.schema.names}, expected {PLAN_SCHEMA.names}")
+        if table is None:
+            raise PlanError(f"{path} has columns {schema.names}, expected {PLAN_SCHEMA.names}")
         tables.append(table)
     return pa.concat_tables(tables)
 

@@ -38,7 +38,7 @@ LISTING_SCHEMA = pa.schema([field for field in IMAGE_REF_SCHEMA if field.name !=
 _Row = tuple[str, str, str, int, int | None]
 """`LISTING_SCHEMA`'s columns; the time as microseconds since 1970."""
 
-_ROWS_AT_ONCE = 50_000
+_ROWS_AT_ONCE = 10_000
 
 _EARLIEST, _LATEST = -62_135_596_800_000_000, 253_402_300_799_999_999
 """Microseconds since 1970 of the years 1 to 9999, beyond which Python knows no dates but file systems do."""

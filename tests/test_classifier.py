@@ -1,4 +1,6 @@
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,3 +353,18 @@ def test_bfloat16_moves_probabilities_little():
 def test_a_gpu_that_is_not_there_is_told_with_advice(name):
     with pytest.raises(ValueError, match="no CUDA device here; use device='cpu'"):
         load_classifier(name, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_recorded_or_not_and_many_threads_on_it_say_what_a_cpu_says(tmp_path):
+    path = write_tiny_classifier(tmp_path / "tiny.safetensors")
+    images = random_images() * 8
+    here = load_classifier(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        there = load_classifier(path, device="cuda")
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(there.probabilities, images))
+    for image, probabilities in zip(images, found, strict=True):
+        assert probabilities == pytest.approx(here.probabilities(image), abs=1e-3)

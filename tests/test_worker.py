@@ -3,6 +3,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from synthetic_weights import tiny_network
-from tiny_runs import TinyRun, config_of, plan_run, rows_of, write_pictures
+from tiny_runs import TinyRun, config_of, lasting, plan_run, rows_of, write_pictures
 
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
@@ -226,6 +227,32 @@ def test_a_gpu_without_room_for_an_image_has_it_in_tiles_and_the_run_goes_on(tmp
     assert rows["large.png"]["oom_retries"] > 0
     assert rows["large.png"]["tiled"]
     assert not rows["small.png"]["tiled"]
+
+
+def test_beside_a_gpu_the_threads_that_read_and_write_classify_to_the_same_end(tmp_path: Path) -> None:
+    for number, label in enumerate([*LABELS, *LABELS]):
+        marked(tmp_path / "src" / f"{number}.png", red(label))
+    marked(tmp_path / "src" / "unsure.png", 200)
+    marked(tmp_path / "src" / "fault.png", 210)
+
+    class Named(Reader):
+        def __init__(self) -> None:
+            self.threads: set[str] = set()
+
+        def _one(self, value: int) -> Prediction:
+            self.threads.add(threading.current_thread().name.partition("_")[0])
+            return super()._one(value)
+
+    found = []
+    for device, expected in (("cpu", {"MainThread"}), ("cuda", {"read", "write"})):
+        run = plan_run(tmp_path / "src", tmp_path / device, config_of(label="auto"), per_shard=100)
+        reader = Named()
+        context = replace(run.context, device=device)
+        rows = work(run, worker=Worker(context, restorer=Brightener(), classifier=reader, worker_id="w"))
+        assert reader.threads == expected
+        found.append({name: lasting(row) | {"device": None, "run_id": None} for name, row in rows.items()})
+    assert found[0] == found[1]
+    assert {row["stage"] for row in found[1].values()} == {None, "classify"}
 
 
 def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
