@@ -150,11 +150,13 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         changes = update_plan(out, listing, limit=options.limit, again=again)
         ignored, unreadable_directories = listing.ignored, listing.unreadable_directories
         del listing  # as large as the plan
+        pa.default_memory_pool().release_unused()
         shards = load_plan(out)
         left = shards.without(rows)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
     context = replace(context, reserved=reserved_names(shards.table["relative_path"]))
+    pa.default_memory_pool().release_unused()
     return Job(
         directory=directory,
         context=context,

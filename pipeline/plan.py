@@ -84,17 +84,15 @@ class Shards(Sequence[Shard]):
 
 @dataclass(frozen=True)
 class PlanChanges:
-    """What a listing added to the plan.
+    """Images that a listing added to the plan: `new`, `changed`, and done `again` on request.
 
-    `new`, `changed` and `again` (done again on request) count images, and `shards` hold all of them. `vanished` counts
-    those that are no longer in the source; the ones without a row end as failed rows.
+    `vanished` counts those that are no longer in the source; the ones without a row end as failed rows.
     """
 
     new: int
     changed: int
     again: int
     vanished: int
-    shards: Shards
 
 
 def cut_shards(images: pa.Table, *, first_index: int = 0) -> Shards:
@@ -159,7 +157,7 @@ def update_plan(
     if shards:
         _write_generation(Path(run_dir) / "plan", shards.table)
     differing_count, gone_count = (pc.sum(mask).as_py() or 0 for mask in (differs, gone))
-    return PlanChanges(new.num_rows, differing_count, changed.num_rows - differing_count, gone_count, shards)
+    return PlanChanges(new.num_rows, differing_count, changed.num_rows - differing_count, gone_count)
 
 
 def load_plan(run_dir: Path | str) -> Shards:

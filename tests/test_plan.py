@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import plan
-from pipeline.plan import PLAN_SCHEMA, PlanError, cut_shards, estimate, load_plan, update_plan
+from pipeline.plan import PLAN_SCHEMA, PlanChanges, PlanError, Shards, cut_shards, estimate, load_plan, update_plan
 from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, image_id
 from pipeline.source import LISTING_SCHEMA, Listing, list_source
 
@@ -33,6 +33,11 @@ def listing(*refs):
 
 def images(shards):
     return [image for shard in shards for image in shard.images]
+
+
+def added(run_dir):
+    """The newest generation's shards."""
+    return Shards(pq.read_table(sorted((run_dir / "plan").iterdir())[-1]))
 
 
 @settings(deadline=None)
@@ -56,7 +61,7 @@ def test_plan_is_read_back_as_it_was_written(tmp_path):
     refs = [ref("a.png"), ref("b \u00e9.png", size_bytes=0, modified=None), ref("c/d.png")]
     changes = update_plan(tmp_path, listing(*refs))
     assert (changes.new, changes.changed, changes.vanished) == (3, 0, 0)
-    assert list(load_plan(tmp_path)) == list(changes.shards)
+    assert list(load_plan(tmp_path)) == list(added(tmp_path))
     assert images(load_plan(tmp_path)) == listing(*refs).images
     (path,) = (tmp_path / "plan").iterdir()
     assert path.name == "00000.parquet"
@@ -71,18 +76,19 @@ def test_second_call_without_changes_writes_nothing(tmp_path):
     update_plan(tmp_path, listing(ref("a.png"), ref("b.png", modified=None)))
     before = list(load_plan(tmp_path))
     changes = update_plan(tmp_path, listing(ref("a.png"), ref("b.png", modified=None)))
-    assert (changes.new, changes.changed, changes.vanished, len(changes.shards)) == (0, 0, 0, 0)
+    assert changes == PlanChanges(0, 0, 0, 0)
     assert list(load_plan(tmp_path)) == before
     assert len(list((tmp_path / "plan").iterdir())) == 1
 
 
 def test_new_files_get_new_shards_and_old_shards_stay(tmp_path):
-    first = update_plan(tmp_path, listing(ref("b.png"), ref("c.png")))
+    update_plan(tmp_path, listing(ref("b.png"), ref("c.png")))
+    first = added(tmp_path)
     frozen = (tmp_path / "plan/00000.parquet").read_bytes()
     second = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     assert (second.new, second.changed) == (1, 0)
-    assert [shard.shard_id for shard in second.shards] == ["00001"]
-    assert list(load_plan(tmp_path)) == [*first.shards, *second.shards]
+    assert [shard.shard_id for shard in added(tmp_path)] == ["00001"]
+    assert list(load_plan(tmp_path)) == [*first, *added(tmp_path)]
     assert (tmp_path / "plan/00000.parquet").read_bytes() == frozen
 
 
@@ -93,7 +99,7 @@ def test_changed_files_become_a_new_revision_that_supersedes_the_old(tmp_path, c
     for revision in (1, 2):
         changes = update_plan(tmp_path, listing(changed, ref("b.png")))
         assert (changes.new, changes.changed) == (0, 1)
-        assert images(changes.shards) == [replace(changed, revision=revision)]
+        assert images(added(tmp_path)) == [replace(changed, revision=revision)]
         planned = images(load_plan(tmp_path))
         assert sorted(i.relative_path for i in planned) == ["a.png", "b.png"]
         assert replace(changed, revision=revision) in planned
@@ -110,7 +116,7 @@ def test_vanished_files_are_reported_and_stay_planned(tmp_path):
     update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     gone = replace(ref("c.png"), size_bytes=0, modified=None)
     changes = update_plan(tmp_path, listing(ref("b.png"), gone))
-    assert (changes.vanished, len(changes.shards)) == (2, 0)
+    assert changes == PlanChanges(0, 0, 0, 2)
     assert len(images(load_plan(tmp_path))) == 3
     back = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     assert (back.new, back.changed, back.vanished) == (0, 0, 0)
@@ -154,7 +160,7 @@ def test_plan_of_a_real_folder_follows_its_changes(tmp_path):
     for name in ("a.png", "b.png"):
         (source / name).write_bytes(b"1")
     update_plan(tmp_path / "out", list_source(source))
-    assert not update_plan(tmp_path / "out", list_source(source)).shards
+    assert update_plan(tmp_path / "out", list_source(source)) == PlanChanges(0, 0, 0, 0)
     (source / "a.png").write_bytes(b"22")
     os.utime(source / "b.png", ns=(0, 1_600_000_000_000_000_000))
     (source / "c.png").write_bytes(b"3")
@@ -229,6 +235,6 @@ def test_a_limit_leaves_out_what_lies_behind_it_but_nothing_planned(tmp_path):
     names = [f"{i}.png" for i in range(4)]
     update_plan(tmp_path, listing(ref("3.png")))
     changes = update_plan(tmp_path, listing(*map(ref, names)), limit=2)
-    assert [i.relative_path for i in images(changes.shards)] == ["0.png", "1.png"]
+    assert [i.relative_path for i in images(added(tmp_path))] == ["0.png", "1.png"]
     assert (changes.new, changes.vanished) == (2, 0)
     assert update_plan(tmp_path, listing(*map(ref, names)), limit=3).new == 1
