@@ -25,7 +25,7 @@ from classifier.labels import LABELS
 from jobs.classifier_samples import as_filed, draw_damaged
 from jobs.errors import UsageError
 from jobs.training_data import Photographs
-from jobs.training_loop import told_plainly
+from jobs.training_loop import told_plainly, usable_device
 
 FloatArray = NDArray[np.float64]
 
@@ -92,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         uncalibrated = ClipCalibration(architecture=arguments.architecture)
+        device = str(usable_device(arguments.device))
         try:
-            classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=arguments.device)
+            classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=device)
         except ClassifierWeightsError as error:
             raise UsageError(str(error)) from error
         photographs = Photographs.clean(arguments.photographs, validation=None)

@@ -37,7 +37,7 @@ from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read
 from jobs.training_data import Photographs
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly
+from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly, usable_device
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -361,7 +361,7 @@ def train(
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration or network.
-        UsageError: too few photographs can be read, or there are no weights to start from.
+        UsageError: too few photographs can be read, there are no weights to start from, or no such device.
         TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), or the
             disk has no room for pool or checkpoint.
     """
@@ -372,7 +372,7 @@ def train(
         Photographs.clean(config.data.clean, validation=validation, least_readable=config.data.least_readable)
         for validation in (False, True)
     )
-    training = Training(config, out, torch.device(device))
+    training = Training(config, out, usable_device(device))
     validation_set = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW, training=False)
     held_out = validation_set[range(1, config.validation_samples + 1)]
     if training.progress < 1:

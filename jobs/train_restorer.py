@@ -29,7 +29,7 @@ from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_diary import Diary
 from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
-from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly
+from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly, usable_device
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -295,14 +295,14 @@ def train(
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
-        UsageError: too few photographs can be read, or there are no weights to start from.
+        UsageError: too few photographs can be read, there are no weights to start from, or no such device.
         TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), or the disk has
             no room for a checkpoint.
     """
     begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
-    training = Training(config, out, torch.device(device), compiled=compiled)
+    training = Training(config, out, usable_device(device), compiled=compiled)
     if training.progress < 1:
         sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:

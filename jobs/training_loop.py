@@ -26,6 +26,17 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fastest_dtype(device) is torch.bfloat16)
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name; raises UsageError if there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda or one CUDA device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu")
+    return device
+
+
 class Trained(Protocol):
     """A training in progress."""
 

@@ -404,6 +404,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, room: int)
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        pytest.param(
+            "cuda",
+            "--device cuda: no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one"),
+        ),
+        ("gpu0", "--device gpu0: expected cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_told_before_anything_is_written(
+    photographs: Path, tmp_path: Path, device: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(tiny(photographs), tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_of_a_bare_host_tells_faults_plainly(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("stepz = 3")
     command = [sys.executable, "-m", "jobs.train_restorer", str(tmp_path / "c.toml"), str(tmp_path / "out")]
