@@ -29,6 +29,7 @@ from classifier.base import Classifier
 from jobs.config import RestoreOptions
 from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, run, sole_driver
 from models import Restorer, load_restorer
+from models.graphs import RUNS_BEFORE
 from models.memory import keep_freed_memory
 from models.padding import pad, padded_size
 from models.weights import save_checkpoint
@@ -149,7 +150,7 @@ def main() -> None:
             alone.append(classifying + restoring)
             shares.append(classifying / restoring)
 
-        for _ in range(2 if device == "cuda" else 0):  # until every shape is recorded
+        for _ in range(RUNS_BEFORE + 1 if device == "cuda" else 0):  # until every shape is recorded
             seconds_alone(images, classifier, restorer)
         measure_alone()
         for number in range(arguments.rounds):

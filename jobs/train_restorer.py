@@ -41,6 +41,7 @@ from jobs.training_state import (
 )
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
+from models.memory import on_device
 from models.prompts import PromptBank, clip_bank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
@@ -201,7 +202,8 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate_at(self.progress)
         try:
-            loss = self.gradients(batch.degraded, batch.clean, self._embedded(batch.prompts))
+            with on_device(self.device):
+                loss = self.gradients(batch.degraded, batch.clean, self._embedded(batch.prompts))
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"the network cannot be compiled here, try without --compile: {error}") from error
         meanwhile()

@@ -6,6 +6,7 @@ A network of many small kernels waits for Python to launch them; how much that i
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 RUNS_BEFORE = 2
 """Of a shape before it is recorded: recording takes as long as three runs, and a replay a tenth of one."""
 
-MOST_PIXELS = 32_000_000
+MOST_SHAPES, MOST_PIXELS = 64, 32_000_000
 """Of all recordings together, which keep their inputs and outputs; what comes later is not recorded."""
 
 LARGEST_PIXELS = 4_000_000
@@ -75,13 +76,24 @@ class Recorded:
         shape = image.shape
         if recording := self._recordings.get(shape):
             return recording(image, prompts)
-        output = self._forward(image, prompts)
-        self._seen[shape] += 1
+        output = self._output(image, prompts)
         pixels = shape[0] * shape[2] * shape[3]
-        if self._works and self._seen[shape] > RUNS_BEFORE and pixels <= min(LARGEST_PIXELS, self._room):
+        if not self._works or pixels > min(LARGEST_PIXELS, self._room) or len(self._recordings) == MOST_SHAPES:
+            return output
+        self._seen[shape] += 1
+        if self._seen[shape] > RUNS_BEFORE:
             self._try_recording(image, prompts, output)
             self._room -= pixels
         return output
+
+    def _output(self, image: Tensor, prompts: Tensor) -> Tensor:
+        """The network's; if memory is full, once more without what recordings keep."""
+        with suppress(torch.OutOfMemoryError) if self._recordings else nullcontext():
+            return self._forward(image, prompts)
+        self._recordings.clear()
+        self._room = 0
+        torch.cuda.empty_cache()
+        return self._forward(image, prompts)
 
     def _try_recording(self, image: Tensor, prompts: Tensor, expected: Tensor) -> None:
         try:

@@ -6,6 +6,7 @@ widths is compiled once. Sums over pixels go through partial sums of fixed chunk
 that the same input gives the same bits.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -234,12 +235,16 @@ def pixels_per_chunk(pixels: int) -> int:
     return int(min(4096, max(256, triton.next_power_of_2(pixels // _PROGRAMS))))
 
 
+def rows_per_program(programs: int) -> int:
+    """Of `_depthwise`, if one row each would take so many: the fewer rows, the more of them are loaded twice."""
+    return 16 if programs >= 16 * _PROGRAMS else 4
+
+
 def _run_depthwise(wide: Tensor, taps: Tensor, out: Tensor, *, first: int, border: int, gated: bool) -> None:
     """Writes to `out`, whose images are contiguous: with bands of rows there is one, or else all are."""
     batch, height, width, channels = out.shape
     side = triton.cdiv(channels, _CHANNELS), triton.cdiv(width, _COLUMNS)
-    # The fewer rows, the more of them are loaded by two programs; but a small image should have enough programs.
-    rows = 16 if batch * math.prod(side) * height >= 16 * _PROGRAMS else 4
+    rows = rows_per_program(batch * math.prod(side) * height)
     _depthwise[*side, triton.cdiv(height, rows) * batch](
         wide.contiguous(), taps, out, height, width, wide.shape[-1], channels, first,
         BORDER=border, GATED=gated, ROWS=rows, BLOCK_W=_COLUMNS, BLOCK_C=_CHANNELS, num_warps=4,
@@ -269,12 +274,15 @@ def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCE
         passes.widen(x, norm, product, out[:, 7:40])
         widen(x.to(device), norm.to(device), product.to(device), there[:, 7:40])
         hold(f"widen in {dtype}", there, out)
-        for border in (0, 1):
-            name = f"border {border}, in {dtype}"
-            wide, taps = draw(2, 21, 19, 40), draw(9, 40)
+        # What a small image and few channels take, then what large ones do.
+        for (side, per_head), border in itertools.product(((5, 10), (20, 72)), (0, 1)):
+            name = f"border {border}, {side} x {side}, {per_head} channels per head, in {dtype}"
+            height, channels = side + 2 - 2 * border, 2 * per_head
+            wide, taps = draw(2, height, side, 2 * channels), draw(9, 2 * channels)
             found = depthwise_gate(wide.to(device), taps.to(device), border=border)
             hold(f"gate, {name}", found, passes.depthwise_gate(wide, taps, border=border))
-            wide, taps, values = draw(2, 21, 19, 60), draw(9, 60), draw(2, 19 + 2 * border, 19, 20)
+            wide, taps = draw(2, height, side, 3 * channels), draw(9, 3 * channels)
+            values = draw(2, side, side, channels)
             values_there = values.to(device, copy=True)
             expected = passes.depthwise_attention(wide, taps, values, heads=2, border=border)
             sums = depthwise_attention(wide.to(device), taps.to(device), values_there, heads=2, border=border)

@@ -17,11 +17,13 @@ def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype, device: str | torch
     """Peak memory of the inference form per pixel of padded input, estimated from above.
 
     The peak lies in the blocks of the last level: two maps of 2 dim channels at the stem's resolution, of which a
-    fifth more is asked for what the allocator keeps. The image itself is held as float32 up to five times. The bands
-    add some 100 MB whatever the size of the image. Where bfloat16 is emulated, the last convolution writes out the
+    fifth more is asked for what the allocator keeps, on a GPU seven tenths (docs/decisions/0017). The image itself is
+    held as float32 up to five times. The bands add some 100 MB whatever the size of the image, on a GPU some 1.3 GB.
+    Where bfloat16 is emulated, the last convolution writes out the
     neighbours of every pixel. Measured by `benchmarks/engine.py`.
     """
-    maps = 1.2 * 4 * config.dim * dtype.itemsize / config.unshuffle_factor**2
+    kept = 1.7 if torch.device(device).type == "cuda" else 1.2
+    maps = kept * 4 * config.dim * dtype.itemsize / config.unshuffle_factor**2
     emulated = dtype is torch.bfloat16 and fastest_dtype(device) is not dtype
     neighbours = 9 * 2 * config.dim * dtype.itemsize / config.unshuffle_factor**2 if emulated else 0.0
     return maps + neighbours + 5 * 3 * 4

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from classifier.base import Classifier
 from classifier.labels import Degradation
 from classifier.sigma import estimate_sigma
-from pipeline.batching import in_halves
+from pipeline.batching import in_halves, is_out_of_memory
 from pipeline.item import Item
 from pipeline.prompting import Decision, decide, decide_forced
 from pipeline.records import Stage
@@ -28,8 +28,11 @@ class Judge:
         """Name of the classifier that decides; None where the label is forced."""
         return self._classifier.name if self._classifier is not None else None
 
-    def decide(self, items: Sequence[Item]) -> None:
-        """Gives each decoded item its decision; one that cannot be classified fails alone."""
+    def decide(self, items: Sequence[Item], *, later_if_full: bool = False) -> None:
+        """Gives each decoded item its decision; one that cannot be classified fails alone.
+
+        With `later_if_full` an item for which there is no memory now stays undecided.
+        """
         if not items:
             return
 
@@ -54,11 +57,15 @@ class Judge:
             for item in batch:
                 item.add_ms(Stage.CLASSIFY, each_ms)
 
+        def fail(item: Item, error: Exception) -> None:
+            if not (later_if_full and is_out_of_memory(error)):
+                item.fail(Stage.CLASSIFY, error)
+
         in_halves(
             items,
             work,
             on_halved=lambda batch, error: None,
-            on_fault=lambda item, error: item.fail(Stage.CLASSIFY, error),
+            on_fault=fail,
         )
 
     def look_again(self, items: Sequence[Item]) -> None:
@@ -75,11 +82,17 @@ class Judge:
                 item.facts["clean_probability_after"] = probability
                 item.add_ms(Stage.MEASURE, each_ms)
 
+        def fail(item: Item, error: Exception) -> None:
+            if is_out_of_memory(error):  # of a GPU that is busy with other images; the result is none the worse
+                item.warnings.append("not looked at again: memory was full")
+            else:
+                item.fail(Stage.MEASURE, error)
+
         in_halves(
             items,
             work,
             on_halved=lambda batch, error: None,
-            on_fault=lambda item, error: item.fail(Stage.MEASURE, error),
+            on_fault=fail,
         )
 
     def _decide_forced(self, item: Item) -> None:

@@ -242,17 +242,13 @@ class Worker:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
         load(item, self._config, source_root=self._context.source_root)
         measure_input(item, self._references, self._config)
-        if self._threads_classify:
-            self._decide([item])
+        if self._threads_classify and not item.has_failed:
+            self._judge.decide([item], later_if_full=True)
         return item
-
-    def _decide(self, items: Sequence[Item]) -> None:
-        self._judge.decide([item for item in items if not item.has_failed])
 
     def _prepared_batches(self, window: list[Item]) -> Iterator[list[Item]]:
         """Cuts a window of images, once they are decided on, into batches; those that skip the network come first."""
-        if not self._threads_classify:
-            self._decide(window)
+        self._judge.decide([item for item in window if item.status is None])
         aside = [item for item in window if item.status is not Status.RESTORED]
         if aside:
             yield aside

@@ -20,9 +20,14 @@ class Counted:
 
     def __init__(self, error=0.0, fault=None):
         self.calls, self.recorded, self.error, self.fault = 0, 0, error, fault
+        self.full = 0
+        """So many calls from now on find memory full."""
 
     def __call__(self, image, prompts):
         self.calls += 1
+        if self.full:
+            self.full -= 1
+            raise torch.OutOfMemoryError
         return 2 * image
 
     def record(self, forward, image, prompts, beside):
@@ -56,6 +61,34 @@ def test_what_is_large_or_comes_when_there_is_no_more_room_is_not_recorded(monke
         for _ in range(5):
             recorded(image(side), PROMPT)
         assert counted.recorded == records
+
+
+def test_there_is_an_end_to_the_number_of_recordings(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_SHAPES", 2)
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    for side in (1, 2, 3, 3):
+        for _ in range(5):
+            recorded(image(side), PROMPT)
+    assert counted.recorded == 2
+
+
+def test_recordings_give_way_to_an_image_that_has_no_room_beside_them():
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    for _ in range(5):
+        recorded(image(8), PROMPT)
+    assert recorded._recordings
+    whole, counted.full = counted.calls, 1
+    given = image(30)
+    assert torch.equal(recorded(given, PROMPT), 2 * given)
+    assert (counted.calls, len(recorded._recordings)) == (whole + 2, 0)
+    for _ in range(5):
+        recorded(image(8), PROMPT)
+    assert counted.recorded == 1
+    counted.full = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded(given, PROMPT)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 INTERPRETED = """
 import torch
 from models import kernels
-kernels.pixels_per_chunk = lambda pixels: 32
+kernels.pixels_per_chunk = lambda pixels: 256
+kernels.rows_per_program = lambda programs: 16 if programs > 200 else 4
 interpreted = torch.device("cpu"), [torch.float32]  # the interpreter multiplies no bfloat16 matrices
 kernels.check(*interpreted)
 print("held")

@@ -255,6 +255,24 @@ def test_beside_a_gpu_the_threads_that_read_and_write_classify_to_the_same_end(t
     assert {row["stage"] for row in found[1].values()} == {None, "classify"}
 
 
+def test_a_gpu_too_full_to_classify_beside_the_network_decides_later_and_fails_no_image(tmp_path: Path) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+
+    class Full(Reader):
+        def _one(self, value: int) -> Prediction:
+            if threading.current_thread() is not threading.main_thread():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super()._one(value)
+
+    run = plan(tmp_path)
+    context = replace(run.context, device="cuda")
+    rows = work(run, worker=Worker(context, restorer=Brightener(), classifier=Full(), worker_id="w"))
+    for row in rows.values():
+        assert (row["status"], row["label"], row["clean_probability_after"]) == ("restored", "rain", None)
+        assert row["warnings"] == ["not looked at again: memory was full"]
+
+
 def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
