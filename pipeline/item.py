@@ -125,6 +125,5 @@ class Item:
             revision=self.ref.revision,
             status=self.status,
             warnings=tuple(map(printable, self.warnings)),
-            finished_at=datetime.now(UTC),
-            **self.facts,
+            **({"finished_at": datetime.now(UTC)} | self.facts),
         )

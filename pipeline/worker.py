@@ -269,6 +269,7 @@ class Worker:
             self._look_again([item])
         measure_result(item)
         write(item, self._directory, self._config, reserved=self._context.reserved)
+        item.facts["finished_at"] = datetime.now(UTC)
         item.drop_pixels()
         return item
 
