@@ -357,7 +357,7 @@ def test_a_gpu_that_is_not_there_is_told_with_advice(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_recorded_or_not_and_many_threads_on_it_say_what_a_cpu_says(tmp_path):
+def test_many_threads_on_a_gpu_are_told_what_a_cpu_says(tmp_path):
     path = write_tiny_classifier(tmp_path / "tiny.safetensors")
     images = random_images() * 8
     here = load_classifier(path)
