@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.process_memory import peak_bytes
 from benchmarks.record import RESULTS, write_csv
+from models import graphs
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
@@ -54,7 +55,7 @@ VARIANTS = {
 }
 """By the device's type; float32 is without TF32 where that is not said, and bfloat16 of the plain form is autocast."""
 PROMPT = 1
-RUNS_BEFORE = {"cpu": 1, "cuda": 5}
+RUNS_BEFORE = {"cpu": 1, "cuda": graphs.RUNS_BEFORE + 3}
 """Until everything is compiled and recorded."""
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from models.graphs import Recording
+
 Gradients = Callable[..., Tensor]
 """Of input tensors: leaves gradients in the parameters, each with new memory, and returns the loss."""
 
@@ -22,25 +24,12 @@ TOLERANCE = 0.02
 
 def record(gradients: Gradients, inputs: Sequence[Tensor]) -> Gradients:
     """A replay of `gradients` on inputs of these shapes."""
-    mine = [each.clone() for each in inputs]
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        gradients(*mine)
+        gradients(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # A loader's thread may take page-locked memory meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        loss = gradients(*mine)
-    loss.fill_(torch.nan)  # so that only what is replayed can pass for a result
-
-    def replay(*inputs: Tensor) -> Tensor:
-        for there, given in zip(mine, inputs, strict=True):
-            there.copy_(given)
-        graph.replay()
-        return loss
-
-    return replay
+    return Recording(gradients, inputs)
 
 
 class RecordedGradients:
@@ -62,14 +51,18 @@ class RecordedGradients:
         self._shapes: list[torch.Size] = []
         self._runs = 0
         self._replay: Gradients | None = None
+        self._replayed: list[Tensor | None] = []
+        """The gradients that it writes to, by parameter."""
         self._works = True
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss, a tensor that the next call may write to; raises what the function raises."""
+        """The loss; raises what the function raises."""
         shapes = [each.shape for each in inputs]
         if shapes != self._shapes:
             self._shapes, self._runs, self._replay = shapes, 0, None
         if self._replay is not None:
+            for parameter, gradient in zip(self._parameters, self._replayed, strict=True):
+                parameter.grad = gradient
             return self._replay(*inputs)
         loss = self._gradients(*inputs)
         self._runs += 1
@@ -88,7 +81,8 @@ class RecordedGradients:
         expected = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         try:
             self._replay = self._record(self._gradients, inputs)
-            found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            self._replayed = [parameter.grad for parameter in self._parameters]
+            found = [gradient for gradient in self._replayed if gradient is not None]
             torch._foreach_mul_(found, torch.nan)
             again = self._replay(*inputs)
         except RuntimeError as error:

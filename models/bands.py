@@ -81,9 +81,11 @@ class Similarity:
         found = passes_for(values.device).depthwise_attention(
             wide.features, wide.taps, values, heads=self.heads, border=wide.border
         )
-        for total, more in zip(self.sums, found, strict=bool(self.sums)):
+        if not self.sums:
+            self.sums = found
+            return
+        for total, more in zip(self.sums, found, strict=True):
             total += more
-        self.sums = self.sums or found
 
     def logits(self, temperature: Tensor) -> Tensor:
         """Scaled similarities, B x heads x C_head x C_head; `temperature` is heads x 1 x 1."""

@@ -5,9 +5,8 @@ A network of many small kernels waits for Python to launch them; how much that i
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,35 +23,36 @@ LARGEST_PIXELS = 4_000_000
 """A larger batch is not recorded: its kernels are long, and a recording keeps all the memory that it needs."""
 
 
-@dataclass
-class _Recording:
-    """A graph with the tensors that it reads from and writes to."""
+class Recording:
+    """A function of tensors as a graph, with the tensors that it reads from and writes to; called like the function."""
 
-    graph: torch.cuda.CUDAGraph
-    image: Tensor
-    prompts: Tensor
-    output: Tensor
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: Sequence[Tensor], *, beside: "Recording | None" = None
+    ) -> None:
+        """Records a function that has run on these shapes before.
 
-    def __call__(self, image: Tensor, prompts: Tensor) -> Tensor:
-        self.image.copy_(image)
-        self.prompts.copy_(prompts)
-        self.graph.replay()
-        return self.output.clone()
+        It shares its working memory with the recording `beside` it: one is replayed at a time, and each keeps its
+        output.
+        """
+        self._inputs = [each.clone() for each in inputs]
+        self._graph = torch.cuda.CUDAGraph()
+        pool = beside._graph.pool() if beside is not None else None
+        # Other threads may use the GPU meanwhile: their work is not recorded.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._output = function(*self._inputs)
+        self._output.fill_(torch.nan)  # so that only what is replayed can pass for a result
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """A replay on these inputs."""
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
 
 
 def record(forward: Forward, image: Tensor, prompts: Tensor, beside: Forward | None) -> Forward:
-    """A replay of `forward`, which has run on these shapes before.
-
-    It shares its working memory with the recording `beside` it: one is replayed at a time, and each keeps its output.
-    """
-    image, prompts = image.clone(), prompts.clone()
-    graph = torch.cuda.CUDAGraph()
-    pool = beside.graph.pool() if isinstance(beside, _Recording) else None
-    # Other threads may use the GPU meanwhile: their work is not recorded.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = forward(image, prompts)
-    output.fill_(torch.nan)  # so that only what is replayed can pass for a result
-    return _Recording(graph, image, prompts, output)
+    """A replay of `forward` beside another one."""
+    return Recording(forward, (image, prompts), beside=beside if isinstance(beside, Recording) else None)
 
 
 class Recorded:
