@@ -200,9 +200,9 @@ class Contender:
         self.process.start()
         theirs.close()
 
-    def wait(self) -> Tensor:
-        """Its output, once it is ready to be timed."""
-        return torch.from_numpy(self.connection.recv())
+    def wait(self) -> None:
+        """Returns once it is ready to be timed; its first output is `output` then."""
+        self.output = torch.from_numpy(self.connection.recv())
 
     def seconds(self) -> float:
         """Of one more run."""
@@ -239,11 +239,11 @@ def variants_on(device: str) -> list[str]:
 
 
 @torch.inference_mode()
-def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float | None]) -> list[dict[str, object]]:
-    """A row for each variant, those whose peaks are given."""
-    contenders = {variant: Contender(variant, arguments, shape) for variant in peaks}
-    outputs = {variant: contender.wait() for variant, contender in contenders.items()}
-    seconds: dict[str, list[float]] = {variant: [] for variant in peaks}
+def measure(
+    arguments: argparse.Namespace, shape: Shape, contenders: dict[str, Contender], peaks: dict[str, float | None]
+) -> list[dict[str, object]]:
+    """A row for each variant."""
+    seconds: dict[str, list[float]] = {variant: [] for variant in contenders}
     for _ in range(arguments.rounds):
         for variant, contender in contenders.items():
             seconds[variant].append(contender.seconds())
@@ -260,7 +260,7 @@ def measure(arguments: argparse.Namespace, shape: Shape, peaks: dict[str, float 
             "megapixels_per_s": round(shape.megapixels / statistics.median(seconds[variant]), 5),
             "ratio": round(statistics.median(ratios), 3),
             "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
-            "largest_error": float((outputs[variant] - expected).abs().max()),
+            "largest_error": float((contender.output - expected).abs().max()),
             "peak_bytes_per_pixel": peaks[variant],
         })  # fmt: skip
     return rows
@@ -290,9 +290,15 @@ def main() -> None:
         print("bfloat16 is left out: this hardware would only imitate it")
     print(f"{'variant':<28}{'shape':>11}{'MP/s':>8}{'ratio':>6} {'(range)':<11}{'error':>8}{'B/px':>7}", flush=True)
     peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in variants}
+    shapes = [Shape.parse(text) for text in arguments.shapes]
+    # All at once, since compiling for a shape takes minutes.
+    contenders = {shape: {variant: Contender(variant, arguments, shape) for variant in variants} for shape in shapes}
+    for ready in contenders.values():
+        for contender in ready.values():
+            contender.wait()
     rows = []
-    for text in arguments.shapes:
-        for row in measure(arguments, Shape.parse(text), peaks):
+    for shape in shapes:
+        for row in measure(arguments, shape, contenders[shape], peaks):
             spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
             print(
                 f"{row['variant']:<28}{row['shape']:>11}{row['megapixels_per_s']:>8.4f}{row['ratio']:>6.2f} "

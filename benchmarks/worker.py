@@ -1,11 +1,11 @@
 """What the worker around the network costs: `python -m benchmarks.worker --help`.
 
-A runner's one worker takes a folder of photographs with noise of sigma 25 from file to file: decode, classify, restore,
+A runner's worker takes a folder of photographs with noise of sigma 25 from file to file: decode, classify, restore,
 measure, encode, write, manifest. In turn with it, classifier and network alone run over the same pixels in memory. The
 ratio of a run's speed to the mean of its neighbours' is the share of the machine that does the work proper; start-up
 counts for neither: a run lasts from the first image's start to the last one's end, as its manifest tells. On a GPU a
 run counts from a third of its images to five sixths, since shapes are compiled and recorded as they come (give it many
-`--copies`), and the network alone has all pixels on the device, in batches.
+`--copies`), and is held against the network alone, with all pixels on the device, in batches.
 """
 
 import argparse
@@ -39,10 +39,16 @@ from pipeline.sink import read_manifest
 from pipeline.worker import WINDOW_IMAGES
 
 PROMPT = "noise25"
+TURNS_ON_GPU = 10
+"""Of the network alone, which takes a moment."""
 
 
-def make_noisy(folders: list[Path], most: int, out: Path, *, suffix: str, copies: int) -> None:
-    """Writes up to `most` photographs of each folder, with the field's noise of sigma 25, each so many times."""
+def make_noisy(folders: list[Path], most: int, out: Path, *, suffix: str, copies: int) -> list[Path]:
+    """Writes up to `most` photographs of each folder, with the field's noise of sigma 25, each so many times.
+
+    Returns one file of each.
+    """
+    made = []
     for folder in folders:
         for number, path in enumerate(sorted(folder.glob("*.png"))[:most]):
             clean = np.asarray(Image.open(path).convert("RGB"))
@@ -50,13 +56,16 @@ def make_noisy(folders: list[Path], most: int, out: Path, *, suffix: str, copies
             Image.fromarray(noisy(clean, 25, seed=number)).save(first, quality=95, subsampling=0)
             for copy in range(1, copies):
                 shutil.copy(first, out / f"{path.stem}-{copy}{suffix}")
+            made.append(first)
+    return made
 
 
 def options(arguments: argparse.Namespace, model: str) -> RestoreOptions:
     """Those of the runs; everything else as it is by default."""
     return RestoreOptions(
-        engine=arguments.engine, model=model, dtype=arguments.dtype, max_workers=1, second_look=arguments.second_look
-    )
+        engine=arguments.engine, model=model, dtype=arguments.dtype, max_workers=arguments.workers or None,
+        second_look=arguments.second_look,
+    )  # fmt: skip
 
 
 def model_file(name: str, folder: Path) -> str:
@@ -70,7 +79,7 @@ def model_file(name: str, folder: Path) -> str:
 
 
 def seconds_alone(images: list[NDArray[np.uint8]], classifier: Classifier, restorer: Restorer) -> tuple[float, float]:
-    """Classifier, and network, over all images."""
+    """Classifier, one image after the other, and network, over all images."""
     on_gpu = restorer.device.type == "cuda"
     classifying = restoring = 0.0
     for image in images:
@@ -95,10 +104,11 @@ def seconds_resident(images: list[NDArray[np.uint8]], restorer: Restorer) -> flo
     prompt = restorer.prompts.indices([PROMPT])
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    for batch in ready:
-        restorer._run(batch, prompt * len(batch))
+    for _ in range(TURNS_ON_GPU):
+        for batch in ready:
+            restorer._run(batch, prompt * len(batch))
     torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) / TURNS_ON_GPU
 
 
 def speed_of_run(source: Path, out: Path, chosen: RestoreOptions) -> tuple[float, RunContext, Counter[str]]:
@@ -125,6 +135,7 @@ def main() -> None:
     parser.add_argument("--suffix", default=".png", help="of the files that are made: .png or .jpg")
     parser.add_argument("--model", default="dfpir-compact", help="full: the published size, random weights")
     parser.add_argument("--engine", default="local", help="local or ray")
+    parser.add_argument("--workers", type=int, default=1, help="0: as many as by default")
     parser.add_argument("--no-second-look", dest="second_look", action="store_false")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
@@ -135,8 +146,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "noisy"
         source.mkdir()
-        make_noisy(arguments.folders, arguments.most, source, suffix=arguments.suffix, copies=arguments.copies)
-        images = [np.asarray(Image.open(path)) for path in sorted(source.iterdir())]
+        made = make_noisy(arguments.folders, arguments.most, source, suffix=arguments.suffix, copies=arguments.copies)
+        images = [np.asarray(Image.open(path)) for path in made]
         megapixels = sum(image.shape[0] * image.shape[1] for image in images) / 1e6
         model = model_file(arguments.model, Path(folder))
         chosen = options(arguments, model)
@@ -147,7 +158,7 @@ def main() -> None:
 
         def measure_alone() -> None:
             classifying, restoring = seconds_alone(images, classifier, restorer)
-            alone.append(classifying + restoring)
+            alone.append(restoring if device == "cuda" else classifying + restoring)
             shares.append(classifying / restoring)
 
         for _ in range(RUNS_BEFORE + 1 if device == "cuda" else 0):  # until every shape is recorded
@@ -166,9 +177,10 @@ def main() -> None:
                 flush=True,
             )
     row = {
-        "engine": arguments.engine, "source": arguments.suffix, "model": arguments.model,
+        "engine": arguments.engine, "workers": arguments.workers, "source": arguments.suffix, "model": arguments.model,
         "dtype": context.config.dtype, "device": context.device,
-        "threads": context.threads, "images": len(images), "megapixels": round(megapixels, 2),
+        "threads": context.threads, "images": len(images), "copies": arguments.copies,
+        "megapixels": round(megapixels, 2),
         "rounds": arguments.rounds, "ratio": round(statistics.median(ratios), 3),
         "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
         "second_look": arguments.second_look, "classifier_to_network": round(statistics.median(shares), 4),

@@ -8,13 +8,22 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.runner import STOP_GRACE_S, Assignment, Dispatcher, OnOutcomes, RunInterruptedError, log_to, note_traceback
+from jobs.runner import (
+    STOP_GRACE_S,
+    Assignment,
+    Dispatcher,
+    OnOutcomes,
+    RunInterruptedError,
+    log_to,
+    note_traceback,
+    workers_per_gpu,
+)
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
@@ -23,6 +32,12 @@ from pipeline.sink import RunDirectory
 POLL_S = 0.5
 
 PR_SET_PDEATHSIG = 1
+
+
+def crew_size(context: RunContext, *, gpus: int, max_workers: int | None, shards: int) -> int:
+    """Child processes of a run; they divide this machine's CPUs, GPUs and memory among them."""
+    room = gpus * workers_per_gpu(context.threads // gpus) if gpus else 1
+    return max(1, min(max_workers or room, shards))
 
 
 @dataclass(frozen=True)
@@ -38,14 +53,15 @@ class LocalRunner:
     """Works off shards in child processes that load the weights once each."""
 
     def __init__(self, *, max_workers: int | None = None) -> None:
-        """`max_workers`: child processes; by default one per GPU, or one if the run is on the CPU."""
+        """`max_workers`: child processes; by default some per GPU, or one if the run is on the CPU."""
         self._max_workers = max_workers
 
     def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
         """See `jobs.runner.Runner.run`."""
-        dispatcher = Dispatcher(shards, context, on_outcomes)
         gpus = _gpu_count() if context.device == "cuda" else 0
-        count = min(self._max_workers or max(1, gpus), len(shards))
+        count = crew_size(context, gpus=gpus, max_workers=self._max_workers, shards=len(shards))
+        context = replace(context, threads=max(1, context.threads // count), sharers=-(-count // max(1, gpus)))
+        dispatcher = Dispatcher(shards, context, on_outcomes)
         children: dict[int, _Child] = {}
         with stop_on_signals() as request:
             try:

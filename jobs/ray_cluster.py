@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from jobs.errors import UsageError
-from jobs.runner import RunError
+from jobs.runner import RunError, workers_per_gpu
 
 START_TRIES = 3
 ANSWER_WITHIN_S = 10.0
@@ -25,25 +25,39 @@ class Needs:
     """What one worker asks of the cluster."""
 
     cpus: int
-    gpus: int
+    on_gpu: bool = False
+    sharers: int = 1
+    """Workers that have a GPU together."""
+
+    @property
+    def gpus(self) -> float:
+        """The share of one."""
+        return self.on_gpu / self.sharers
 
     def __str__(self) -> str:
-        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus} GPU" if self.gpus else "")
+        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus:.2g} GPU" if self.on_gpu else "")
 
 
-def measure_room(nodes: Sequence[dict[str, Any]], *, device: str, threads: int) -> tuple[Needs, int]:
+def measure_room(
+    nodes: Sequence[dict[str, Any]], *, device: str, threads: int, sharing: bool = False
+) -> tuple[Needs, int]:
     """What one worker asks for, and how many workers the cluster's living nodes have room for.
 
-    `nodes` as from `ray.nodes()`. Raises UsageError saying what is missing when no node can hold one worker.
+    With `sharing` several of them get one GPU, if there are CPUs for each. `nodes` as from `ray.nodes()`. Raises
+    UsageError saying what is missing when no node can hold one worker.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
     if device == "cuda":
-        shares = [cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu]
-        needs = Needs(cpus=max(1, min([threads, *shares])), gpus=1)
+        share = min((cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu), default=threads)
+        sharers = workers_per_gpu(share) if sharing else 1
+        needs = Needs(cpus=max(1, min(threads, share // sharers)), on_gpu=True, sharers=sharers)
     else:
-        needs = Needs(cpus=threads, gpus=0)
-    room = sum(min(cpu // needs.cpus, gpu if needs.gpus else cpu) for cpu, gpu in zip(cpus, gpus, strict=True))
+        needs = Needs(cpus=threads)
+    room = sum(
+        min(cpu // needs.cpus, gpu * needs.sharers if needs.on_gpu else cpu)
+        for cpu, gpu in zip(cpus, gpus, strict=True)
+    )
     if room == 0:
         found = ", ".join(f"{cpu} CPUs and {gpu} GPUs" for cpu, gpu in zip(cpus, gpus, strict=True)) or "no node"
         raise UsageError(

@@ -146,8 +146,9 @@ class RayRunner:
     def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
         """See `jobs.runner.Runner.run`. Raises UsageError when the cluster lacks what a worker needs."""
         with connected(self._address, threads=context.threads):
-            needs, room = measure_room(all_nodes(), device=context.device, threads=context.threads)
-            crew = _Crew(replace(context, threads=needs.cpus), needs, Dispatcher(shards, context, on_outcomes))
+            needs, room = measure_room(all_nodes(), device=context.device, threads=context.threads, sharing=True)
+            context = replace(context, threads=needs.cpus, sharers=needs.sharers)
+            crew = _Crew(context, needs, Dispatcher(shards, context, on_outcomes))
             # Ray has set its own handlers by now.
             with stop_on_signals() as request:
                 try:

@@ -17,7 +17,7 @@ from jobs.training_config import Data, Phase, RestorerTraining
 from jobs.training_data import Photographs
 from pipeline.degradations import CameraNoise, Noise, Recipe, apply
 from pipeline.prompting import noise_prompt
-from pipeline.synthesis import add_jpeg, damaged, draw_recipe, from_uint8, to_uint8
+from pipeline.synthesis import add_jpeg, damaged, draw_recipe, from_uint8, to_uint8, well_exposed
 
 LABELS_KEY = 2**32 - 1
 """Beside seed and step, for the draw of a step's labels; its samples have their places in the batch instead."""
@@ -70,6 +70,8 @@ class Sources:
             raise UsageError(f"there are neither clean photographs nor pairs for {label}")
         scale = self.data.smallest_scale.get(label, 0.5)
         name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
+        if label is Degradation.LOWLIGHT:
+            clean = to_uint8(well_exposed(from_uint8(clean)))
         recipe, prompt = self._draw_recipe(label, rng, side_px)
         quality = int(rng.integers(70, 96)) if rng.random() < jpeg_share else None
         if as_recipe and quality is None and not isinstance(recipe, CameraNoise):

@@ -28,6 +28,18 @@ STOP_GRACE_S = 300.0
 OnOutcomes = Callable[[list[Outcome]], None]
 
 
+MOST_WORKERS_PER_GPU, CPUS_PER_WORKER = 4, 4
+
+
+def workers_per_gpu(cpus: int) -> int:
+    """How many processes share a GPU that comes with so many CPUs.
+
+    Reading, classifying and writing for a network that restores hundreds of images a second is more than one Python
+    process can do, however many threads it has.
+    """
+    return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER))
+
+
 class RunError(Exception):
     """The run cannot go on; what is committed stays, and the same command resumes it. The message says why."""
 

@@ -59,6 +59,13 @@ def passes_for(device: torch.device) -> ModuleType:
     return kernels
 
 
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """A dense 3x3 convolution; see `models.passes.convolve`."""
+    module = passes if x.device.type == "cpu" else passes_for(x.device)
+    out: Tensor = module.convolve(x, kernel)
+    return out
+
+
 def band_rows(x: Tensor, wide_channels: int) -> int:
     """Rows of a band, so that so many channels of it keep within `BAND_BYTES`; all rows of a batch."""
     fitting = BAND_BYTES[x.device.type] // (x.shape[2] * wide_channels * x.element_size())

@@ -19,8 +19,11 @@ RUNS_BEFORE = 2
 MOST_SHAPES, MOST_PIXELS = 64, 32_000_000
 """Of all recordings together, which keep their inputs and outputs; what comes later is not recorded."""
 
-LARGEST_PIXELS = 4_000_000
-"""A larger batch is not recorded: its kernels are long, and a recording keeps all the memory that it needs."""
+LARGEST_PART = 8
+"""Images that are recorded together; a power of two."""
+
+LARGEST_PIXELS = 2_000_000
+"""More than that is not recorded: its kernels are long, and a recording keeps all the memory that it needs."""
 
 
 class Recording:
@@ -55,6 +58,21 @@ def record(forward: Forward, image: Tensor, prompts: Tensor, beside: Forward | N
     return Recording(forward, (image, prompts), beside=beside if isinstance(beside, Recording) else None)
 
 
+def parts(count: int, *, most: int) -> list[int]:
+    """What a batch of so many images is cut into, so that few sizes are recorded: powers of two, none above `most`.
+
+    Batches of a shape come in every size. Empty if not even one image may be recorded.
+
+    >>> parts(13, most=9)
+    [8, 4, 1]
+    """
+    if most < 1:
+        return []
+    largest = min(LARGEST_PART, 1 << (most.bit_length() - 1))
+    sizes = [largest] * (count // largest)
+    return sizes + [bit for bit in (4, 2, 1) if count % largest & bit]
+
+
 class Recorded:
     """Called like the network. A shape that comes often is recorded; other calls run as they are.
 
@@ -73,6 +91,14 @@ class Recorded:
 
     def __call__(self, image: Tensor, prompts: Tensor) -> Tensor:
         """The network's output; raises what it raises."""
+        sizes = parts(len(image), most=LARGEST_PIXELS // (image.shape[2] * image.shape[3]))
+        if not self._works or not sizes:
+            return self._output(image, prompts)
+        pairs = zip(torch.split(image, sizes), torch.split(prompts, sizes), strict=True)
+        found = [self._part(*pair) for pair in pairs]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _part(self, image: Tensor, prompts: Tensor) -> Tensor:
         shape = image.shape
         if recording := self._recordings.get(shape):
             return recording(image, prompts)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import bands, passes
+from models import bands
 from models.dfpir import (
     DFPIR,
     ChannelLayerNorm,
@@ -189,7 +189,7 @@ class _Resample(nn.Module):
         self.rearrange = plain.body[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        moved: Tensor = self.rearrange(passes.convolve(x, self.kernel).permute(0, 3, 1, 2))
+        moved: Tensor = self.rearrange(bands.convolve(x, self.kernel).permute(0, 3, 1, 2))
         return moved.permute(0, 2, 3, 1).contiguous()
 
 
@@ -282,7 +282,7 @@ class InferenceDFPIR(nn.Module):
             return torch.cat([self(image[i : i + 1], prompts[i : i + 1]) for i in range(len(image))])
         factor = self.config.unshuffle_factor
         x = F.pixel_unshuffle(image, factor).permute(0, 2, 3, 1).to(self.encoder_dtype)
-        x = passes.convolve(x, self.stem)
+        x = bands.convolve(x, self.stem)
         x = self.encoder1(x)
         # Peak memory is that of a few maps: each is let go as soon as the next is there, and a skip connection's
         # perturbation runs at once, so that only its result is kept until the decoder.
@@ -305,7 +305,7 @@ class InferenceDFPIR(nn.Module):
         x = self.up2(x)
         x = torch.cat([x, skips.pop()], dim=-1)
         x = self.decoder1(x)
-        residual = passes.convolve(x, self.output).permute(0, 3, 1, 2).float()
+        residual = bands.convolve(x, self.output).permute(0, 3, 1, 2).float()
         return F.pixel_shuffle(residual, factor) + image
 
     def _fits_in_a_band(self, image: Tensor) -> bool:

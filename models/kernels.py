@@ -153,6 +153,33 @@ def _depthwise(
         results_ptr += width.to(tl.int64) * out_channels
 
 
+@triton.jit(do_not_specialize=["height", "width"])
+def _dense(
+    x_ptr, kernel_ptr, out_ptr, height, width, channels, out_channels,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A 3x3 convolution of all channels: for some pixels and output channels, a product for each tap."""
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    own = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = tl.program_id(2).to(tl.int64) * height * width
+    rows, columns = pixel // width, pixel % width
+    mask = own < out_channels
+    sums = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    blocks = tl.cdiv(channels, BLOCK_K)
+    for step in range(9 * blocks):
+        tap, part = step // blocks, step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        row, column = rows + tap // 3 - 1, columns + tap % 3 - 1
+        known = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        place = (image + row * width + column)[:, None] * channels + part[None, :]
+        x = tl.load(x_ptr + place, mask=known[:, None] & (part < channels)[None, :], other=0.0)
+        place = (own[None, :] * 9 + tap) * channels + part[:, None]
+        taps = tl.load(kernel_ptr + place, mask=mask[None, :] & (part < channels)[:, None], other=0.0)
+        sums = tl.dot(x, taps, sums, input_precision="tf32x3")
+    place = (image + pixel)[:, None] * out_channels + own[None, :]
+    inside = (pixel < height * width)[:, None] & mask[None, :]
+    tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def _similarity(
     pairs_ptr, sums_ptr, pixels, channels, per_head,
@@ -186,6 +213,24 @@ def _similarity(
     sums_ptr += per_head * per_head
     tl.store(sums_ptr + own, tl.sum(query_squares, axis=0), mask=channel_mask)
     tl.store(sums_ptr + per_head + own, tl.sum(key_squares, axis=0), mask=channel_mask)
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """See `models.passes.convolve`.
+
+    cuDNN takes some ten milliseconds to plan a convolution of a new size, and photographs come in many.
+    """
+    batch, height, width, channels = x.shape
+    out_channels = len(kernel)
+    out = x.new_empty(batch, height, width, out_channels)
+    block_c = max(16, min(128, triton.next_power_of_2(out_channels)))
+    _dense[triton.cdiv(height * width, 128), triton.cdiv(out_channels, block_c), batch](
+        x.contiguous(), kernel.contiguous(memory_format=torch.channels_last), out,
+        height, width, channels, out_channels,
+        BLOCK_P=128, BLOCK_K=128 // x.element_size() if channels > 16 else 16, BLOCK_C=block_c,
+        num_warps=8 if block_c == 128 else 4,
+    )  # fmt: skip
+    return out
 
 
 def widen(x: Tensor, norm: Tensor, product: Product, out: Tensor) -> None:
@@ -274,6 +319,10 @@ def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCE
         passes.widen(x, norm, product, out[:, 7:40])
         widen(x.to(device), norm.to(device), product.to(device), there[:, 7:40])
         hold(f"widen in {dtype}", there, out)
+        for channels, out_channels in ((3, 24), (40, 130)):
+            x, kernel = draw(2, 5, 19, channels), draw(out_channels, channels, 3, 3)
+            found = convolve(x.to(device), kernel.to(device))
+            hold(f"dense convolution in {dtype}", found, passes.convolve(x, kernel))
         # What a small image and few channels take, then what large ones do.
         for (side, per_head), border in itertools.product(((5, 10), (20, 72)), (0, 1)):
             name = f"border {border}, {side} x {side}, {per_head} channels per head, in {dtype}"

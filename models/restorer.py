@@ -31,8 +31,8 @@ _FULL_SCALE: dict[np.dtype[Any], float] = {
     np.dtype(np.float32): 1.0,
 }
 _TORCH_DTYPE = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16}
-_MEMORY_SHARE = 0.5
-"""Of the memory that is free when a Restorer is made: the rest is for decoded images and other processes."""
+_MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
+"""Of the memory that is free when a Restorer is made: the rest is for other processes, and decoded images on a CPU."""
 _LARGEST_BATCH = 32
 SMALLEST_TILE_PX = 64
 
@@ -71,6 +71,7 @@ class Restorer:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         tile: Tile = "auto",
+        sharers: int = 1,
         sha256: str = "",
         name: str = "",
     ) -> None:
@@ -83,6 +84,7 @@ class Restorer:
             dtype: float32 or bfloat16.
             tile: `auto` tiles what does not fit into memory, `off` never does, and a number of pixels tiles whatever is
                 larger than that; it is rounded up to the size multiple.
+            sharers: Restorers, this one included, that divide the free memory of the device among them.
             sha256: of the weights file, for records.
             name: of the model, for records.
 
@@ -110,7 +112,8 @@ class Restorer:
         self._forward = Recorded(form) if self.device.type == "cuda" else form
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype, self.device)
         # Read once: a choice that depended on the moment would tile one of two equal images.
-        self.memory_budget_bytes = int(_MEMORY_SHARE * available_bytes(self.device))
+        free = available_bytes(self.device)
+        self.memory_budget_bytes = int(_MEMORY_SHARE[self.device.type] / sharers * free)
 
     def tile_px_for(self, height: int, width: int) -> int | None:
         """Side in pixels of the tiles that an image of this size is restored in; None: whole."""
@@ -212,6 +215,7 @@ def load_restorer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     tile: Tile = "auto",
+    sharers: int = 1,
 ) -> Restorer:
     """A Restorer with the weights of a shipped model, by name, or of a file.
 
@@ -227,6 +231,7 @@ def load_restorer(
         device=device,
         dtype=dtype,
         tile=tile,
+        sharers=sharers,
         sha256=checkpoint.sha256,
         name=found.spec.name if found.spec else found.path.name,
     )

@@ -71,7 +71,9 @@ class RunContext:
     device: str
     """`cpu` or `cuda`: already resolved."""
     threads: int
-    """CPU threads for torch in each worker."""
+    """CPU threads for each worker."""
+    sharers: int = 1
+    """Workers that share the memory of the device."""
     reserved: frozenset[str] = frozenset()
     """Relative paths of planned images, in the source still or not, that another one's result could have."""
     commit_every_s: float = 60.0

@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,6 +21,9 @@ from pipeline.degradations import CameraNoise, DeepShadow, Haze, LowLight, Motio
 from pipeline.point_spread import disk_kernel, gaussian_kernel, pseudo_depth
 
 FloatImage = NDArray[np.float32]
+
+EXPOSURE_CELLS = 16
+"""Into so many places each side is divided to tell how bright the surroundings of a pixel are."""
 
 
 def to_uint8(image: FloatImage) -> NDArray[np.uint8]:
@@ -105,6 +109,24 @@ def add_motion_blur(
 def add_lowlight(image: FloatImage, rng: np.random.Generator, *, lowest_gain: float = 0.12) -> FloatImage:
     """See `LowLight`."""
     return damaged(image, LowLight.draw(rng, lowest_gain=lowest_gain))
+
+
+def well_exposed(image: FloatImage) -> FloatImage:
+    """The photograph with its dark parts as a longer exposure shows them: what low light is to be restored to.
+
+    At each place the brightnesses of four exposures (as it is and 1, 2 and 3 stops longer) are averaged with the
+    weights of exposure fusion, by how near to 0.5 they are (Mertens et al., "Exposure fusion", Pacific Graphics 2007);
+    light is multiplied by what that asks for. Place means its surroundings, or the pixel itself where that is brighter.
+    """
+    light = pixels.to_linear(_batched(image))
+    luminance = light.mean(dim=1, keepdim=True)
+    around = F.interpolate(luminance, (EXPOSURE_CELLS, EXPOSURE_CELLS), mode="bilinear", antialias=True)
+    around = F.interpolate(around, luminance.shape[2:], mode="bicubic").clamp(0, 1)
+    place = torch.maximum(around, luminance).clamp_min(1e-4)
+    exposures = pixels.to_srgb(place * 2 ** torch.arange(4.0)[:, None, None, None])
+    weights = torch.exp(-((exposures - 0.5) ** 2) / (2 * 0.2**2))
+    wanted = (weights * exposures).sum(dim=0) / weights.sum(dim=0)
+    return _clip(_single(pixels.to_srgb(light * (pixels.to_linear(wanted) / place))))
 
 
 def add_deep_shadow(image: FloatImage, rng: np.random.Generator) -> FloatImage:

@@ -297,7 +297,9 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     torch.set_num_threads(1 if context.device == "cuda" else context.threads)
     config = context.config
     dtype = getattr(torch, config.dtype)
-    restorer = load_restorer(config.model, device=context.device, dtype=dtype, tile=parse_tile(config.tile))
+    restorer = load_restorer(
+        config.model, device=context.device, dtype=dtype, tile=parse_tile(config.tile), sharers=context.sharers
+    )
     _check_same("model", config.model, restorer.sha256, config.weights_sha256)
     classifier: Classifier | None = None
     if config.label == "auto":

@@ -9,7 +9,7 @@ import torch
 from synthetic_weights import tiny_network
 
 from models import graphs, orthogonal_bank
-from models.graphs import Recorded
+from models.graphs import Recorded, parts
 from models.inference import InferenceDFPIR
 
 PROMPT = torch.tensor([0])
@@ -50,6 +50,25 @@ def test_a_shape_is_recorded_once_it_has_come_often_and_replayed_from_then_on():
         assert (counted.calls, counted.recorded) == (calls, records)
     recorded(image(9), PROMPT)
     assert (counted.calls, counted.recorded) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"),
+    [(1, 100, [1]), (13, 100, [8, 4, 1]), (19, 8, [8, 8, 2, 1]), (7, 3, [2, 2, 2, 1]), (3, 1, [1, 1, 1]), (3, 0, [])],
+)
+def test_batches_of_every_size_are_made_of_few_sizes(count, most, sizes):
+    assert parts(count, most=most) == sizes
+
+
+def test_a_batch_is_replayed_in_parts(monkeypatch):
+    monkeypatch.setattr(graphs, "LARGEST_PIXELS", 5 * 64)
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    for size in (7, 6, 5, 4):  # 4 + 2 + 1, 4 + 2, 4 + 1, 4
+        for _ in range(graphs.RUNS_BEFORE):
+            given = torch.rand(size, 3, 8, 8)
+            assert torch.equal(recorded(given, PROMPT.expand(size)), 2 * given)
+    assert sorted(shape[0] for shape in recorded._recordings) == [1, 2, 4]
 
 
 def test_what_is_large_or_comes_when_there_is_no_more_room_is_not_recorded(monkeypatch):

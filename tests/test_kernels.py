@@ -22,7 +22,7 @@ kernels.rows_per_program = lambda programs: 16 if programs > 200 else 4
 interpreted = torch.device("cpu"), [torch.float32]  # the interpreter multiplies no bfloat16 matrices
 kernels.check(*interpreted)
 print("held")
-for name in ("widen", "depthwise_gate", "depthwise_attention"):
+for name in ("convolve", "widen", "depthwise_gate", "depthwise_attention"):
     whole = getattr(kernels, name)
     def off(*arguments, **options):
         result = whole(*arguments, **options)
@@ -50,6 +50,7 @@ def shared(function, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 for dtype in ("bf16", "fp32"):
     print(shared(kernels._normalise, dict(EPS=1e-5, BLOCK_N=8, BLOCK_C=512)))
+    print(shared(kernels._dense, dict(BLOCK_P=128, BLOCK_K=64 if dtype == "bf16" else 32, BLOCK_C=128), num_warps=8))
     print(shared(kernels._depthwise, dict(BORDER=0, GATED=True, ROWS=16, BLOCK_W=8, BLOCK_C=64)))
     block_p = 64 if dtype == "bf16" else 32
     print(shared(kernels._similarity, dict(CHUNK=1024, BLOCK_P=block_p, BLOCK_C=128), num_stages=3, num_warps=8))
@@ -66,7 +67,7 @@ def printed(script: str, **environment: str) -> list[str]:
 
 def test_every_kernel_gives_what_torch_gives_in_the_interpreter_and_one_that_does_not_is_named():
     assert printed(INTERPRETED, TRITON_INTERPRET="1") == [
-        "held", "widen", "widen", "depthwise_gate", "gate,", "depthwise_attention", "similarity,",
+        "held", "convolve", "dense", "widen", "widen", "depthwise_gate", "gate,", "depthwise_attention", "similarity,",
     ]  # fmt: skip
 
 

@@ -11,9 +11,11 @@ import pytest
 from run_driver import drive
 from tiny_runs import TinyRun, check_complete, rows_of, stalled_process
 
-from jobs.local import LocalRunner
+from jobs import local
+from jobs.local import LocalRunner, crew_size
 from jobs.runner import RunError, RunInterruptedError
 from pipeline.faults import FAULT, MARKER
+from pipeline.run_config import RunContext
 
 MakeRun = Callable[..., TinyRun]
 NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
@@ -38,6 +40,33 @@ def test_a_run_ends_with_a_row_for_each_image_and_reports_each_once(make_run: Ma
     assert {row["status"] for row in rows.values()} == {"restored"}
     assert (run.directory.logs_dir / "worker-0.log").exists()
     assert children() == []
+
+
+@pytest.mark.parametrize(
+    ("threads", "gpus", "max_workers", "shards", "expected"),
+    [(2, 0, None, 9, 1), (16, 1, None, 9, 4), (16, 1, None, 2, 2), (16, 4, None, 9, 4), (48, 4, None, 99, 12),
+     (1, 1, None, 9, 1), (16, 1, 1, 9, 1), (16, 0, 3, 9, 3), (16, 1, None, 0, 1)],
+)  # fmt: skip
+def test_a_gpu_gets_several_workers_if_there_are_cpus_and_shards_for_them(
+    make_run: MakeRun, threads: int, gpus: int, max_workers: int | None, shards: int, expected: int
+) -> None:
+    context = replace(make_run(NAMES).context, threads=threads)
+    assert crew_size(context, gpus=gpus, max_workers=max_workers, shards=shards) == expected
+
+
+def test_workers_divide_the_machine_among_them(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(NAMES)
+    seen = []
+
+    class Observed(local._Child):
+        def __init__(self, number: int, context: RunContext, *, gpu: int | None) -> None:
+            seen.append((context.threads, context.sharers))
+            super().__init__(number, context, gpu=gpu)
+
+    monkeypatch.setattr(local, "_Child", Observed)
+    drive(LocalRunner(max_workers=2), replace(run.context, threads=5), run.shards)
+    assert seen == [(2, 2), (2, 2)]
+    check_complete(run)
 
 
 def test_a_run_that_is_done_does_nothing(make_run: MakeRun) -> None:

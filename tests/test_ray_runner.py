@@ -32,8 +32,25 @@ def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict[str, Any]:
 
 
 def test_room_is_counted_node_by_node() -> None:
-    assert measure_room([node(4), node(3), node(1)], device="cpu", threads=2) == (Needs(cpus=2, gpus=0), 3)
-    assert measure_room([node(16, 4), node(8)], device="cuda", threads=16) == (Needs(cpus=4, gpus=1), 4)
+    assert measure_room([node(4), node(3), node(1)], device="cpu", threads=2) == (Needs(cpus=2), 3)
+    assert measure_room([node(16, 4), node(8)], device="cuda", threads=16) == (Needs(cpus=4, on_gpu=True), 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected", "gpus"),
+    [
+        ([node(16, 1)], (Needs(cpus=4, on_gpu=True, sharers=4), 4), 0.25),
+        ([node(64, 2), node(16)], (Needs(cpus=8, on_gpu=True, sharers=4), 8), 0.25),
+        ([node(32, 4), node(13, 1)], (Needs(cpus=4, on_gpu=True, sharers=2), 10), 0.5),
+        ([node(6, 1)], (Needs(cpus=6, on_gpu=True), 1), 1.0),
+    ],
+)
+def test_workers_share_a_gpu_that_has_cpus_for_several(
+    nodes: list[Any], expected: tuple[Needs, int], gpus: float
+) -> None:
+    found = measure_room(nodes, device="cuda", threads=16, sharing=True)
+    assert found == expected
+    assert found[0].gpus == gpus
 
 
 @pytest.mark.parametrize(

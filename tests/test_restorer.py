@@ -118,6 +118,12 @@ def test_auto_tiles_what_exceeds_the_memory_and_nothing_else():
     assert restored.shape == image.shape
 
 
+def test_sharers_divide_the_memory(monkeypatch):
+    monkeypatch.setattr("models.restorer.available_bytes", lambda device: 1200)
+    budgets = [Restorer(tiny_network(), orthogonal_bank(), sharers=n).memory_budget_bytes for n in (1, 2, 3)]
+    assert budgets == [600, 300, 200]
+
+
 def test_off_never_tiles_and_a_number_forces_tiles_of_its_multiple():
     off = Restorer(tiny_network(), orthogonal_bank(), tile="off")
     off.memory_budget_bytes = 1

@@ -24,6 +24,7 @@ from pipeline.synthesis import (
     resize,
     to_uint8,
     vary_clean,
+    well_exposed,
 )
 
 
@@ -166,6 +167,21 @@ def test_low_light_may_shift_the_white_balance_by_a_tenth():
     ratios = np.array([red / blue for red, _, blue in colours])
     assert 0.78 < ratios.min() < 0.95
     assert 1.05 < ratios.max() < 1.28
+
+
+def test_a_longer_exposure_lifts_what_is_dark_and_leaves_what_is_bright():
+    window = np.full((80, 80, 3), (0.1, 0.2, 0.15), np.float32)
+    window[30:50, 30:50] = 0.9
+    window[38:42, 60:64] = 0.9  # a lamp in the dark
+    found = well_exposed(window)
+    assert 0.3 < found[:8, :8].mean() < 0.5
+    assert found[:8, :8, 1].mean() > 1.5 * found[:8, :8, 0].mean()
+    for lit in (found[36:44, 36:44], found[38:42, 60:64]):
+        assert 0.9 <= lit.mean() < 0.96
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)
+    flat = [well_exposed(np.full((20, 20, 3), level, np.float32)).mean() for level in ramp]
+    assert (np.diff(flat) > 0).all()
+    assert (flat >= ramp - 1e-6).all()
 
 
 def test_deep_shadow_keeps_the_lit_part_and_darkens_the_rest():

@@ -36,12 +36,14 @@ from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
+from pipeline.synthesis import from_uint8, to_uint8, well_exposed
 
 CPU = torch.device("cpu")
 COMPACT = read_config(RestorerTraining, Path(__file__).parents[1] / "configs" / "compact.toml")
 TINY = DFPIRConfig(
     dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, ffn_expansion_factor=1.5, unshuffle_factor=2
 )
+
 EVERYTHING = {label: 1.0 for label in Degradation if label not in (Degradation.CLEAN, Degradation.OTHER)}
 
 
@@ -95,6 +97,16 @@ def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs:
             assert sample.prompt.rstrip("0123456789") == label
             prompts.add(sample.prompt)
     assert prompts == set(orthogonal_bank().keys)
+
+
+def test_low_light_is_to_become_what_a_longer_exposure_shows(photographs: Path) -> None:
+    sources = Sources.load(Data(clean=(photographs,)), validation=False)
+    draw = partial(sources.draw, side_px=32, jpeg_share=0.0)
+    for seed in range(10):
+        taken, lifted = (
+            draw(np.random.default_rng(seed), label=label).clean for label in (Degradation.RAIN, Degradation.LOWLIGHT)
+        )
+        assert np.array_equal(lifted, to_uint8(well_exposed(from_uint8(taken))))
 
 
 def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: Path) -> None:
