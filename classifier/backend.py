@@ -30,8 +30,7 @@ class Backend(ABC):
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
         """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
 
-        The views of one image are a batch of their own, so that a prediction never depends, not even in its last
-        digit, on the images beside it.
+        A prediction never depends, not even in its last digit, on the images beside it.
 
         Raises:
             ValueError: an array has another shape or type.

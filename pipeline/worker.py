@@ -39,9 +39,10 @@ OnOutcomes = Callable[[list[Outcome]], None]
 def codec_threads(device: str, cpus: int) -> int:
     """Threads that read and decode, and as many that encode and write, for a worker that has so many CPUs.
 
-    Beside a network on the CPU two keep ahead of it. A GPU is faster than two encoders of PNG, and leaves CPUs idle.
+    Beside a network on the CPU two keep ahead of it. A GPU is faster than two encoders of PNG and leaves CPUs idle; its
+    threads wait for it in between, since they classify.
     """
-    return 2 if device == "cpu" else max(2, cpus // 2)
+    return 2 if device == "cpu" else max(2, cpus)
 
 
 class Ledger:

@@ -368,3 +368,4 @@ def test_many_threads_on_a_gpu_are_told_what_a_cpu_says(tmp_path):
         found = list(threads.map(there.probabilities, images))
     for image, probabilities in zip(images, found, strict=True):
         assert probabilities == pytest.approx(here.probabilities(image), abs=1e-3)
+    assert [there.probabilities(image) for image in images] == found  # alone as among others

@@ -480,7 +480,7 @@ def test_label_auto_without_a_classifier_is_refused(tmp_path: Path) -> None:
         Worker(plan(tmp_path).context, restorer=Brightener(), classifier=None, worker_id="w")
 
 
-@pytest.mark.parametrize(("device", "cpus", "threads"), [("cpu", 16, 2), ("cuda", 1, 2), ("cuda", 16, 8)])
+@pytest.mark.parametrize(("device", "cpus", "threads"), [("cpu", 16, 2), ("cuda", 1, 2), ("cuda", 4, 4)])
 def test_codecs_use_the_cpus_that_a_gpu_leaves_idle(device: str, cpus: int, threads: int) -> None:
     assert codec_threads(device, cpus) == threads
 
