@@ -242,11 +242,13 @@ def plan(
         options = read_options(config, given)
         with sole_driver(src, out):
             job = prepare(src, out, options)
-        estimated = estimate_job(job, megapixels_per_s=measure_speed(options))
+        record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories
+        del job  # the networks need as much memory as the plan of a million images
+        record["worker_seconds"] = record["megapixels"] / measure_speed(options)
     if as_json:
-        print(json.dumps(display.plan_record(job, estimated), allow_nan=False))
+        print(json.dumps(record, allow_nan=False))
     else:
-        display.plan(results, job, estimated)
+        display.plan(results, record, unreadable)
 
 
 @app.command()

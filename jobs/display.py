@@ -1,6 +1,7 @@
 """What commands print, for a terminal of 80 columns, and the records behind `--json`."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,7 +36,7 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
     if any(changes.values()) and job.changes.new < job.planned:
         lines["changes"] = _counts(changes)
     if job.unreadable_directories:
-        lines["unreadable"] = _unreadable(job)
+        lines["unreadable"] = _unreadable(job.unreadable_directories)
     for name, text in lines.items():
         console.print(f"{name:<11}{text}", markup=False, soft_wrap=True)
 
@@ -71,7 +72,7 @@ def after(console: Console, summary: Summary) -> None:
 
 
 def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
-    """The plan as one JSON-ready object."""
+    """The plan as one JSON-ready object, but for `worker_seconds`: how long one worker here will take."""
     return {
         "images": job.planned,
         "left": job.images_left,
@@ -79,35 +80,34 @@ def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
         "unreadable_directories": len(job.unreadable_directories),
         "shards": len(job.shards),
         "bytes": job.shards.size_bytes,
+        "sampled": estimated.sampled,
         "megapixels": estimated.megapixels,
         "unreadable_fraction": estimated.unreadable_fraction,
         "output_bytes": estimated.output_bytes,
-        "worker_seconds": estimated.seconds,
         "run_dir": str(job.directory.root),
         "config_digest": job.context.config.digest,
     }
 
 
-def plan(console: Console, job: Job, estimated: Estimate) -> None:
-    """The plan for people."""
-    record = plan_record(job, estimated)
+def plan(console: Console, record: Mapping[str, Any], unreadable: Sequence[str]) -> None:
+    """The plan for people; `unreadable` are folders that could not be listed."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row(
         "images",
-        f"{job.planned} in {len(job.shards)} shards, {job.images_left} left, {job.ignored} other files ignored",
+        f"{record['images']} in {record['shards']} shards, {record['left']} left, "
+        f"{record['ignored']} other files ignored",
     )
-    if job.unreadable_directories:
-        table.add_row("unreadable", Text(_unreadable(job)))
+    if unreadable:
+        table.add_row("unreadable", Text(_unreadable(unreadable)))
     table.add_row(
-        "size", f"{record['bytes'] / 1e6:.1f} MB, about {estimated.megapixels:.1f} megapixels "
-        f"(from {estimated.sampled} headers, {estimated.unreadable_fraction:.1%} unreadable)"
+        "size", f"{record['bytes'] / 1e6:.1f} MB, about {record['megapixels']:.1f} megapixels "
+        f"(from {record['sampled']} headers, {record['unreadable_fraction']:.1%} unreadable)"
     )  # fmt: skip
-    table.add_row("disk", f"about {estimated.output_bytes / 1e6:.1f} MB for the results")
-    if estimated.seconds is not None:
-        table.add_row("time", f"about {_duration(estimated.seconds)} for one worker on this machine, all restored")
-    table.add_row("written", Text(f"{job.directory.root}/plan and job.json; no image"))
+    table.add_row("disk", f"about {record['output_bytes'] / 1e6:.1f} MB for the results")
+    table.add_row("time", f"about {_duration(record['worker_seconds'])} for one worker on this machine, all restored")
+    table.add_row("written", Text(f"{record['run_dir']}/plan and job.json; no image"))
     console.print(table)
 
 
@@ -154,8 +154,8 @@ def _precision(dtype: str, device: str) -> str:
     return f"{dtype}, which this processor emulates: float32 is many times faster here" if emulated else dtype
 
 
-def _unreadable(job: Job) -> str:
-    return harmless(f"{len(job.unreadable_directories)} folders, the first {job.unreadable_directories[0]}")
+def _unreadable(folders: Sequence[str]) -> str:
+    return harmless(f"{len(folders)} folders, the first {folders[0]}")
 
 
 def _counts(counts: dict[str, int]) -> str:

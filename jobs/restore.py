@@ -29,7 +29,8 @@ from jobs.runner import Runner
 from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from models.precision import fastest_dtype
-from models.registry import list_models
+from models.registry import list_models, resolve
+from models.weights import load_checkpoint
 from pipeline.outputs import ReferenceIndex, reserved_names
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
@@ -40,6 +41,9 @@ from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_
 from pipeline.source import Listing, SourceError, list_source
 
 OnOutcomes = Callable[[list[Outcome]], None]
+
+# Arrow's own allocators hold twice what a plan of a million images takes, and give little of it back.
+pa.set_memory_pool(pa.system_memory_pool())
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         listing = list_source(src)
     except SourceError as error:
         raise UsageError(str(error)) from error
+    pa.default_memory_pool().release_unused()
     device = resolve_run_device(options)
     config = _resolve(options, device)
     directory = RunDirectory(out)
@@ -184,6 +189,7 @@ def load_networks(options: RestoreOptions) -> tuple[Restorer, Classifier]:
 
 def measure_speed(options: RestoreOptions) -> float:
     """Megapixels per second of one worker here: the median of three classified and restored pieces of noise."""
+    pa.default_memory_pool().release_unused()
     restorer, classifier = load_networks(options)
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     seconds = []
@@ -195,10 +201,9 @@ def measure_speed(options: RestoreOptions) -> float:
     return float(image.shape[0] * image.shape[1] / 1e6 / np.median(seconds[1:]))
 
 
-def estimate_job(job: Job, *, megapixels_per_s: float | None) -> Estimate:
-    """Time and disk for the images left, from a sample of their headers."""
-    uris = job.left.table["uri"]
-    return estimate(uris, megapixels_per_s=megapixels_per_s, output_format=job.context.config.output_format)
+def estimate_job(job: Job) -> Estimate:
+    """Pixels of the images left and disk for their results, from a sample of their headers."""
+    return estimate(job.left.table["uri"], output_format=job.context.config.output_format)
 
 
 def find_references(job: Job) -> tuple[int, int] | None:
@@ -281,15 +286,20 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
         raise UsageError(f"--reference {options.reference} is not a folder")
     label, sigma = parse_label(options.label)
     try:
-        restorer = load_restorer(options.model, device="cpu")
+        model = resolve(options.model)
+        checkpoint = load_checkpoint(model.path, expected_sha256=model.spec.sha256 if model.spec else None)
         classifier_hash = classifier_sha256(options.classifier)
     except (WeightsError, ClassifierWeightsError) as error:
         raise UsageError(str(error)) from error
-    if label != "auto" and not set(prompts_for(Degradation(label))) & set(restorer.prompts.keys):
-        raise UsageError(f"--label {label}: {options.model} has prompts for {', '.join(restorer.prompts.keys)} only")
+    if checkpoint.network.config.is_ablation:
+        raise UsageError(
+            f"{options.model} is an ablation without DGCPM or CAAPM: such networks are only trained and validated"
+        )
+    if label != "auto" and not set(prompts_for(Degradation(label))) & set(checkpoint.prompts.keys):
+        raise UsageError(f"--label {label}: {options.model} has prompts for {', '.join(checkpoint.prompts.keys)} only")
     return RunConfig(
         model=_absolute(options.model),
-        weights_sha256=restorer.sha256,
+        weights_sha256=checkpoint.sha256,
         classifier=_absolute(options.classifier),
         classifier_sha256=classifier_hash,
         label=label,

@@ -28,9 +28,9 @@ class DFPIRConfig:
     shuffle_expansion: int = 2
     """Channels of DGCPM's shuffle, as a multiple of its input's."""
     channel_perturbation: bool = True
-    """Whether there is DGCPM; False is an ablation, which the inference form does not run."""
+    """Whether there is DGCPM."""
     attention_perturbation: bool = True
-    """Whether there is CAAPM; False is an ablation, which the inference form does not run."""
+    """Whether there is CAAPM."""
     trained_guidance: bool = False
     """Whether gradients reach the guidance layers, as if a channel's place in the order were its strength
     (straight-through); as published they keep their initial values. The outputs are the same."""
@@ -53,6 +53,11 @@ class DFPIRConfig:
                 raise ValueError(
                     f"level {level + 1} has {self.dim * 2**level} channels, not divisible by {heads} heads"
                 )
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether DGCPM or CAAPM is left out; the inference form does not run that."""
+        return not (self.channel_perturbation and self.attention_perturbation)
 
     @property
     def size_multiple(self) -> int:

@@ -235,7 +235,7 @@ class InferenceDFPIR(nn.Module):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        if not (network.config.channel_perturbation and network.config.attention_perturbation):
+        if network.config.is_ablation:
             raise ValueError("a network without DGCPM or CAAPM is an ablation, and runs in its plain form alone")
         self.config = network.config
         self.dtype = dtype

@@ -29,7 +29,7 @@ FEWEST_IMAGES = 4
 _ROW_GROUP_ROWS = 100_000
 
 PLAN_SCHEMA = pa.schema([("shard_id", pa.string()), *IMAGE_REF_SCHEMA])
-_NAMES = ("relative_path", "uri")
+_UNUSED = ("shard_id", "relative_path", "uri")
 """Columns that take most of a plan's memory, and that bringing it up to date hardly needs."""
 
 
@@ -124,10 +124,10 @@ def update_plan(
     that can no longer be examined counts as vanished. `limit` leaves out of the listing what lies behind that many
     images and is not planned yet.
     """
-    generations = _read_plan(run_dir, [field.name for field in PLAN_SCHEMA if field.name not in _NAMES])
+    generations = _read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED])
     planned = _latest(generations)
     listed = listing.table
-    where = pc.index_in(listed["image_id"], planned["image_id"])
+    where = _places(listed["image_id"], planned["image_id"])
     if limit is not None:
         kept = pc.or_(pa.array(np.arange(listed.num_rows) < limit), pc.is_valid(where))
         listed, where = listed.filter(kept), where.filter(kept)
@@ -150,11 +150,13 @@ def update_plan(
     anew = pc.or_(differs, repeats)
     revisions = pc.add(planned["revision"].take(before.filter(anew)), 1)
     changed = _with_revision(listed.take(known.filter(anew)), revisions)
-    present = _where(listed, pc.is_valid(listed["modified"]))["image_id"]
-    gone = pc.and_(pc.is_valid(planned["modified"]), pc.invert(pc.is_in(planned["image_id"], present)))
-    first_index = 1 + int(generations["shard_id"][-1].as_py()) if generations.num_rows else 0
-    shards = cut_shards(pa.concat_tables([new, changed]), first_index=first_index)
-    if shards:
+    present = np.zeros(planned.num_rows, bool)
+    present[where.filter(pc.is_valid(listed["modified"])).drop_null().to_numpy()] = True
+    gone = pc.and_(pc.is_valid(planned["modified"]), pa.array(~present))
+    fresh = pa.concat_tables([new, changed])
+    if fresh.num_rows:
+        earlier = _read_plan(run_dir, ["shard_id"])["shard_id"]
+        shards = cut_shards(fresh, first_index=1 + int(earlier[-1].as_py()) if len(earlier) else 0)
         _write_generation(Path(run_dir) / "plan", shards.table)
     differing_count, gone_count = (pc.sum(mask).as_py() or 0 for mask in (differs, gone))
     return PlanChanges(new.num_rows, differing_count, changed.num_rows - differing_count, gone_count)
@@ -183,6 +185,13 @@ def _where(table: pa.Table, mask: pa.Array) -> pa.Table:
     return table if pc.all(mask).as_py() else table.filter(mask)
 
 
+def _places(wanted: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where in `values` each one that is wanted stands; null: nowhere."""
+    if wanted.equals(values):  # nothing has changed, which is told without an index of all of them
+        return pa.chunked_array([pa.array(np.arange(len(values), dtype=np.int32))])
+    return pc.index_in(wanted, values)
+
+
 def _with_revision(table: pa.Table, revision: int | pa.ChunkedArray) -> pa.Table:
     if isinstance(revision, int):
         revision = pa.array(np.full(table.num_rows, revision, dtype=np.int64))
@@ -204,13 +213,19 @@ def _read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> p
         try:
             with path.open("rb") as data, pq.ParquetFile(data) as file:  # pyarrow takes no path that is not UTF-8
                 schema = file.schema_arrow.remove_metadata()
-                table = file.read(columns).replace_schema_metadata(None) if schema.equals(PLAN_SCHEMA) else None
+                table = _read(file, columns) if schema.equals(PLAN_SCHEMA) else None
         except (pa.ArrowInvalid, OSError) as error:
             raise PlanError(f"{path} cannot be read as a plan ({error}); start again with a new OUT") from error
         if table is None:
             raise PlanError(f"{path} has columns {schema.names}, expected {PLAN_SCHEMA.names}")
         tables.append(table)
     return pa.concat_tables(tables)
+
+
+def _read(file: pq.ParquetFile, columns: list[str]) -> pa.Table:
+    """Some columns of a file, one part after the other: Arrow would read all at once, with as much memory again."""
+    parts = [file.read_row_group(i, columns, use_threads=False) for i in range(file.num_row_groups)]
+    return pa.concat_tables(parts).replace_schema_metadata(None)
 
 
 def _write_generation(folder: Path, table: pa.Table) -> None:
@@ -242,17 +257,13 @@ BYTES_PER_PIXEL = {"JPEG": 0.7, "PNG": 1.9, "WEBP": 0.5, "TIFF": 2.0, "BMP": 3.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is likely to take, extrapolated from the headers of `sampled` of its `images`.
-
-    `seconds` is None without a known speed.
-    """
+    """What a run is likely to take, extrapolated from the headers of `sampled` of its `images`."""
 
     images: int
     sampled: int
     unreadable: int
     megapixels: float
     output_bytes: int
-    seconds: float | None
 
     @property
     def unreadable_fraction(self) -> float:
@@ -263,16 +274,14 @@ class Estimate:
 def estimate(
     uris: pa.ChunkedArray,
     *,
-    megapixels_per_s: float | None,
     output_format: str = "same",
     sample_images: int = SAMPLE_IMAGES,
     seed: int = 0,
 ) -> Estimate:
-    """Size of the work, disk for its outputs and time, from the headers of a seeded random sample.
+    """Size of the work and disk for its outputs, from the headers of a seeded random sample.
 
     Args:
         uris: of the images to be done.
-        megapixels_per_s: speed of all workers together, or None if it is not known.
         output_format: `same`, `png`, `jpeg` or `webp`.
         sample_images: read this many headers at most.
         seed: of the sample.
@@ -294,12 +303,10 @@ def estimate(
         size * 1e6 * BYTES_PER_PIXEL[encoded_format(header.format, output_format)]
         for size, header in zip(megapixels, headers, strict=True)
     )
-    total = sum(megapixels) * scale
     return Estimate(
         images=len(uris),
         sampled=sampled,
         unreadable=sampled - len(headers),
-        megapixels=total,
+        megapixels=sum(megapixels) * scale,
         output_bytes=round(written * scale),
-        seconds=total / megapixels_per_s if megapixels_per_s else None,
     )

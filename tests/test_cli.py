@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import pytest
 from PIL import Image
 from skimage import data
 from synthetic_classifier import write_tiny_classifier
-from synthetic_weights import write_tiny_model
+from synthetic_weights import TINY, write_tiny_model
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.config import RestoreOptions
 from jobs.restore import _absolute
 from jobs.terminal import harmless
+from models import orthogonal_bank
+from models.dfpir import DFPIR
+from models.weights import save_checkpoint
 from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
 
@@ -205,6 +209,16 @@ def test_damaged_weights_end_with_2(photographs: Path, tmp_path: Path, weights: 
     code, _, stderr = restore(photographs, tmp_path / "out", [*weights, weights[place - 1], str(broken)])
     assert code == 2
     assert "broken.safetensors" in stderr
+    assert not (tmp_path / "out" / "job.json").exists()
+
+
+def test_an_ablation_is_refused_before_any_work(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    network = DFPIR(replace(TINY, attention_perturbation=False))
+    save_checkpoint(tmp_path / "ablation.safetensors", network, orthogonal_bank(), licence="CC0-1.0", provenance={})
+    model = ["--model", str(tmp_path / "ablation.safetensors")]
+    code, _, stderr = restore(photographs, tmp_path / "out", [*weights, *model])
+    assert code == 2
+    assert "is an ablation without DGCPM or CAAPM" in " ".join(stderr.split())
     assert not (tmp_path / "out" / "job.json").exists()
 
 
