@@ -73,7 +73,9 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: au
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; default: auto.")]
 MaxWorkers = Annotated[
     int | None,
-    typer.Option(help="At most this many workers; default: as many as there is room for, locally one per GPU or one."),
+    typer.Option(
+        help="At most this many workers; default: what there is room for, locally up to four per GPU, or one."
+    ),
 ]
 Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels; default: auto.")]
 MinConfidence = Annotated[

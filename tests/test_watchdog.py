@@ -3,6 +3,9 @@ import sys
 
 import pytest
 
+from pipeline import watchdog
+from pipeline.watchdog import Watchdog
+
 # A sleep of the C library that keeps Python's lock, as a codec that hangs may.
 HANGS = "ctypes.PyDLL(None).sleep(60)"
 LIVES = "[(time.sleep(0.2), dog.headway()) for _ in range(12)]"
@@ -18,6 +21,22 @@ def test_a_process_that_hangs_with_the_interpreter_locked_ends_and_says_where() 
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "Timeout (0:00:01)" in ended.stderr
     assert 'File "<string>", line 4' in ended.stderr
+
+
+def test_the_timer_is_set_anew_when_it_would_end_much_earlier_or_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, timers = [1000.0], []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda after, **_: timers.append(after))
+    with Watchdog(100.0) as dog:
+        for after_s, pixels, expected in [
+            (0.0, 0, [100.0]), (0.9, 0, [100.0]), (0.2, 0, [100.0, 100.0]), (0.5, 100_000, [100.0, 100.0, 220.0]),
+            (0.5, 0, [100.0, 100.0, 220.0, 100.0]), (0.5, 0, [100.0, 100.0, 220.0, 100.0]),
+        ]:  # fmt: skip
+            clock[0] += after_s
+            dog.headway(pixels=pixels)
+            assert timers == expected
+    with dog:
+        assert len(timers) == 5
 
 
 @pytest.mark.parametrize(
