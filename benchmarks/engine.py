@@ -291,14 +291,14 @@ def main() -> None:
     print(f"{'variant':<28}{'shape':>11}{'MP/s':>8}{'ratio':>6} {'(range)':<11}{'error':>8}{'B/px':>7}", flush=True)
     peaks = {variant: peak_bytes_per_pixel(variant, arguments) for variant in variants}
     shapes = [Shape.parse(text) for text in arguments.shapes]
-    # All at once, since compiling for a shape takes minutes.
-    contenders = {shape: {variant: Contender(variant, arguments, shape) for variant in variants} for shape in shapes}
-    for ready in contenders.values():
+    # All at once, since compiling for a shape takes minutes on a GPU; so there has to be memory for all.
+    contenders = [{variant: Contender(variant, arguments, shape) for variant in variants} for shape in shapes]
+    for ready in contenders:
         for contender in ready.values():
             contender.wait()
     rows = []
-    for shape in shapes:
-        for row in measure(arguments, shape, contenders[shape], peaks):
+    for shape, ready in zip(shapes, contenders, strict=True):
+        for row in measure(arguments, shape, ready, peaks):
             spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
             print(
                 f"{row['variant']:<28}{row['shape']:>11}{row['megapixels_per_s']:>8.4f}{row['ratio']:>6.2f} "

@@ -29,8 +29,11 @@ class NetworkOnGpu:
         self._here = [torch.zeros(TOGETHER, *size, dtype=torch.uint8).pin_memory() for size in sizes]
         self._there = [each.to(device) for each in self._here]
         self._run: Callable[..., Any] = self._recorded(network, device)
-        self.most = TOGETHER if self._is_each_by_itself() else 1
+        self.most = TOGETHER
         """Images that a call may ask about."""
+        if not self._is_each_by_itself():
+            warnings.warn("classifier: images go one by one, which is slower: logits differ among others", stacklevel=3)
+            self.most = 1
 
     def _recorded(self, network: DegradationNetwork, device: torch.device) -> Callable[..., Any]:
         try:

@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Q = TypeVar("Q")
@@ -13,12 +13,13 @@ A = TypeVar("A")
 @dataclass(eq=False)
 class _Call(Generic[Q, A]):
     question: Q
-    answer: A | None = None
-    error: Exception | None = None
+    answers: list[A] = field(default_factory=list)
+    """One, once it is there."""
+    error: BaseException | None = None
 
     @property
     def is_open(self) -> bool:
-        return self.answer is None and self.error is None
+        return not self.answers and self.error is None
 
 
 class Together(Generic[Q, A]):
@@ -38,16 +39,16 @@ class Together(Generic[Q, A]):
             while call.is_open:
                 self._answer_some()
         if call.error is not None:
-            raise call.error
-        assert call.answer is not None
-        return call.answer
+            # Without its traceback, which would keep the questions alive.
+            raise call.error.with_traceback(None)
+        return call.answers[0]
 
     def _answer_some(self) -> None:
         group = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
         try:
             answers = self._answer([call.question for call in group])
             for call, answer in zip(group, answers, strict=True):
-                call.answer = answer
-        except Exception as error:
+                call.answers.append(answer)
+        except BaseException as error:
             for call in group:
                 call.error = error

@@ -34,9 +34,10 @@ POLL_S = 0.5
 PR_SET_PDEATHSIG = 1
 
 
-def crew_size(context: RunContext, *, gpus: int, max_workers: int | None, shards: int) -> int:
-    """Child processes of a run; they divide this machine's CPUs, GPUs and memory among them."""
-    room = gpus * workers_per_gpu(context.threads // gpus) if gpus else 1
+def crew_size(context: RunContext, gpu_bytes: Sequence[int], *, max_workers: int | None, shards: int) -> int:
+    """Child processes of a run; they divide this machine's CPUs, GPUs (of so much memory each) and memory."""
+    gpus = len(gpu_bytes)
+    room = gpus * workers_per_gpu(context.threads // gpus, min(gpu_bytes)) if gpus else 1
     return max(1, min(max_workers or room, shards))
 
 
@@ -58,8 +59,9 @@ class LocalRunner:
 
     def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
         """See `jobs.runner.Runner.run`."""
-        gpus = _gpu_count() if context.device == "cuda" else 0
-        count = crew_size(context, gpus=gpus, max_workers=self._max_workers, shards=len(shards))
+        gpu_bytes = _gpu_bytes() if context.device == "cuda" else []
+        gpus = len(gpu_bytes)
+        count = crew_size(context, gpu_bytes, max_workers=self._max_workers, shards=len(shards))
         context = replace(context, threads=max(1, context.threads // count), sharers=-(-count // max(1, gpus)))
         dispatcher = Dispatcher(shards, context, on_outcomes)
         children: dict[int, _Child] = {}
@@ -199,10 +201,11 @@ def _wind_up(children: dict[int, _Child], dispatcher: Dispatcher, request: StopR
     raise RunInterruptedError(request.signal_number)
 
 
-def _gpu_count() -> int:
+def _gpu_bytes() -> list[int]:
+    """Memory of each GPU."""
     import torch
 
-    return torch.cuda.device_count()
+    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
 
 
 # In the child

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from jobs.errors import UsageError
 from jobs.runner import RunError, workers_per_gpu
 
 START_TRIES = 3
 ANSWER_WITHIN_S = 10.0
+GPU_ANSWER_WITHIN_S = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Only rows cross it."""
 
@@ -27,7 +29,7 @@ class Needs:
     cpus: int
     on_gpu: bool = False
     sharers: int = 1
-    """Workers that have a GPU together."""
+    """Workers that have the memory of a GPU, or of a node without, together."""
 
     @property
     def gpus(self) -> float:
@@ -39,21 +41,31 @@ class Needs:
 
 
 def measure_room(
-    nodes: Sequence[dict[str, Any]], *, device: str, threads: int, sharing: bool = False
+    nodes: Sequence[dict[str, Any]], *, device: str, threads: int, gpu_bytes: int = 0, wanted: int | None = None
 ) -> tuple[Needs, int]:
     """What one worker asks for, and how many workers the cluster's living nodes have room for.
 
-    With `sharing` several of them get one GPU, if there are CPUs for each. `nodes` as from `ray.nodes()`. Raises
-    UsageError saying what is missing when no node can hold one worker.
+    Args:
+        nodes: as from `ray.nodes()`.
+        device: `cpu` or `cuda`.
+        threads: CPUs that a worker can use.
+        gpu_bytes: memory of a GPU; several workers get one if there is enough of it, and CPUs for each.
+        wanted: workers at most; they share only what there are too few of for them.
+
+    Raises:
+        UsageError: no node can hold one worker; the message says what is missing.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
     if device == "cuda":
         share = min((cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu), default=threads)
-        sharers = workers_per_gpu(share) if sharing else 1
+        sharers = workers_per_gpu(share, gpu_bytes)
+        if wanted is not None and any(gpus):
+            sharers = min(sharers, max(1, -(-wanted // sum(gpus))))
         needs = Needs(cpus=max(1, min(threads, share // sharers)), on_gpu=True, sharers=sharers)
     else:
-        needs = Needs(cpus=threads)
+        most = max([1, *(cpu // threads for cpu in cpus)])
+        needs = Needs(cpus=threads, sharers=min(most, wanted or most))
     room = sum(
         min(cpu // needs.cpus, gpu * needs.sharers if needs.on_gpu else cpu)
         for cpu, gpu in zip(cpus, gpus, strict=True)
@@ -65,6 +77,22 @@ def measure_room(
             "Start the cluster with more, choose another --device, or use --engine local."
         )
     return needs, room
+
+
+def gpu_bytes() -> int:
+    """Memory of a GPU of the connected cluster, as a node says that has one; 0 if none answers soon."""
+    asked = ray.remote(num_cpus=0, num_gpus=0.01)(_gpu_bytes_here).remote()
+    try:
+        return int(ray.get(asked, timeout=GPU_ANSWER_WITHIN_S))
+    except RayError:
+        ray.cancel(asked)
+        return 0
+
+
+def _gpu_bytes_here() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def all_nodes() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from jobs.ray_cluster import Needs, all_nodes, connected, measure_room
+from jobs.ray_cluster import Needs, all_nodes, connected, gpu_bytes, measure_room
 from jobs.runner import (
     STOP_GRACE_S,
     Assignment,
@@ -146,7 +146,13 @@ class RayRunner:
     def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
         """See `jobs.runner.Runner.run`. Raises UsageError when the cluster lacks what a worker needs."""
         with connected(self._address, threads=context.threads):
-            needs, room = measure_room(all_nodes(), device=context.device, threads=context.threads, sharing=True)
+            needs, room = measure_room(
+                all_nodes(),
+                device=context.device,
+                threads=context.threads,
+                gpu_bytes=gpu_bytes() if context.device == "cuda" else 0,
+                wanted=min(self._max_workers or len(shards), len(shards)) or None,
+            )
             context = replace(context, threads=needs.cpus, sharers=needs.sharers)
             crew = _Crew(context, needs, Dispatcher(shards, context, on_outcomes))
             # Ray has set its own handlers by now.

@@ -28,16 +28,16 @@ STOP_GRACE_S = 300.0
 OnOutcomes = Callable[[list[Outcome]], None]
 
 
-MOST_WORKERS_PER_GPU, CPUS_PER_WORKER = 4, 4
+MOST_WORKERS_PER_GPU, CPUS_PER_WORKER, GPU_BYTES_PER_WORKER = 4, 4, 16 * 2**30
 
 
-def workers_per_gpu(cpus: int) -> int:
-    """How many processes share a GPU that comes with so many CPUs.
+def workers_per_gpu(cpus: int, gpu_bytes: int) -> int:
+    """How many processes share a GPU of so much memory that comes with so many CPUs.
 
     Reading, classifying and writing for a network that restores hundreds of images a second is more than one Python
-    process can do, however many threads it has.
+    process can do, however many threads it has. With 16 GiB each restores images of twelve megapixels whole.
     """
-    return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER))
+    return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER, gpu_bytes // GPU_BYTES_PER_WORKER))
 
 
 class RunError(Exception):

@@ -74,7 +74,10 @@ def parts(count: int, *, most: int) -> list[int]:
 
 
 class Recorded:
-    """Called like the network. A shape that comes often is recorded; other calls run as they are.
+    """Called like the network.
+
+    Batches are cut in `parts`, and those of a shape that comes often are recorded; a batch of which no part is or may
+    be recorded runs as it is.
 
     A new recording is held against the network's own result, which is returned. Should it differ, or recording fail, a
     warning says so and the network runs without recordings from then on.
@@ -91,8 +94,9 @@ class Recorded:
 
     def __call__(self, image: Tensor, prompts: Tensor) -> Tensor:
         """The network's output; raises what it raises."""
-        sizes = parts(len(image), most=LARGEST_PIXELS // (image.shape[2] * image.shape[3]))
-        if not self._works or not sizes:
+        pixels = image.shape[2] * image.shape[3]
+        sizes = parts(len(image), most=LARGEST_PIXELS // pixels)
+        if not any((size, *image.shape[1:]) in self._recordings or self._has_room(size * pixels) for size in sizes):
             return self._output(image, prompts)
         pairs = zip(torch.split(image, sizes), torch.split(prompts, sizes), strict=True)
         found = [self._part(*pair) for pair in pairs]
@@ -104,13 +108,16 @@ class Recorded:
             return recording(image, prompts)
         output = self._output(image, prompts)
         pixels = shape[0] * shape[2] * shape[3]
-        if not self._works or pixels > min(LARGEST_PIXELS, self._room) or len(self._recordings) == MOST_SHAPES:
+        if not self._has_room(pixels):
             return output
         self._seen[shape] += 1
         if self._seen[shape] > RUNS_BEFORE:
             self._try_recording(image, prompts, output)
             self._room -= pixels
         return output
+
+    def _has_room(self, pixels: int) -> bool:
+        return self._works and pixels <= self._room and len(self._recordings) < MOST_SHAPES
 
     def _output(self, image: Tensor, prompts: Tensor) -> Tensor:
         """The network's; if memory is full, once more without what recordings keep."""

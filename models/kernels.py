@@ -319,8 +319,8 @@ def check(device: torch.device, dtypes: Iterable[torch.dtype] = tuple(_TOLERANCE
         passes.widen(x, norm, product, out[:, 7:40])
         widen(x.to(device), norm.to(device), product.to(device), there[:, 7:40])
         hold(f"widen in {dtype}", there, out)
-        for channels, out_channels in ((3, 24), (40, 130)):
-            x, kernel = draw(2, 5, 19, channels), draw(out_channels, channels, 3, 3)
+        for channels, out_channels in ((3, 24), (72, 130)):  # more than a program takes of pixels and of channels
+            x, kernel = draw(2, 9, 19, channels), draw(out_channels, channels, 3, 3)
             found = convolve(x.to(device), kernel.to(device))
             hold(f"dense convolution in {dtype}", found, passes.convolve(x, kernel))
         # What a small image and few channels take, then what large ones do.

@@ -38,29 +38,38 @@ def available_bytes(device: torch.device) -> int:
     """Memory that is free to use on a device now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_system_available_bytes(), _group_available_bytes())
+    limit, used = _group_bytes()
+    return min(_system_bytes("MemAvailable"), max(0, limit - used))
 
 
-def _system_available_bytes() -> int:
+def total_bytes(device: torch.device) -> int:
+    """All memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return min(_system_bytes("MemTotal"), _group_bytes()[0])
+
+
+def _system_bytes(name: str) -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
     # Not Linux: free memory is not told there, so half of what is installed stands for it.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return installed if name == "MemTotal" else installed // 2
 
 
-def _group_available_bytes() -> int:
-    """What is left of a container's limit, which /proc/meminfo does not know of."""
+def _group_bytes() -> tuple[int, int]:
+    """A container's limit and what is used of it, which /proc/meminfo does not know of."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         used = int((group / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return 2**63
-    return 2**63 if limit == "max" else max(0, int(limit) - used)
+        return 2**63, 0
+    return (2**63, 0) if limit == "max" else (int(limit), used)
 
 
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -3: 32 << 20}

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.dfpir import DFPIR
 from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
-from models.memory import available_bytes, bytes_per_pixel, on_device
+from models.memory import available_bytes, bytes_per_pixel, on_device, total_bytes
 from models.padding import pad, padded_size
 from models.prompts import PromptBank
 from models.registry import resolve
@@ -32,7 +32,8 @@ _FULL_SCALE: dict[np.dtype[Any], float] = {
 }
 _TORCH_DTYPE = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16}
 _MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
-"""Of the memory that is free when a Restorer is made: the rest is for other processes, and decoded images on a CPU."""
+"""Of the memory of a device that a batch may take. The rest of a CPU's is for decoded images and other processes, of a
+GPU's for the context, bands, what recordings keep, and the classifier."""
 _LARGEST_BATCH = 32
 SMALLEST_TILE_PX = 64
 
@@ -84,7 +85,8 @@ class Restorer:
             dtype: float32 or bfloat16.
             tile: `auto` tiles what does not fit into memory, `off` never does, and a number of pixels tiles whatever is
                 larger than that; it is rounded up to the size multiple.
-            sharers: Restorers, this one included, that divide the free memory of the device among them.
+            sharers: Restorers, this one included, that divide all memory of the device among them; one alone plans with
+                what is free when it is made.
             sha256: of the weights file, for records.
             name: of the model, for records.
 
@@ -112,8 +114,9 @@ class Restorer:
         self._forward = Recorded(form) if self.device.type == "cuda" else form
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype, self.device)
         # Read once: a choice that depended on the moment would tile one of two equal images.
-        free = available_bytes(self.device)
-        self.memory_budget_bytes = int(_MEMORY_SHARE[self.device.type] / sharers * free)
+        # The others may hold their part by now, or not yet.
+        mine = available_bytes(self.device) if sharers == 1 else total_bytes(self.device) / sharers
+        self.memory_budget_bytes = int(_MEMORY_SHARE[self.device.type] * mine)
 
     def tile_px_for(self, height: int, width: int) -> int | None:
         """Side in pixels of the tiles that an image of this size is restored in; None: whole."""

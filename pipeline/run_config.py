@@ -71,9 +71,9 @@ class RunContext:
     device: str
     """`cpu` or `cuda`: already resolved."""
     threads: int
-    """CPU threads for each worker."""
+    """CPU threads of the submitting machine, and of each worker once a runner has shared them out."""
     sharers: int = 1
-    """Workers that share the memory of the device."""
+    """Workers that have the memory of a device together."""
     reserved: frozenset[str] = frozenset()
     """Relative paths of planned images, in the source still or not, that another one's result could have."""
     commit_every_s: float = 60.0

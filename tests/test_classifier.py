@@ -363,7 +363,7 @@ def test_many_threads_on_a_gpu_are_told_what_a_cpu_says(tmp_path):
     here = load_classifier(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        there = load_classifier(path, device="cuda")
+        there = load_classifier(path, device="cuda")  # and all images of a group get what each gets alone
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(there.probabilities, images))
     for image, probabilities in zip(images, found, strict=True):

@@ -15,8 +15,13 @@ from models.inference import InferenceDFPIR
 PROMPT = torch.tensor([0])
 
 
+def told(image, prompts):
+    """Twice an image, and its prompt."""
+    return 2 * image + prompts[:, None, None, None]
+
+
 class Counted:
-    """Doubles an image and counts its calls; records itself as a function that is off by `error`."""
+    """Says `told` and counts its calls; records itself as a function that is off by `error`."""
 
     def __init__(self, error=0.0, fault=None):
         self.calls, self.recorded, self.error, self.fault = 0, 0, error, fault
@@ -28,13 +33,13 @@ class Counted:
         if self.full:
             self.full -= 1
             raise torch.OutOfMemoryError
-        return 2 * image
+        return told(image, prompts)
 
     def record(self, forward, image, prompts, beside):
         if self.fault:
             raise self.fault
         self.recorded += 1
-        return lambda image, prompts: 2 * image + self.error
+        return lambda image, prompts: told(image, prompts) + self.error
 
 
 def image(side):
@@ -66,9 +71,26 @@ def test_a_batch_is_replayed_in_parts(monkeypatch):
     recorded = Recorded(counted, record=counted.record)
     for size in (7, 6, 5, 4):  # 4 + 2 + 1, 4 + 2, 4 + 1, 4
         for _ in range(graphs.RUNS_BEFORE):
-            given = torch.rand(size, 3, 8, 8)
-            assert torch.equal(recorded(given, PROMPT.expand(size)), 2 * given)
+            given, prompts = torch.rand(size, 3, 8, 8), torch.arange(size)
+            assert torch.equal(recorded(given, prompts), told(given, prompts))
     assert sorted(shape[0] for shape in recorded._recordings) == [1, 2, 4]
+
+
+def test_a_batch_of_which_no_part_may_be_recorded_runs_whole(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_SHAPES", 1)
+    counted = Counted()
+    recorded = Recorded(counted, record=counted.record)
+    for _ in range(graphs.RUNS_BEFORE + 1):
+        recorded(torch.rand(1, 3, 8, 8), PROMPT)
+    before = counted.calls
+    for size, calls in [(7, 1), (3, 1)]:
+        given, prompts = torch.rand(size, 3, 9, 9), torch.arange(size)
+        assert torch.equal(recorded(given, prompts), told(given, prompts))
+        before += calls
+        assert counted.calls == before
+    given, prompts = torch.rand(3, 3, 8, 8), torch.arange(3)  # 2, and 1 that is recorded
+    assert torch.equal(recorded(given, prompts), told(given, prompts))
+    assert counted.calls == before + 1
 
 
 def test_what_is_large_or_comes_when_there_is_no_more_room_is_not_recorded(monkeypatch):

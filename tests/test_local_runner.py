@@ -43,15 +43,17 @@ def test_a_run_ends_with_a_row_for_each_image_and_reports_each_once(make_run: Ma
 
 
 @pytest.mark.parametrize(
-    ("threads", "gpus", "max_workers", "shards", "expected"),
-    [(2, 0, None, 9, 1), (16, 1, None, 9, 4), (16, 1, None, 2, 2), (16, 4, None, 9, 4), (48, 4, None, 99, 12),
-     (1, 1, None, 9, 1), (16, 1, 1, 9, 1), (16, 0, 3, 9, 3), (16, 1, None, 0, 1)],
+    ("threads", "gib", "max_workers", "shards", "expected"),
+    [(2, [], None, 9, 1), (16, [80], None, 9, 4), (16, [80], None, 2, 2), (16, [80] * 4, None, 9, 4),
+     (48, [80] * 4, None, 99, 12), (48, [80, 80, 80, 40], None, 99, 8), (16, [24], None, 9, 1), (1, [80], None, 9, 1),
+     (16, [80], 1, 9, 1), (16, [], 3, 9, 3), (16, [80], None, 0, 1)],
 )  # fmt: skip
-def test_a_gpu_gets_several_workers_if_there_are_cpus_and_shards_for_them(
-    make_run: MakeRun, threads: int, gpus: int, max_workers: int | None, shards: int, expected: int
+def test_a_gpu_gets_several_workers_if_there_are_cpus_memory_and_shards_for_them(
+    make_run: MakeRun, threads: int, gib: list[int], max_workers: int | None, shards: int, expected: int
 ) -> None:
     context = replace(make_run(NAMES).context, threads=threads)
-    assert crew_size(context, gpus=gpus, max_workers=max_workers, shards=shards) == expected
+    gpu_bytes = [each * 2**30 for each in gib]
+    assert crew_size(context, gpu_bytes, max_workers=max_workers, shards=shards) == expected
 
 
 def test_workers_divide_the_machine_among_them(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

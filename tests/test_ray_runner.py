@@ -32,25 +32,43 @@ def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict[str, Any]:
 
 
 def test_room_is_counted_node_by_node() -> None:
-    assert measure_room([node(4), node(3), node(1)], device="cpu", threads=2) == (Needs(cpus=2), 3)
+    assert measure_room([node(4), node(3), node(1)], device="cpu", threads=2) == (Needs(cpus=2, sharers=2), 3)
     assert measure_room([node(16, 4), node(8)], device="cuda", threads=16) == (Needs(cpus=4, on_gpu=True), 4)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "expected", "gpus"),
+    ("nodes", "gib", "wanted", "expected", "gpus"),
     [
-        ([node(16, 1)], (Needs(cpus=4, on_gpu=True, sharers=4), 4), 0.25),
-        ([node(64, 2), node(16)], (Needs(cpus=8, on_gpu=True, sharers=4), 8), 0.25),
-        ([node(32, 4), node(13, 1)], (Needs(cpus=4, on_gpu=True, sharers=2), 10), 0.5),
-        ([node(6, 1)], (Needs(cpus=6, on_gpu=True), 1), 1.0),
+        ([node(16, 1)], 80, 99, (Needs(cpus=4, on_gpu=True, sharers=4), 4), 0.25),
+        ([node(64, 2), node(16)], 80, 99, (Needs(cpus=8, on_gpu=True, sharers=4), 8), 0.25),
+        ([node(32, 4), node(13, 1)], 80, None, (Needs(cpus=4, on_gpu=True, sharers=2), 10), 0.5),
+        ([node(6, 1)], 80, 99, (Needs(cpus=6, on_gpu=True), 1), 1.0),
+        ([node(16, 1)], 40, 99, (Needs(cpus=8, on_gpu=True, sharers=2), 2), 0.5),
+        ([node(16, 1)], 0, 99, (Needs(cpus=16, on_gpu=True), 1), 1.0),
+        ([node(64, 4)], 80, 4, (Needs(cpus=16, on_gpu=True), 4), 1.0),
+        ([node(64, 4)], 80, 5, (Needs(cpus=8, on_gpu=True, sharers=2), 8), 0.5),
     ],
 )
-def test_workers_share_a_gpu_that_has_cpus_for_several(
-    nodes: list[Any], expected: tuple[Needs, int], gpus: float
+def test_workers_share_a_gpu_that_has_cpus_and_memory_for_several_if_there_are_more_than_gpus(
+    nodes: list[Any], gib: int, wanted: int | None, expected: tuple[Needs, int], gpus: float
 ) -> None:
-    found = measure_room(nodes, device="cuda", threads=16, sharing=True)
+    found = measure_room(nodes, device="cuda", threads=16, gpu_bytes=gib * 2**30, wanted=wanted)
     assert found == expected
     assert found[0].gpus == gpus
+
+
+def test_workers_on_one_node_share_its_memory() -> None:
+    nodes = [node(16), node(4)]
+    assert measure_room(nodes, device="cpu", threads=4) == (Needs(cpus=4, sharers=4), 5)
+    assert measure_room(nodes, device="cpu", threads=4, wanted=2) == (Needs(cpus=4, sharers=2), 5)
+    assert measure_room(nodes, device="cpu", threads=16) == (Needs(cpus=16), 1)
+
+
+def test_a_cluster_without_a_gpu_that_answers_tells_of_no_memory(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster_module, "GPU_ANSWER_WITHIN_S", 2.0)
+    assert ray_cluster_module.gpu_bytes() == 0
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,18 @@ def test_a_thousand_calls_from_many_threads() -> None:
     with ThreadPoolExecutor(16) as threads:
         assert list(threads.map(together, range(20, 1020))) == list(range(40, 2040, 2))
     assert max(map(len, answer.groups)) <= 3
+
+
+def test_not_even_an_end_of_the_thread_that_answers_leaves_others_waiting() -> None:
+    def answer(numbers: Sequence[int]) -> list[int]:
+        raise SystemExit
+
+    together = Together(answer, most=8)
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(together, number) for number in range(8)]:
+            with pytest.raises(SystemExit):
+                future.result(timeout=10)
+
+
+def test_nothing_is_an_answer_too() -> None:
+    assert Together(lambda questions: [None] * len(questions), most=2)(1) is None
