@@ -59,8 +59,9 @@ class Sources:
     ) -> Sample:
         """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
 
-        Noise gets the prompt for its sigma as an estimator would see it: with a tenth of error. With `as_recipe` what
-        is synthesised comes as its recipe, but for sensor noise and JPEG, whose tools want the pixels here.
+        Low light is made of a photograph as a longer exposure shows it (`well_exposed`). Noise gets the prompt for its
+        sigma as an estimator would see it: with a tenth of error. With `as_recipe` what is synthesised comes as its
+        recipe, but for sensor noise and JPEG, whose tools want the pixels here.
         """
         pairs = self.pairs.get(label)
         if pairs is not None and (self.clean is None or rng.random() < self.data.pair_share):
