@@ -69,7 +69,8 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
         "import sys; from pathlib import Path; from jobs.config import RestoreOptions; "
         "from jobs.restore import prepare; src, out, model, classifier = sys.argv[1:]; "
         "options = RestoreOptions(model=model, classifier=classifier); "
-        "assert prepare(Path(src), Path(out), options).planned == 2; assert 'timm' not in sys.modules"
+        "assert prepare(Path(src), Path(out), options).planned == 2; assert 'timm' not in sys.modules; "
+        "import os; os._exit(0)"  # see `jobs.cli.main`
     )
     command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
     subprocess.run(command, check=True)
