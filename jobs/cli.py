@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version as installed_version
@@ -472,8 +471,8 @@ def main() -> None:
         app()
     except SystemExit as end:
         code = end.code
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

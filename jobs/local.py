@@ -205,7 +205,9 @@ def _gpu_bytes() -> list[int]:
     """Memory of each GPU."""
     import torch
 
-    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    from models.memory import total_bytes
+
+    return [total_bytes(torch.device("cuda", number)) for number in range(torch.cuda.device_count())]
 
 
 # In the child

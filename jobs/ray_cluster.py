@@ -92,7 +92,9 @@ def gpu_bytes() -> int:
 def _gpu_bytes_here() -> int:
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory
+    from models.memory import total_bytes
+
+    return total_bytes(torch.device("cuda"))
 
 
 def all_nodes() -> list[dict[str, Any]]:

@@ -30,7 +30,6 @@ from models import Restorer, load_restorer, parse_tile
 from models.errors import WeightsError
 from models.precision import fastest_dtype
 from models.registry import list_models, resolve
-from models.weights import load_checkpoint
 from pipeline.outputs import ReferenceIndex, reserved_names
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
@@ -286,8 +285,7 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
         raise UsageError(f"--reference {options.reference} is not a folder")
     label, sigma = parse_label(options.label)
     try:
-        model = resolve(options.model)
-        checkpoint = load_checkpoint(model.path, expected_sha256=model.spec.sha256 if model.spec else None)
+        checkpoint = resolve(options.model).load()
         classifier_hash = classifier_sha256(options.classifier)
     except (WeightsError, ClassifierWeightsError) as error:
         raise UsageError(str(error)) from error

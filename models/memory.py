@@ -45,7 +45,7 @@ def available_bytes(device: torch.device) -> int:
 def total_bytes(device: torch.device) -> int:
     """All memory of a device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
+        return int(torch.cuda.get_device_properties(device).total_memory)
     return min(_system_bytes("MemTotal"), _group_bytes()[0])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import WeightsError
-from models.weights import load_checkpoint
+from models.weights import Checkpoint, load_checkpoint
 
 SHIPPED_DIR = Path(__file__).parent / "shipped"
 
@@ -43,6 +43,10 @@ class Resolved:
 
     path: Path
     spec: ModelSpec | None
+
+    def load(self) -> Checkpoint:
+        """The weights; raises WeightsError if they are damaged, or of another hash than registered."""
+        return load_checkpoint(self.path, expected_sha256=self.spec.sha256 if self.spec else None)
 
 
 _RELEASED_LICENCE = "see the authors' release"

@@ -19,7 +19,6 @@ from models.prompts import PromptBank
 from models.registry import resolve
 from models.tiling import run_tiled
 from models.transfer import download, upload
-from models.weights import load_checkpoint
 
 Tile = Literal["auto", "off"] | int
 Image = NDArray[Any]
@@ -227,7 +226,7 @@ def load_restorer(
         ValueError: as `Restorer`.
     """
     found = resolve(name_or_path)
-    checkpoint = load_checkpoint(found.path, expected_sha256=found.spec.sha256 if found.spec else None)
+    checkpoint = found.load()
     return Restorer(
         checkpoint.network,
         checkpoint.prompts,

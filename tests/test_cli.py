@@ -76,6 +76,16 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     subprocess.run(command, check=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="registers what aborts by glibc's name")
+@pytest.mark.parametrize(("option", "code"), [("--version", 0), ("--nonsense", 2)])
+def test_a_library_that_aborts_at_the_end_changes_no_exit_code(option: str, code: int) -> None:
+    aborts = "libc = ctypes.CDLL(None); libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)"
+    script = f"import atexit, ctypes; {aborts}; atexit.register(print, 'the end'); from jobs.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, option], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.endswith("the end\n")
+
+
 def test_a_folder_is_restored_and_its_summary_is_one_json_object(
     photographs: Path, tmp_path: Path, weights: list[str]
 ) -> None:
