@@ -34,10 +34,11 @@ from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
 from models.memory import keep_freed_memory
-from models.padding import pad, padded_size
+from models.padding import padded_size
 from models.precision import fastest_dtype
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
+from models.transfer import upload
 from models.weights import load_checkpoint
 
 Run = Callable[[Tensor], Tensor]
@@ -100,9 +101,8 @@ def photograph(shape: Shape, multiple: int, device: str) -> Tensor:
 
 def padded_tensor(pixels: np.ndarray[Any, Any], multiple: int) -> Tensor:
     """H x W x 3 uint8 as 1 x 3 x H x W float32 in [0, 1], each side padded to a multiple."""
-    image = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
-    _, height, width = image.shape
-    return pad(image, *padded_size(height, width, multiple))[None]
+    size = padded_size(pixels.shape[0], pixels.shape[1], multiple)
+    return upload([pixels], *size, torch.device("cpu")).permute(0, 3, 1, 2).contiguous() / 255
 
 
 def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:

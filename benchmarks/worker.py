@@ -31,7 +31,8 @@ from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, ru
 from models import Restorer, load_restorer
 from models.graphs import RUNS_BEFORE
 from models.memory import keep_freed_memory
-from models.padding import pad, padded_size
+from models.padding import padded_size
+from models.transfer import upload
 from models.weights import save_checkpoint
 from pipeline.batching import batches
 from pipeline.run_config import RunContext
@@ -96,11 +97,11 @@ def seconds_alone(images: list[NDArray[np.uint8]], classifier: Classifier, resto
 @torch.inference_mode()
 def seconds_resident(images: list[NDArray[np.uint8]], restorer: Restorer) -> float:
     """The network over images that lie on the GPU, in batches of one shape."""
-    groups = batches(images, key=lambda image: image.shape, limit=lambda shape: WINDOW_IMAGES)
+    groups = batches(images, key=lambda image: image.shape, limit=lambda shape: WINDOW_IMAGES["cuda"])
     ready = []
     for group in groups:
-        pixels = torch.from_numpy(np.stack(group)).to(restorer.device).permute(0, 3, 1, 2).float() / 255
-        ready.append(pad(pixels, *padded_size(pixels.shape[2], pixels.shape[3], restorer.size_multiple)))
+        size = padded_size(group[0].shape[0], group[0].shape[1], restorer.size_multiple)
+        ready.append(upload(group, *size, restorer.device).permute(0, 3, 1, 2).contiguous() / 255)
     prompt = restorer.prompts.indices([PROMPT])
     torch.cuda.synchronize()
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the backends of the classifier share: from calibrated probabilities to predictions."""
+"""What the backends of the classifier share: from an image to its views, and from probabilities to predictions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from classifier.base import Prediction
 from classifier.labels import Degradation
 from classifier.sigma import estimate_sigma
+from classifier.view import Views, ViewSettings, take_views
 
 
 class Backend(ABC):
@@ -16,29 +17,24 @@ class Backend(ABC):
 
     name: str
     sha256: str
+    view: ViewSettings
     thresholds: Mapping[Degradation, float]
     """The probability below which a label is not sure."""
 
     @abstractmethod
-    def probabilities(self, image: NDArray[np.uint8]) -> dict[Degradation, float]:
-        """Calibrated probabilities of one H x W x 3 uint8 RGB image.
+    def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+        """Calibrated probabilities of each image; never depend, not even in the last digit, on those beside it."""
+
+    def take_views(self, image: NDArray[np.uint8]) -> Views:
+        """The views of one H x W x 3 uint8 RGB image of any size from 1 x 1 up.
 
         Raises:
             ValueError: the array has another shape or type.
         """
+        return take_views(image, self.view)
 
-    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
-        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
-
-        A prediction never depends, not even in its last digit, on the images beside it.
-
-        Raises:
-            ValueError: an array has another shape or type.
-        """
-        return [self._predict_one(image) for image in images]
-
-    def _predict_one(self, image: NDArray[np.uint8]) -> Prediction:
-        probability = self.probabilities(image)
+    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+        """What follows from an image's probabilities and the noise in it."""
         second, label = sorted(probability, key=probability.__getitem__)[-2:]
         return Prediction(
             label=label,
@@ -46,5 +42,17 @@ class Backend(ABC):
             margin=probability[label] - probability[second],
             confident=probability[label] >= self.thresholds[label],
             probabilities=probability,
-            noise_sigma_255=estimate_sigma(image),
+            noise_sigma_255=noise_sigma_255,
         )
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
+        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
+
+        Raises:
+            ValueError: an array has another shape or type.
+        """
+        found = self.probabilities([self.take_views(image) for image in images])
+        return [
+            self.prediction(probability, noise_sigma_255=estimate_sigma(image))
+            for probability, image in zip(found, images, strict=True)
+        ]

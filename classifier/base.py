@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifier.labels import Degradation
+from classifier.view import Views
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Prediction:
 
 
 class Classifier(Protocol):
-    """Images in, one prediction each out, in the same order."""
+    """Images in, one prediction each out, in the same order.
+
+    A pipeline does the same in parts: views are taken in any thread, probabilities are those of many images at once.
+    """
 
     name: str
     sha256: str
@@ -38,6 +42,14 @@ class Classifier(Protocol):
         """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up."""
         ...
 
-    def probabilities(self, image: NDArray[np.uint8]) -> Mapping[Degradation, float]:
-        """Those that `predict` would give for one image, without the rest of the prediction."""
+    def take_views(self, image: NDArray[np.uint8]) -> Views:
+        """What is looked at of an image, a small part of its pixels; may be called from many threads."""
+        ...
+
+    def probabilities(self, views: Sequence[Views]) -> Sequence[Mapping[Degradation, float]]:
+        """Those of each image; called from one thread at a time."""
+        ...
+
+    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+        """What follows from an image's probabilities and the noise in it."""
         ...

@@ -7,7 +7,7 @@ a local file; nothing is downloaded.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, probabilities
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
-from classifier.view import ViewSettings, take_views
+from classifier.view import Views, ViewSettings
 
 CROPS = 3
 
@@ -153,17 +153,12 @@ class ClipClassifier(Backend):
         self._mean, self._std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
         size = settings["size"]
         side = int(size if isinstance(size, int) else size[0])
-        self._view = ViewSettings(crop_px=side, crops=CROPS, thumbnail_px=side)
+        self.view = ViewSettings(crop_px=side, crops=CROPS, thumbnail_px=side)
         self._tower = network.visual.to(self.device, dtype)
 
     @torch.inference_mode()
-    def logits(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Likeness to each label's sentences, in the order of `LABELS`: half of the whole picture, half of the crops.
-
-        Raises:
-            ValueError: the array is not H x W x 3 uint8.
-        """
-        views = take_views(image, self._view)
+    def logits(self, views: Views) -> NDArray[np.float64]:
+        """Likeness to each label's sentences, in the order of `LABELS`: half the whole picture, half the crops."""
         pixels = torch.from_numpy(np.concatenate([views.thumbnail[None], views.crops])).permute(0, 3, 1, 2)
         normal = (pixels.float() / 255 - self._mean) / self._std
         features: Tensor = self._tower(normal.to(self.device, self.dtype)).float().cpu()
@@ -171,8 +166,8 @@ class ClipClassifier(Backend):
         likeness: NDArray[np.float64] = ((whole + torch.stack(crops).mean(dim=0)) / 2).double().numpy()
         return likeness
 
-    def probabilities(self, image: NDArray[np.uint8]) -> dict[Degradation, float]:
+    def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         """See `Backend.probabilities`."""
         bias = np.array([self.calibration.bias[label] for label in LABELS])
-        values = probabilities(self.logits(image) + bias, self.calibration.temperature)
-        return {label: float(value) for label, value in zip(LABELS, values, strict=True)}
+        values = [probabilities(self.logits(each) + bias, self.calibration.temperature).tolist() for each in views]
+        return [dict(zip(LABELS, each, strict=True)) for each in values]

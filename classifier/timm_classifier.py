@@ -1,6 +1,6 @@
 """The shipped backend: a small timm network that sees native crops and a thumbnail."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,34 +11,33 @@ from classifier.calibration import probabilities
 from classifier.labels import LABELS, Degradation
 from classifier.network import inference_form, to_input
 from classifier.on_gpu import NetworkOnGpu
-from classifier.together import Together
-from classifier.view import Views, take_views
+from classifier.view import Views
 from classifier.weights import ClassifierWeights
 
 
 class TimmClassifier(Backend):
-    """`name` and `sha256` are those of the weights file. On a GPU many threads may ask at once."""
+    """`name` and `sha256` are those of the weights file."""
 
     def __init__(self, weights: ClassifierWeights, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.name = weights.name
         self.sha256 = weights.sha256
         self.thresholds = weights.thresholds
-        self.weights = weights
+        self.view = weights.view
         self.device = torch.device(device)
         self.network = inference_form(weights.network, dtype).to(self.device)
-        self._logits: Callable[[Views], NDArray[np.float64]] = self._logits_here
-        if self.device.type == "cuda":
-            there = NetworkOnGpu(self.network, weights.view, self.device)
-            self._logits = Together(there, most=there.most)
+        self._temperature = weights.temperature
+        on_gpu = self.device.type == "cuda"
+        self._logits = NetworkOnGpu(self.network, weights.view, self.device) if on_gpu else self._one_by_one
 
     @torch.inference_mode()
-    def _logits_here(self, views: Views) -> NDArray[np.float64]:
-        crops, thumbnail = torch.from_numpy(views.crops), torch.from_numpy(views.thumbnail.copy())
-        logits = self.network(to_input(crops)[None], to_input(thumbnail)[None])[0]
-        found: NDArray[np.float64] = logits.double().numpy()
-        return found
+    def _one_by_one(self, views: Sequence[Views]) -> list[NDArray[np.float64]]:
+        logits = []
+        for each in views:
+            crops, thumbnail = torch.from_numpy(each.crops), torch.from_numpy(each.thumbnail.copy())
+            logits.append(self.network(to_input(crops)[None], to_input(thumbnail)[None])[0].double().numpy())
+        return logits
 
-    def probabilities(self, image: NDArray[np.uint8]) -> dict[Degradation, float]:
+    def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         """See `Backend.probabilities`."""
-        values = probabilities(self._logits(take_views(image, self.weights.view)), self.weights.temperature)
-        return {label: float(value) for label, value in zip(LABELS, values, strict=True)}
+        values = [probabilities(logits, self._temperature).tolist() for logits in self._logits(views)]
+        return [dict(zip(LABELS, each, strict=True)) for each in values]

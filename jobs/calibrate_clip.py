@@ -55,7 +55,8 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
     labels = np.arange(samples) // 2 % len(LABELS)
     for number, label in enumerate(labels):
         rng = np.random.default_rng([seed, number])
-        logits[number] = classifier.logits(as_filed(draw_damaged(photographs, LABELS[label], rng), rng))
+        image = as_filed(draw_damaged(photographs, LABELS[label], rng), rng)
+        logits[number] = classifier.logits(classifier.take_views(image))
     temperature, bias = fit_scaling(logits[::2], labels[::2])
     weights = prior_weights(dict.fromkeys(LABELS, 1 / len(LABELS)))
     bias = bias + temperature * np.log(weights)

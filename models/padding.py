@@ -1,7 +1,9 @@
 """Padding to a multiple by mirroring, for images of any size from 1 x 1 up."""
 
-import torch
-from torch import Tensor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
@@ -9,20 +11,18 @@ def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def _mirrored(length: int, target: int) -> Tensor:
-    """Positions 0..length-1 there and back, edge included, over and over: the first `target` of them."""
-    position = torch.arange(target) % (2 * length)
-    return torch.minimum(position, 2 * length - 1 - position)
+def _mirrored(length: int, target: int) -> NDArray[np.intp]:
+    """What positions `length` to `target` show: positions 0..length-1 there and back, edge included, over and over."""
+    position = np.arange(length, target) % (2 * length)
+    return np.minimum(position, 2 * length - 1 - position)
 
 
-def pad(image: Tensor, height: int, width: int) -> Tensor:
-    """Extends ... x H x W below and to the right to `height` x `width` by symmetric mirroring, edge included.
+def pad_into(room: NDArray[Any], image: NDArray[Any]) -> None:
+    """Fills H x W x C with a smaller image, mirrored below and to the right, edge included.
 
-    The image repeats as often as needed, so that a single pixel can fill any size. Cropping to H x W gives the
-    image back.
+    The image lies in the first rows and columns, and repeats as often as needed: a single pixel can fill any size.
     """
-    if image.shape[-2] != height:
-        image = image.index_select(-2, _mirrored(image.shape[-2], height).to(image.device))
-    if image.shape[-1] != width:
-        image = image.index_select(-1, _mirrored(image.shape[-1], width).to(image.device))
-    return image
+    height, width = image.shape[:2]
+    room[:height, :width] = image
+    room[:height, width:] = room[:height, _mirrored(width, room.shape[1])]
+    room[height:] = room[_mirrored(height, room.shape[0])]

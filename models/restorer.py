@@ -14,7 +14,7 @@ from models.dfpir import DFPIR
 from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
 from models.memory import available_bytes, bytes_per_pixel, on_device, total_bytes
-from models.padding import pad, padded_size
+from models.padding import padded_size
 from models.prompts import PromptBank
 from models.registry import resolve
 from models.tiling import run_tiled
@@ -24,12 +24,12 @@ Tile = Literal["auto", "off"] | int
 Image = NDArray[Any]
 """H x W x 3, RGB: uint8, uint16, or float32 in [0, 1]."""
 
-_FULL_SCALE: dict[np.dtype[Any], float] = {
-    np.dtype(np.uint8): 255.0,
-    np.dtype(np.uint16): 65535.0,
-    np.dtype(np.float32): 1.0,
+_TORCH_DTYPE = {
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.uint16): torch.uint16,
+    np.dtype(np.float32): torch.float32,
 }
-_TORCH_DTYPE = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16}
+_FULL_SCALE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
 _MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
 """Of the memory of a device that a batch may take. The rest of a CPU's is for decoded images and other processes, of a
 GPU's for the context, bands, what recordings keep, and the classifier."""
@@ -170,14 +170,14 @@ class Restorer:
         if len(images) != len(prompt_keys):
             raise ValueError(f"{len(images)} images but {len(prompt_keys)} prompt keys; each image needs one")
         for image in images:
-            if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _FULL_SCALE:
+            if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _TORCH_DTYPE:
                 raise ValueError(f"expected H x W x 3 uint8, uint16 or float32, found {image.shape} {image.dtype}")
         prompts = self.prompts.indices(prompt_keys)
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int, np.dtype[Any]], list[int]] = defaultdict(list)
         for i, image in enumerate(images):
-            groups[padded_size(image.shape[0], image.shape[1], self.size_multiple)].append(i)
+            groups[*padded_size(image.shape[0], image.shape[1], self.size_multiple), image.dtype].append(i)
         restored: dict[int, Image] = {}
-        for (height, width), members in groups.items():
+        for (height, width, dtype), members in groups.items():
             limit, side = self.batch_limit(height, width), self.tile_px_for(height, width)
             if tile_px is not None:
                 limit, side = 1, tile_px
@@ -186,11 +186,11 @@ class Restorer:
                 chunk = members[first : first + step]
                 # What is cut into tiles may not fit on the device.
                 place = self.device if side is None else torch.device("cpu")
-                batch = torch.stack([pad(_to_tensor(images[i], place), height, width) for i in chunk])
+                batch = _as_floats(upload([images[i] for i in chunk], height, width, place))
                 keys = [prompts[i] for i in chunk]
                 out = self._run(batch, keys) if side is None else self._run_tiles(batch[0], keys[0], side, limit)[None]
-                found = [_as_image(pixels, images[i]) for i, pixels in zip(chunk, out, strict=True)]
-                restored |= zip(chunk, download(found), strict=True)
+                for i, found in zip(chunk, download(_as_images(out, dtype)), strict=True):
+                    restored[i] = found[: images[i].shape[0], : images[i].shape[1]].copy()
         return [restored[i] for i in range(len(images))]
 
     def _run(self, batch: Tensor, prompts: list[int]) -> Tensor:
@@ -239,15 +239,16 @@ def load_restorer(
     )
 
 
-def _to_tensor(image: Image, device: torch.device) -> Tensor:
-    """H x W x 3 of any of the dtypes as 3 x H x W float32 in [0, 1]; it travels in its own dtype."""
-    return upload(image, device).permute(2, 0, 1).float() / _FULL_SCALE[image.dtype]
+def _as_floats(images: Tensor) -> Tensor:
+    """B x H x W x 3 of any of the dtypes as B x 3 x H x W float32 in [0, 1]."""
+    floats = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.div_(_FULL_SCALE[images.dtype])
 
 
-def _as_image(pixels: Tensor, like: Image) -> Tensor:
-    """3 x H x W float32 as H x W x 3 of the size of `like`, in its dtype, in which it travels."""
-    height, width, _ = like.shape
-    cropped = pixels[:, :height, :width].permute(1, 2, 0).clamp(0, 1)
-    if like.dtype != np.float32:
-        cropped = (cropped * _FULL_SCALE[like.dtype]).round_().to(_TORCH_DTYPE[like.dtype])
-    return cropped.contiguous()
+def _as_images(floats: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """B x 3 x H x W float32 as B x H x W x 3 of a dtype, in which they travel."""
+    images = floats.permute(0, 2, 3, 1).clamp(0, 1)
+    kind = _TORCH_DTYPE[dtype]
+    return (
+        images.mul_(_FULL_SCALE[kind]).round_().to(kind).contiguous() if kind != torch.float32 else images.contiguous()
+    )

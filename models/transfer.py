@@ -9,9 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.padding import pad_into
 
-def _page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that a GPU reads and writes by itself; plain memory where the system gives no more of it."""
+
+def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that a GPU reads and writes by itself; plain memory for a CPU, and where there is no more of it."""
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=dtype)
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:  # a GPU that is lost will say so when it copies
@@ -19,21 +23,25 @@ def _page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
 
-def upload(image: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy of an image in its own dtype on a device; on a GPU perhaps still under way, which torch's stream knows."""
-    if device.type != "cuda":
-        return torch.tensor(np.ascontiguousarray(image)).to(device)
-    held = _page_locked(image.shape, torch.from_numpy(np.empty(0, image.dtype)).dtype)
-    np.copyto(held.numpy(), image)
+def upload(images: Sequence[NDArray[Any]], height: int, width: int, device: torch.device) -> Tensor:
+    """Images of one dtype, mirrored up to one size, as B x H x W x C of that dtype on a device.
+
+    On a GPU they are perhaps still under way, which torch's stream knows.
+    """
+    shape = len(images), height, width, images[0].shape[2]
+    held = _room(shape, torch.from_numpy(np.empty(0, images[0].dtype)).dtype, device)
+    for room, image in zip(held.numpy(), images, strict=True):
+        pad_into(room, image)
     return held.to(device, non_blocking=True)
 
 
-def download(images: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Contiguous images of one device as arrays; a GPU copies all of them before it is waited for, once."""
-    if not images or images[0].device.type != "cuda":
-        return [image.cpu().numpy() for image in images]
-    held = [_page_locked(image.shape, image.dtype) for image in images]
-    for there, image in zip(held, images, strict=True):
-        there.copy_(image, non_blocking=True)
-    torch.cuda.current_stream(images[0].device).synchronize()
-    return [there.numpy() for there in held]
+def download(images: Tensor) -> NDArray[Any]:
+    """An array of a device's tensor."""
+    held = _room(images.shape, images.dtype, images.device)
+    held.copy_(images, non_blocking=True)
+    if images.device.type == "cuda":
+        # Asleep: as it is, a wait keeps a core busy that others may need.
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(images.device))
+        copied.synchronize()
+    return held.numpy()

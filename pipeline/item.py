@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from classifier.view import Views
 from pipeline.batching import is_device_lost, is_out_of_memory
 from pipeline.images import DecodedImage, ImageFault, Pixels, to_uint8
 from pipeline.records import ImageRef, Outcome, Stage, Status, printable
@@ -47,6 +48,8 @@ class Item:
     image: DecodedImage | None = None
     view: NDArray[np.uint8] | None = None
     """The picture as classifier and metrics see it: H x W x 3 uint8."""
+    views: Views | None = None
+    """What the classifier is to be asked about: of the picture, once it is restored of the result."""
     reference: NDArray[np.uint8] | None = None
     restored: Pixels | None = None
 
@@ -65,6 +68,11 @@ class Item:
         if self.view is None:
             self.view = to_uint8(self.decoded().pixels)
         return self.view
+
+    def looked_at(self) -> Views:
+        """What the classifier is to be asked about; only after it has been taken."""
+        assert self.views is not None
+        return self.views
 
     def result_seen(self) -> NDArray[np.uint8]:
         """The restored picture in eight bits, H x W x 3; only after the restore stage."""

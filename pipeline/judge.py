@@ -28,83 +28,82 @@ class Judge:
         """Name of the classifier that decides; None where the label is forced."""
         return self._classifier.name if self._classifier is not None else None
 
-    def decide(self, items: Sequence[Item], *, later_if_full: bool = False) -> None:
-        """Gives each decoded item its decision; one that cannot be classified fails alone.
+    def look(self, item: Item) -> None:
+        """Takes from a decoded item what `decide` needs; in any thread."""
+        with item.stage(Stage.CLASSIFY):
+            if self._classifier is not None:
+                item.views = self._classifier.take_views(item.seen())
+            if self._classifier is not None or self._config.label == Degradation.NOISE:
+                # It depends on the picture alone, so it is noted even where a given sigma overrules it.
+                item.facts["noise_sigma_255"] = estimate_sigma(item.seen())
 
-        With `later_if_full` an item for which there is no memory now stays undecided.
-        """
-        if not items:
-            return
-
-        def work(batch: Sequence[Item]) -> None:
-            started = time.perf_counter()
-            if self._classifier is None:
-                for item in batch:
-                    self._decide_forced(item)
-            else:
-                predictions = self._classifier.predict([item.seen() for item in batch])
-                for item, prediction in zip(batch, predictions, strict=True):
-                    item.facts.update(
-                        confidence=prediction.confidence,
-                        margin=prediction.margin,
-                        probabilities={str(label): p for label, p in prediction.probabilities.items()},
-                        noise_sigma_255=prediction.noise_sigma_255,
-                        clean_probability_before=prediction.probabilities[Degradation.CLEAN],
-                    )
-                    decision = decide(prediction, prompts=self._prompts, min_confidence=self._config.min_confidence)
-                    _note(item, decision)
-            each_ms = (time.perf_counter() - started) * 1000 / len(batch)
-            for item in batch:
-                item.add_ms(Stage.CLASSIFY, each_ms)
-
-        def fail(item: Item, error: Exception) -> None:
-            if not (later_if_full and is_out_of_memory(error)):
-                item.fail(Stage.CLASSIFY, error)
-
+    def decide(self, items: Sequence[Item]) -> None:
+        """Gives items that have been looked at their decisions; one that cannot be classified fails alone."""
         in_halves(
             items,
-            work,
+            self._decide,
             on_halved=lambda batch, error: None,
-            on_fault=fail,
+            on_fault=lambda item, error: item.fail(Stage.CLASSIFY, error),
         )
+        for item in items:
+            item.views = None
 
-    def look_again(self, items: Sequence[Item]) -> None:
-        """Notes how clean the results look to the classifier, if the run asks for it."""
-        if self._classifier is None or not self._config.second_look or not items:
-            return
+    def _decide(self, items: Sequence[Item]) -> None:
+        started = time.perf_counter()
+        if self._classifier is None:
+            for item in items:
+                self._decide_forced(item)
+        else:
+            found = self._classifier.probabilities([item.looked_at() for item in items])
+            for item, probability in zip(items, found, strict=True):
+                prediction = self._classifier.prediction(probability, noise_sigma_255=item.facts["noise_sigma_255"])
+                item.facts.update(
+                    confidence=prediction.confidence,
+                    margin=prediction.margin,
+                    probabilities={str(label): p for label, p in prediction.probabilities.items()},
+                    clean_probability_before=prediction.probabilities[Degradation.CLEAN],
+                )
+                decision = decide(prediction, prompts=self._prompts, min_confidence=self._config.min_confidence)
+                _note(item, decision)
+        _add_ms(items, Stage.CLASSIFY, started)
+
+    def look_again(self, item: Item) -> None:
+        """Takes from a restored item what `note_cleanness` needs, if the run asks for it; in any thread."""
+        if self._classifier is not None and self._config.second_look and item.restored is not None:
+            with item.stage(Stage.MEASURE):
+                item.views = self._classifier.take_views(item.result_seen())
+
+    def note_cleanness(self, items: Sequence[Item]) -> None:
+        """Notes how clean the results look to the classifier, of items that have been looked at again."""
         classifier = self._classifier
+        seen = [item for item in items if item.views is not None and not item.has_failed]
+        if classifier is None or not seen:
+            return
 
         def work(batch: Sequence[Item]) -> None:
             started = time.perf_counter()
-            found = [classifier.probabilities(item.result_seen())[Degradation.CLEAN] for item in batch]
-            each_ms = (time.perf_counter() - started) * 1000 / len(batch)
+            found = classifier.probabilities([item.looked_at() for item in batch])
             for item, probability in zip(batch, found, strict=True):
-                item.facts["clean_probability_after"] = probability
-                item.add_ms(Stage.MEASURE, each_ms)
+                item.facts["clean_probability_after"] = probability[Degradation.CLEAN]
+            _add_ms(batch, Stage.MEASURE, started)
 
-        def fail(item: Item, error: Exception) -> None:
-            if is_out_of_memory(error):  # of a GPU that is busy with other images; the result is none the worse
-                item.warnings.append("not looked at again: memory was full")
-            else:
-                item.fail(Stage.MEASURE, error)
+        def warn(item: Item, error: Exception) -> None:
+            item.warnings.append(f"not looked at again: {'memory was full' if is_out_of_memory(error) else error}")
 
-        in_halves(
-            items,
-            work,
-            on_halved=lambda batch, error: None,
-            on_fault=fail,
-        )
+        in_halves(seen, work, on_halved=lambda batch, error: None, on_fault=warn)
 
     def _decide_forced(self, item: Item) -> None:
         label, given = self._config.label, self._config.noise_sigma_255
-        estimated = 0.0
-        if label == Degradation.NOISE:
-            # The estimate depends on the picture alone, so it is noted even where a given sigma overrules it.
-            estimated = estimate_sigma(item.seen())
-            item.facts["noise_sigma_255"] = estimated
+        estimated = item.facts.get("noise_sigma_255", 0.0)
         _note(item, decide_forced(label, sigma_255=given, estimated_sigma_255=estimated, prompts=self._prompts))
 
 
 def _note(item: Item, decision: Decision) -> None:
     item.status = decision.status
     item.facts.update(label=str(decision.label), decision_reason=decision.reason, prompt=decision.prompt)
+
+
+def _add_ms(items: Sequence[Item], stage: Stage, started: float) -> None:
+    """Divides the time since `started` among items."""
+    for item in items:
+        item.add_ms(stage, (time.perf_counter() - started) * 1000 / len(items))

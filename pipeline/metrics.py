@@ -62,13 +62,15 @@ def ssim(image: Pixels, reference: Pixels) -> float | None:
 def change_rmse_255(before: Pixels, after: Pixels) -> float:
     """Root mean square difference of two images on the 0..255 scale; raises ValueError if they do not match."""
     _check_pair(before, after)
-    difference = after.astype(np.float32) - before.astype(np.float32)
-    return float(np.sqrt(np.mean(np.square(difference), dtype=np.float64))) * 255 / np.iinfo(before.dtype).max
+    difference = np.subtract(after, before, dtype=np.float32)
+    np.square(difference, out=difference)
+    return float(np.sqrt(np.mean(difference, dtype=np.float64))) * 255 / np.iinfo(before.dtype).max
 
 
 def clipped_fraction(image: Pixels) -> float:
     """Share of all values, channels counted one by one, that are at either end of the range."""
-    return float(np.mean((image == 0) | (image == np.iinfo(image.dtype).max)))
+    black = image.size - np.count_nonzero(image)
+    return float((black + np.count_nonzero(image == np.iinfo(image.dtype).max)) / image.size)
 
 
 def _check_pair(image: Pixels, reference: Pixels) -> None:

@@ -28,8 +28,8 @@ from pipeline.sink import RunDirectory
 from pipeline.stages import load, measure_input, measure_result, write
 from pipeline.watchdog import Watchdog
 
-WINDOW_IMAGES = 16
-"""Decoded images among which batches are formed."""
+WINDOW_IMAGES = {"cpu": 16, "cuda": 32}
+"""Decoded images among which batches are formed, for a worker on a device; a GPU wants many of one shape at once."""
 WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
@@ -39,8 +39,7 @@ OnOutcomes = Callable[[list[Outcome]], None]
 def codec_threads(device: str, cpus: int) -> int:
     """Threads that read and decode, and as many that encode and write, for a worker that has so many CPUs.
 
-    Beside a network on the CPU two keep ahead of it. A GPU is faster than two encoders of PNG and leaves CPUs idle; its
-    threads wait for it in between, since they classify.
+    Beside a network on the CPU two keep ahead of it. A GPU is faster than two encoders of PNG and leaves CPUs idle.
     """
     return 2 if device == "cpu" else max(2, cpus)
 
@@ -75,8 +74,9 @@ class ReadAhead:
     A load begins when another one ends, so that only those under way at that moment go beyond the limit of pixels.
     """
 
-    def __init__(self, refs: Sequence[ImageRef], load: Callable[[ImageRef], Item], *, threads: int) -> None:
-        self._waiting, self._load, self._threads = deque(refs), load, threads
+    def __init__(self, refs: Sequence[ImageRef], load: Callable[[ImageRef], Item], *, threads: int, most: int) -> None:
+        """`most` is the number of images in a window."""
+        self._waiting, self._load, self._threads, self._most = deque(refs), load, threads, most
         self._ahead = deque[Future[Item]]()
         self._readers = ThreadPoolExecutor(threads, "read")
         self._lock = threading.RLock()  # a load that has ended at once calls back from within `_begin`
@@ -108,7 +108,7 @@ class ReadAhead:
                 return
             ended = [future for future in self._ahead if future.done()]
             held = sum(_pixels(future.result()) for future in ended if not future.exception())
-            room = min(WINDOW_IMAGES - len(self._ahead), self._threads - (len(self._ahead) - len(ended)))
+            room = min(self._most - len(self._ahead), self._threads - (len(self._ahead) - len(ended)))
             room = min(room, len(self._waiting)) if held < WINDOW_PIXELS else 0
             begun = [self._readers.submit(self._load, self._waiting.popleft()) for _ in range(room)]
             self._ahead.extend(begun)
@@ -126,8 +126,9 @@ class Worker:
         self._context, self._config = context, context.config
         self._judge = Judge(context.config, classifier=classifier, prompts=restorer.prompts.keys)
         self._restoring = BatchRestorer(restorer, device=context.device)
-        # A GPU leaves the CPUs idle: there the threads that read and write classify, beside the network.
-        self._threads_classify = context.device == "cuda"
+        self._window = WINDOW_IMAGES[context.device]
+        # A GPU leaves the CPUs idle: there the threads that read and write take what the classifier sees of an image.
+        self._threads_look = context.device == "cuda"
         self._directory = RunDirectory(context.run_dir)
         reference = context.config.reference
         self._references = ReferenceIndex(Path(reference)) if reference is not None else None
@@ -182,7 +183,7 @@ class Worker:
         threads = codec_threads(self._context.device, self._context.threads)
         with (
             ThreadPoolExecutor(threads, "write") as writers,
-            ReadAhead(refs, lambda ref: self._load(ref, base), threads=threads) as ahead,
+            ReadAhead(refs, lambda ref: self._load(ref, base), threads=threads, most=self._window) as ahead,
         ):
             finishing: deque[Future[Item]] = deque()
             for window in self._windows(ahead):
@@ -191,7 +192,7 @@ class Worker:
                         self._restore(batch)
                         self._finish_behind(batch, writers, finishing, ledger)
             while finishing:
-                self._book(finishing, ledger)
+                self._book(finishing, ledger, least=min(self._window, len(finishing)))
 
     def _windows(self, ahead: ReadAhead) -> Iterator[list[Item]]:
         """Loaded images, some at a time."""
@@ -199,7 +200,7 @@ class Worker:
         while not ahead.is_empty and not self.is_stopping:
             window.append(ahead.next())
             self._watchdog.headway()
-            if len(window) == WINDOW_IMAGES or sum(map(_pixels, window)) >= WINDOW_PIXELS or ahead.is_empty:
+            if len(window) == self._window or sum(map(_pixels, window)) >= WINDOW_PIXELS or ahead.is_empty:
                 yield window
                 window = []
 
@@ -208,12 +209,19 @@ class Worker:
     ) -> None:
         """Hands a batch to the writers, and books what they are done with; waits when they are far behind."""
         finishing.extend(writers.submit(self._finish, item) for item in batch)
-        while finishing and (finishing[0].done() or len(finishing) > WINDOW_IMAGES):
-            self._book(finishing, ledger)
+        if len(finishing) > 2 * self._window:
+            self._book(finishing, ledger, least=self._window)
+        elif finishing[0].done():
+            self._book(finishing, ledger, least=1)
 
-    def _book(self, finishing: deque[Future[Item]], ledger: Ledger) -> None:
-        """Waits for the image that has been with the writers longest, and takes its row."""
-        ledger.add(finishing.popleft().result().outcome())
+    def _book(self, finishing: deque[Future[Item]], ledger: Ledger, *, least: int) -> None:
+        """Waits for the images that have been with the writers longest, and takes the rows of all that are done."""
+        finished = [finishing.popleft().result() for _ in range(least)]
+        while finishing and finishing[0].done():
+            finished.append(finishing.popleft().result())
+        self._judge.note_cleanness(finished)
+        for item in finished:
+            ledger.add(item.outcome())
         self._watchdog.headway()
 
     def _go_carefully(self, refs: Sequence[ImageRef], base: dict[str, Any], journal: Journal, ledger: Ledger) -> None:
@@ -234,6 +242,7 @@ class Worker:
                 for batch in self._prepared_batches([item]):
                     self._restore(batch)
                 self._finish(item)
+                self._judge.note_cleanness([item])
             finally:
                 # An exception that gets here is of the machinery, and no image's fault.
                 journal.end()
@@ -243,13 +252,17 @@ class Worker:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
         load(item, self._config, source_root=self._context.source_root)
         measure_input(item, self._references, self._config)
-        if self._threads_classify and not item.has_failed:
-            self._judge.decide([item], later_if_full=True)
+        if self._threads_look and not item.has_failed:
+            self._judge.look(item)
         return item
 
     def _prepared_batches(self, window: list[Item]) -> Iterator[list[Item]]:
         """Cuts a window of images, once they are decided on, into batches; those that skip the network come first."""
-        self._judge.decide([item for item in window if item.status is None])
+        if not self._threads_look:
+            for item in window:
+                if not item.has_failed:
+                    self._judge.look(item)
+        self._judge.decide([item for item in window if not item.has_failed])
         aside = [item for item in window if item.status is not Status.RESTORED]
         if aside:
             yield aside
@@ -259,15 +272,13 @@ class Worker:
         self._watchdog.headway(pixels=sum(map(_pixels, batch)))
         self._restoring([item for item in batch if item.status is Status.RESTORED])
         self._watchdog.headway()
-        if not self._threads_classify:
-            self._look_again(batch)
-
-    def _look_again(self, items: Sequence[Item]) -> None:
-        self._judge.look_again([item for item in items if item.restored is not None])
+        if not self._threads_look:
+            for item in batch:
+                self._judge.look_again(item)
 
     def _finish(self, item: Item) -> Item:
-        if self._threads_classify:
-            self._look_again([item])
+        if self._threads_look:
+            self._judge.look_again(item)
         measure_result(item)
         write(item, self._directory, self._config, reserved=self._context.reserved)
         item.facts["finished_at"] = datetime.now(UTC)

@@ -1,6 +1,5 @@
 import json
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -341,8 +340,8 @@ def test_bfloat16_moves_probabilities_little():
     pixels = np.asarray(Image.fromarray(data.astronaut()).resize((256, 256)))
     noisy = np.clip(pixels + np.random.default_rng(0).normal(0, 25, pixels.shape), 0, 255).astype(np.uint8)
     exact, rounded = (load_classifier("degradation-small", dtype=d) for d in (torch.float32, torch.bfloat16))
-    for image in (pixels, noisy):
-        expected, found = exact.probabilities(image), rounded.probabilities(image)
+    views = [exact.take_views(image) for image in (pixels, noisy)]
+    for expected, found in zip(exact.probabilities(views), rounded.probabilities(views), strict=True):
         assert max(abs(expected[label] - found[label]) for label in LABELS) <= 0.05
     assert rounded.network.crop_backbone.conv1[0].weight.dtype == torch.bfloat16
     assert rounded.network.head[-1].weight.dtype == torch.float32
@@ -357,15 +356,13 @@ def test_a_gpu_that_is_not_there_is_told_with_advice(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_many_threads_on_a_gpu_are_told_what_a_cpu_says(tmp_path):
-    path = write_tiny_classifier(tmp_path / "tiny.safetensors")
-    images = random_images() * 8
-    here = load_classifier(path)
+def test_a_gpu_says_what_a_cpu_says_and_of_many_what_it_says_of_one(tmp_path):
+    here = load_classifier(write_tiny_classifier(tmp_path / "tiny.safetensors"))
+    views = [here.take_views(image) for image in random_images() * 12]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        there = load_classifier(path, device="cuda")  # and all images of a group get what each gets alone
-    with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(there.probabilities, images))
-    for image, probabilities in zip(images, found, strict=True):
-        assert probabilities == pytest.approx(here.probabilities(image), abs=1e-3)
-    assert [there.probabilities(image) for image in images] == found  # alone as among others
+        there = load_classifier(tmp_path / "tiny.safetensors", device="cuda")
+    found = there.probabilities(views)
+    for probabilities, expected in zip(found, here.probabilities(views), strict=True):
+        assert probabilities == pytest.approx(expected, abs=1e-3)
+    assert [there.probabilities([each])[0] for each in views] == found

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
+from classifier.view import Views
 from jobs import evaluate as evaluation
 from jobs.cli import app
 from jobs.datasets import TEST_SETS, find_examples
@@ -46,7 +48,13 @@ class Oracle:
         shares = {label: float(label is self.label) for label in LABELS}
         return [Prediction(self.label, 1.0, 1.0, True, shares, self.sigma_255) for _ in images]
 
-    def probabilities(self, image: np.ndarray) -> dict[Degradation, float]:
+    def take_views(self, image: np.ndarray) -> Views:
+        raise NotImplementedError
+
+    def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+        raise NotImplementedError
+
+    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
         raise NotImplementedError
 
 

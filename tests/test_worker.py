@@ -18,6 +18,7 @@ from tiny_runs import TinyRun, config_of, lasting, plan_run, rows_of, write_pict
 
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
+from classifier.view import Views
 from models.memory import bytes_per_pixel
 from models.prompts import orthogonal_bank
 from models.restorer import Restorer
@@ -68,24 +69,33 @@ class Brightener:
 
 
 class Reader:
-    """Classifies by the top left pixel's red value: that of label i is 10 i; 200 is unsure, 210 an exception."""
+    """Classifies by the top left pixel's red value: that of label i is 10 i; 200 is unsure, 210 an exception.
+
+    Noise counts as stronger by 25 than it is.
+    """
 
     name, sha256 = "reader", "1" * 64
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
-        return [self._one(int(image[0, 0, 0])) for image in images]
+        raise NotImplementedError
 
-    def probabilities(self, image: np.ndarray) -> Mapping[Degradation, float]:
-        return self._one(int(image[0, 0, 0])).probabilities
+    def take_views(self, image: NDArray[np.uint8]) -> Views:
+        return Views(crops=image[None], thumbnail=image)
 
-    def _one(self, value: int) -> Prediction:
+    def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+        return [self._one(int(each.thumbnail[0, 0, 0])) for each in views]
+
+    def _one(self, value: int) -> dict[Degradation, float]:
         if value == 210:
             raise RuntimeError("cannot classify this")
         label = LABELS[value // 10] if value < 10 * len(LABELS) else Degradation.RAIN
-        probabilities = {each: 0.94 if each is label else 0.01 for each in LABELS}
-        return Prediction(
-            label, 0.94, 0.93, confident=value != 200, probabilities=probabilities, noise_sigma_255=float(value + 25)
-        )
+        sure = 0.3 if value == 200 else 0.94
+        return {each: sure if each is label else 0.01 for each in LABELS}
+
+    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+        label = max(probability, key=probability.__getitem__)
+        confidence = probability[label]
+        return Prediction(label, confidence, 0.2, confidence > 0.9, probability, noise_sigma_255=noise_sigma_255 + 25)
 
 
 def marked(path: Path, value: int, *, height: int = 16, width: int = 16) -> None:
@@ -229,7 +239,7 @@ def test_a_gpu_without_room_for_an_image_has_it_in_tiles_and_the_run_goes_on(tmp
     assert not rows["small.png"]["tiled"]
 
 
-def test_beside_a_gpu_the_threads_that_read_and_write_classify_to_the_same_end(tmp_path: Path) -> None:
+def test_beside_a_gpu_the_threads_that_read_and_write_look_and_all_comes_to_the_same_end(tmp_path: Path) -> None:
     for number, label in enumerate([*LABELS, *LABELS]):
         marked(tmp_path / "src" / f"{number}.png", red(label))
     marked(tmp_path / "src" / "unsure.png", 200)
@@ -237,11 +247,15 @@ def test_beside_a_gpu_the_threads_that_read_and_write_classify_to_the_same_end(t
 
     class Named(Reader):
         def __init__(self) -> None:
-            self.threads: set[str] = set()
+            self.lookers, self.tellers = set[str](), set[str]()
 
-        def _one(self, value: int) -> Prediction:
-            self.threads.add(threading.current_thread().name.partition("_")[0])
-            return super()._one(value)
+        def take_views(self, image: NDArray[np.uint8]) -> Views:
+            self.lookers.add(threading.current_thread().name.partition("_")[0])
+            return super().take_views(image)
+
+        def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+            self.tellers.add(threading.current_thread().name)
+            return super().probabilities(views)
 
     found = []
     for device, expected in (("cpu", {"MainThread"}), ("cuda", {"read", "write"})):
@@ -249,24 +263,25 @@ def test_beside_a_gpu_the_threads_that_read_and_write_classify_to_the_same_end(t
         reader = Named()
         context = replace(run.context, device=device)
         rows = work(run, worker=Worker(context, restorer=Brightener(), classifier=reader, worker_id="w"))
-        assert reader.threads == expected
+        assert (reader.lookers, reader.tellers) == (expected, {"MainThread"})
         found.append({name: lasting(row) | {"device": None, "run_id": None} for name, row in rows.items()})
     assert found[0] == found[1]
     assert {row["stage"] for row in found[1].values()} == {None, "classify"}
 
 
-def test_a_gpu_too_full_to_classify_beside_the_network_decides_later_and_fails_no_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_second_look_that_fails_fails_no_image(tmp_path: Path, device: str) -> None:
     for number in range(3):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
 
     class Full(Reader):
-        def _one(self, value: int) -> Prediction:
-            if threading.current_thread() is not threading.main_thread():
+        def _one(self, value: int) -> dict[Degradation, float]:
+            if value != red(Degradation.RAIN):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super()._one(value)
 
     run = plan(tmp_path)
-    context = replace(run.context, device="cuda")
+    context = replace(run.context, device=device)
     rows = work(run, worker=Worker(context, restorer=Brightener(), classifier=Full(), worker_id="w"))
     for row in rows.values():
         assert (row["status"], row["label"], row["clean_probability_after"]) == ("restored", "rain", None)
@@ -571,7 +586,7 @@ def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.Mon
         return item
 
     handed_out = []
-    with ReadAhead(refs, loading, threads=2) as ahead:
+    with ReadAhead(refs, loading, threads=2, most=16) as ahead:
         while not ahead.is_empty:
             time.sleep(0.02)  # as long as the network is busy, the readers could go on
             assert len(begun) <= len(handed_out) + 3  # two make the limit, one more was under way
