@@ -15,9 +15,12 @@ from classifier.sigma import estimate_sigma
 from jobs.errors import UsageError
 from jobs.training_config import Data, Phase, RestorerTraining
 from jobs.training_data import Photographs
-from pipeline.degradations import CameraNoise, Noise, Recipe, apply
+from pipeline.degradations import CameraNoise, MotionBlur, Noise, Recipe, apply
 from pipeline.prompting import noise_prompt
 from pipeline.synthesis import add_jpeg, damaged, draw_recipe, from_uint8, to_uint8, well_exposed
+
+BLUR_PATHS_KEY = 99
+"""Beside a path's number, for the draw of one of `Phase.blur_paths`."""
 
 LABELS_KEY = 2**32 - 1
 """Beside seed and step, for the draw of a step's labels; its samples have their places in the batch instead."""
@@ -55,7 +58,14 @@ class Sources:
         return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)
 
     def draw(
-        self, rng: np.random.Generator, *, label: Degradation, side_px: int, jpeg_share: float, as_recipe: bool = False
+        self,
+        rng: np.random.Generator,
+        *,
+        label: Degradation,
+        side_px: int,
+        jpeg_share: float,
+        blur_paths: int = 0,
+        as_recipe: bool = False,
     ) -> Sample:
         """A degraded patch, rounded to eight bits as a file would hold it, with its clean original.
 
@@ -73,7 +83,7 @@ class Sources:
         name, (clean,) = self.clean.patches(rng, side_px=side_px, smallest_scale=scale)
         if label is Degradation.LOWLIGHT:
             clean = to_uint8(well_exposed(from_uint8(clean)))
-        recipe, prompt = self._draw_recipe(label, rng, side_px)
+        recipe, prompt = self._draw_recipe(label, rng, side_px, blur_paths)
         quality = int(rng.integers(70, 96)) if rng.random() < jpeg_share else None
         if as_recipe and quality is None and not isinstance(recipe, CameraNoise):
             return Sample(recipe, clean, prompt, name)
@@ -84,8 +94,15 @@ class Sources:
             image = add_jpeg(image, quality=quality)
         return Sample(to_uint8(image), clean, prompt, name)
 
-    def _draw_recipe(self, label: Degradation, rng: np.random.Generator, side_px: int) -> tuple[Recipe, str]:
+    def _draw_recipe(
+        self, label: Degradation, rng: np.random.Generator, side_px: int, blur_paths: int
+    ) -> tuple[Recipe, str]:
         """Damage for a patch of a clean photograph, and its prompt."""
+        if label is Degradation.BLUR and blur_paths:
+            of_path = np.random.default_rng([BLUR_PATHS_KEY, int(rng.integers(blur_paths))])
+            blur = draw_recipe(label, of_path, side_px, side_px)
+            assert isinstance(blur, MotionBlur)
+            return replace(blur, seed=int(rng.integers(2**63))), str(label)
         if label is Degradation.NOISE and self.data.noise_sigmas_255:
             sigma_255 = float(rng.choice(self.data.noise_sigmas_255))
             return Noise.draw(rng, sigma_255=sigma_255), noise_prompt(sigma_255)
@@ -112,6 +129,7 @@ class Sources:
                 label=Degradation(labels[place]),
                 side_px=phase.patch_px,
                 jpeg_share=config.jpeg_share,
+                blur_paths=phase.blur_paths,
                 as_recipe=as_recipe,
             )
             for place in range(phase.batch)[part]

@@ -144,7 +144,8 @@ class Training:
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
-        if config.start_from is not None and state is None:
+        # A portable checkpoint lacks what is not trained: the guidance layers.
+        if config.start_from is not None and (state is None or "optimiser" not in state):
             start_from(self.network, config.start_from, partial(weights_of, model=config.model))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
@@ -309,6 +310,8 @@ def train(
         sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
             _run(training, sources, held_out, diary, begun, loaders, max_minutes, save_every_s)
+    elif not (out / CHECKPOINT).exists() and training.group.rank == 0:  # it came, at its end, as a portable one
+        training.save()
     return training
 
 

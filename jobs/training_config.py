@@ -76,10 +76,12 @@ class Phase:
     patch_px: int
     batch: int
     tasks: Mapping[Degradation, float]
+    blur_paths: int = 0
+    """Blur comes along so many different paths, the first of those that a later phase has more of; 0: along any."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < 1 or self.patch_px < 16 or self.batch < 1:
-            raise ValueError("start lies in 0..1, patch_px from 16 and batch from 1 up")
+        if not 0 <= self.start < 1 or self.patch_px < 16 or self.batch < 1 or self.blur_paths < 0:
+            raise ValueError("start lies in 0..1, patch_px from 16, batch from 1 and blur_paths from 0 up")
         if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
             raise ValueError("tasks needs positive shares")
         if Degradation.CLEAN in self.tasks or Degradation.OTHER in self.tasks:

@@ -36,6 +36,7 @@ from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
+from pipeline.degradations import MotionBlur
 from pipeline.synthesis import from_uint8, to_uint8, well_exposed
 
 CPU = torch.device("cpu")
@@ -147,6 +148,25 @@ def test_a_batch_that_cannot_be_made_spares_the_step_before() -> None:
     ahead.prepare()
     with pytest.raises(UsageError, match="the photograph is gone"):
         ahead.take()
+
+
+def test_blur_comes_along_few_paths_first(photographs: Path) -> None:
+    phase = Phase(start=0.0, patch_px=32, batch=24, tasks={Degradation.BLUR: 1.0})
+    config = tiny(photographs)
+
+    def recipes(paths: int) -> list[MotionBlur]:
+        sources = Sources.load(config.data, validation=False)
+        found = [
+            sample.degraded for sample in sources.batch(config, replace(phase, blur_paths=paths), 0, as_recipe=True)
+        ]
+        return [recipe for recipe in found if isinstance(recipe, MotionBlur)]
+
+    few, more, all_new = ({recipe.path.tobytes() for recipe in recipes(paths)} for paths in (3, 200, 0))
+    assert len(few) == 3
+    assert len(more) > 15
+    assert len(all_new) == 24
+    assert len({recipe.seed for recipe in recipes(3)}) == 24  # noise is new
+    assert few & {recipe.path.tobytes() for recipe in recipes(4)}
 
 
 def test_other_work_is_done_between_gradient_and_update(photographs: Path, tmp_path: Path) -> None:
@@ -344,6 +364,28 @@ def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: 
     assert resumed.step == 4
     wanted = averages(here)
     for key, value in resumed.average.state_dict().items():
+        assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
+    photographs: Path, tmp_path: Path
+) -> None:
+    """With the guidance layers that it started from, which are not trained and not in it."""
+    train(tiny(photographs, seed=1), tmp_path / "first", threads=1)
+    config = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT)
+    train(config, tmp_path / "here", threads=1)
+    wanted = averages(tmp_path / "here")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / PORTABLE).rename(tmp_path / "there" / PORTABLE)
+    with pytest.raises(
+        UsageError, match=r"lacks what is not trained: go on in its folder, which makes a checkpoint\.pt"
+    ):
+        Training(tiny(photographs, start_from=tmp_path / "there" / PORTABLE), tmp_path / "refused", CPU)
+    train(config, tmp_path / "there", threads=1)
+    found = averages(tmp_path / "there")
+    assert any("linear_layer" in key for key in found)
+    for key, value in found.items():
         assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
 
 
