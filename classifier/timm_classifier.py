@@ -25,7 +25,7 @@ class TimmClassifier(Backend):
         self.view = weights.view
         self.device = torch.device(device)
         self.network = inference_form(weights.network, dtype).to(self.device)
-        self._temperature = weights.temperature
+        self.weights = weights
         on_gpu = self.device.type == "cuda"
         self._logits = NetworkOnGpu(self.network, weights.view, self.device) if on_gpu else self._one_by_one
 
@@ -39,5 +39,5 @@ class TimmClassifier(Backend):
 
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         """See `Backend.probabilities`."""
-        values = [probabilities(logits, self._temperature).tolist() for logits in self._logits(views)]
+        values = [probabilities(logits, self.weights.temperature).tolist() for logits in self._logits(views)]
         return [dict(zip(LABELS, each, strict=True)) for each in values]
