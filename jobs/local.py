@@ -36,8 +36,9 @@ PR_SET_PDEATHSIG = 1
 
 def crew_size(context: RunContext, gpu_bytes: Sequence[int], *, max_workers: int | None, shards: int) -> int:
     """Child processes of a run; they divide this machine's CPUs, GPUs (of so much memory each) and memory."""
-    gpus = len(gpu_bytes)
-    room = gpus * workers_per_gpu(context.threads // gpus, min(gpu_bytes)) if gpus else 1
+    room = 1
+    if gpus := len(gpu_bytes):
+        room = gpus * workers_per_gpu(context.threads // gpus, min(gpu_bytes), least_bytes=context.least_gpu_bytes)
     return max(1, min(max_workers or room, shards))
 
 

@@ -41,7 +41,13 @@ class Needs:
 
 
 def measure_room(
-    nodes: Sequence[dict[str, Any]], *, device: str, threads: int, gpu_bytes: int = 0, wanted: int | None = None
+    nodes: Sequence[dict[str, Any]],
+    *,
+    device: str,
+    threads: int,
+    gpu_bytes: int = 0,
+    least_bytes: int = 0,
+    wanted: int | None = None,
 ) -> tuple[Needs, int]:
     """What one worker asks for, and how many workers the cluster's living nodes have room for.
 
@@ -50,6 +56,7 @@ def measure_room(
         device: `cpu` or `cuda`.
         threads: CPUs that a worker can use.
         gpu_bytes: memory of a GPU; several workers get one if there is enough of it, and CPUs for each.
+        least_bytes: of it that each of them needs.
         wanted: workers at most; they share only what there are too few of for them.
 
     Raises:
@@ -59,7 +66,7 @@ def measure_room(
     cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
     if device == "cuda":
         share = min((cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu), default=threads)
-        sharers = workers_per_gpu(share, gpu_bytes)
+        sharers = workers_per_gpu(share, gpu_bytes, least_bytes=least_bytes)
         if wanted is not None and any(gpus):
             sharers = min(sharers, max(1, -(-wanted // sum(gpus))))
         needs = Needs(cpus=max(1, min(threads, share // sharers)), on_gpu=True, sharers=sharers)

@@ -151,6 +151,7 @@ class RayRunner:
                 device=context.device,
                 threads=context.threads,
                 gpu_bytes=gpu_bytes() if context.device == "cuda" else 0,
+                least_bytes=context.least_gpu_bytes,
                 wanted=min(self._max_workers or len(shards), len(shards)) or None,
             )
             context = replace(context, threads=needs.cpus, sharers=needs.sharers)

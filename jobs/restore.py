@@ -25,9 +25,11 @@ from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
-from jobs.runner import Runner
+from jobs.runner import WHOLE_PIXELS, Runner
 from models import Restorer, load_restorer, parse_tile
+from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
+from models.memory import bytes_needed
 from models.precision import fastest_dtype
 from models.registry import list_models, resolve
 from pipeline.outputs import ReferenceIndex, reserved_names
@@ -116,7 +118,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         raise UsageError(str(error)) from error
     pa.default_memory_pool().release_unused()
     device = resolve_run_device(options)
-    config = _resolve(options, device)
+    config, network = _resolve(options, device)
     directory = RunDirectory(out)
     job = _read_job(directory)
     if job is not None and (directory.parts() or any(directory.images_dir.glob("*"))):
@@ -143,6 +145,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         code_version=code_version(),
         device=device,
         threads=torch.get_num_threads(),
+        least_gpu_bytes=bytes_needed(WHOLE_PIXELS, network, getattr(torch, config.dtype), "cuda"),
     )
     if job is None or job["config_digest"] != config.digest:
         directory.write_json(directory.job_path, _job_record(context, options))
@@ -276,8 +279,8 @@ def make_runner(options: RestoreOptions) -> Runner:
     return RayRunner(address=options.address, max_workers=options.max_workers)
 
 
-def _resolve(options: RestoreOptions, device: str) -> RunConfig:
-    """Looks at the weights, so that a fault of theirs stops the run before the first image.
+def _resolve(options: RestoreOptions, device: str) -> tuple[RunConfig, DFPIRConfig]:
+    """The run's configuration and the network's; looks at the weights, so that a fault of theirs stops the run here.
 
     Only whether a classifier's tensors fit its architecture is left to the workers.
     """
@@ -295,7 +298,7 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
         )
     if label != "auto" and not set(prompts_for(Degradation(label))) & set(checkpoint.prompts.keys):
         raise UsageError(f"--label {label}: {options.model} has prompts for {', '.join(checkpoint.prompts.keys)} only")
-    return RunConfig(
+    config = RunConfig(
         model=_absolute(options.model),
         weights_sha256=checkpoint.sha256,
         classifier=_absolute(options.classifier),
@@ -312,6 +315,7 @@ def _resolve(options: RestoreOptions, device: str) -> RunConfig:
         second_look=options.second_look,
         max_pixels=options.max_pixels,
     )
+    return config, checkpoint.network.config
 
 
 def _absolute(name_or_path: str) -> str:

@@ -28,16 +28,20 @@ STOP_GRACE_S = 300.0
 OnOutcomes = Callable[[list[Outcome]], None]
 
 
-MOST_WORKERS_PER_GPU, CPUS_PER_WORKER, GPU_BYTES_PER_WORKER = 4, 4, 16 * 2**30
+MOST_WORKERS_PER_GPU, CPUS_PER_WORKER = 8, 2
+
+WHOLE_PIXELS = 36_000_000
+"""Workers share a GPU if each of them still restores an image of this size whole. So a large network has few of them,
+and few keep a GPU busy with it."""
 
 
-def workers_per_gpu(cpus: int, gpu_bytes: int) -> int:
-    """How many processes share a GPU of so much memory that comes with so many CPUs.
+def workers_per_gpu(cpus: int, gpu_bytes: int, *, least_bytes: int) -> int:
+    """How many processes share a GPU of so much memory that comes with so many CPUs, `least_bytes` for each.
 
-    Reading, classifying and writing for a network that restores hundreds of images a second is more than one Python
-    process can do, however many threads it has. With 16 GiB each restores images of twelve megapixels whole.
+    Reading, classifying and writing for a network that restores a thousand images a second is more than one Python
+    process can do, however many threads it has.
     """
-    return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER, gpu_bytes // GPU_BYTES_PER_WORKER))
+    return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER, gpu_bytes // max(1, least_bytes)))
 
 
 class RunError(Exception):

@@ -12,6 +12,10 @@ import torch
 from models.dfpir import DFPIRConfig
 from models.precision import fastest_dtype
 
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
+"""Of the memory of a device that a batch may take. The rest of a CPU's is for decoded images and other processes, of a
+GPU's for the context, bands, what recordings keep, and the classifier."""
+
 
 def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> float:
     """Peak memory of the inference form per pixel of padded input, estimated from above.
@@ -27,6 +31,11 @@ def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype, device: str | torch
     emulated = dtype is torch.bfloat16 and fastest_dtype(device) is not dtype
     neighbours = 9 * 2 * config.dim * dtype.itemsize / config.unshuffle_factor**2 if emulated else 0.0
     return maps + neighbours + 5 * 3 * 4
+
+
+def bytes_needed(pixels: int, config: DFPIRConfig, dtype: torch.dtype, device: str | torch.device) -> int:
+    """Memory of a device with so much that an image of so many pixels is restored whole."""
+    return int(pixels * bytes_per_pixel(config, dtype, device) / MEMORY_SHARE[torch.device(device).type])
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

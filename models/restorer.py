@@ -13,7 +13,7 @@ from torch import Tensor
 from models.dfpir import DFPIR
 from models.graphs import Forward, Recorded
 from models.inference import InferenceDFPIR
-from models.memory import available_bytes, bytes_per_pixel, on_device, total_bytes
+from models.memory import MEMORY_SHARE, available_bytes, bytes_per_pixel, on_device, total_bytes
 from models.padding import padded_size
 from models.prompts import PromptBank
 from models.registry import resolve
@@ -30,9 +30,6 @@ _TORCH_DTYPE = {
     np.dtype(np.float32): torch.float32,
 }
 _FULL_SCALE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
-_MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
-"""Of the memory of a device that a batch may take. The rest of a CPU's is for decoded images and other processes, of a
-GPU's for the context, bands, what recordings keep, and the classifier."""
 _LARGEST_BATCH = 32
 SMALLEST_TILE_PX = 64
 
@@ -115,7 +112,7 @@ class Restorer:
         # Read once: a choice that depended on the moment would tile one of two equal images.
         # The others may hold their part by now, or not yet.
         mine = available_bytes(self.device) if sharers == 1 else total_bytes(self.device) / sharers
-        self.memory_budget_bytes = int(_MEMORY_SHARE[self.device.type] * mine)
+        self.memory_budget_bytes = int(MEMORY_SHARE[self.device.type] * mine)
 
     def tile_px_for(self, height: int, width: int) -> int | None:
         """Side in pixels of the tiles that an image of this size is restored in; None: whole."""

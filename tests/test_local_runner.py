@@ -44,14 +44,14 @@ def test_a_run_ends_with_a_row_for_each_image_and_reports_each_once(make_run: Ma
 
 @pytest.mark.parametrize(
     ("threads", "gib", "max_workers", "shards", "expected"),
-    [(2, [], None, 9, 1), (16, [80], None, 9, 4), (16, [80], None, 2, 2), (16, [80] * 4, None, 9, 4),
-     (48, [80] * 4, None, 99, 12), (48, [80, 80, 80, 40], None, 99, 8), (16, [24], None, 9, 1), (1, [80], None, 9, 1),
-     (16, [80], 1, 9, 1), (16, [], 3, 9, 3), (16, [80], None, 0, 1)],
+    [(2, [], None, 9, 1), (16, [80], None, 9, 5), (16, [80], None, 2, 2), (16, [80] * 4, None, 9, 8),
+     (48, [80] * 4, None, 99, 20), (48, [80, 80, 80, 40], None, 99, 8), (16, [24], None, 9, 1), (1, [80], None, 9, 1),
+     (16, [800], None, 9, 8), (7, [80], None, 9, 3), (16, [80], 1, 9, 1), (16, [], 3, 9, 3), (16, [80], None, 0, 1)],
 )  # fmt: skip
 def test_a_gpu_gets_several_workers_if_there_are_cpus_memory_and_shards_for_them(
     make_run: MakeRun, threads: int, gib: list[int], max_workers: int | None, shards: int, expected: int
 ) -> None:
-    context = replace(make_run(NAMES).context, threads=threads)
+    context = replace(make_run(NAMES).context, threads=threads, least_gpu_bytes=16 * 2**30)
     gpu_bytes = [each * 2**30 for each in gib]
     assert crew_size(context, gpu_bytes, max_workers=max_workers, shards=shards) == expected
 

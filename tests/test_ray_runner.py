@@ -39,10 +39,11 @@ def test_room_is_counted_node_by_node() -> None:
 @pytest.mark.parametrize(
     ("nodes", "gib", "wanted", "expected", "gpus"),
     [
-        ([node(16, 1)], 80, 99, (Needs(cpus=4, on_gpu=True, sharers=4), 4), 0.25),
-        ([node(64, 2), node(16)], 80, 99, (Needs(cpus=8, on_gpu=True, sharers=4), 8), 0.25),
-        ([node(32, 4), node(13, 1)], 80, None, (Needs(cpus=4, on_gpu=True, sharers=2), 10), 0.5),
-        ([node(6, 1)], 80, 99, (Needs(cpus=6, on_gpu=True), 1), 1.0),
+        ([node(16, 1)], 160, 99, (Needs(cpus=2, on_gpu=True, sharers=8), 8), 0.125),
+        ([node(16, 1)], 64, 99, (Needs(cpus=4, on_gpu=True, sharers=4), 4), 0.25),
+        ([node(64, 2), node(16)], 64, 99, (Needs(cpus=8, on_gpu=True, sharers=4), 8), 0.25),
+        ([node(16, 4), node(5, 1)], 80, None, (Needs(cpus=2, on_gpu=True, sharers=2), 10), 0.5),
+        ([node(3, 1)], 80, 99, (Needs(cpus=3, on_gpu=True), 1), 1.0),
         ([node(16, 1)], 40, 99, (Needs(cpus=8, on_gpu=True, sharers=2), 2), 0.5),
         ([node(16, 1)], 0, 99, (Needs(cpus=16, on_gpu=True), 1), 1.0),
         ([node(64, 4)], 80, 4, (Needs(cpus=16, on_gpu=True), 4), 1.0),
@@ -52,7 +53,7 @@ def test_room_is_counted_node_by_node() -> None:
 def test_workers_share_a_gpu_that_has_cpus_and_memory_for_several_if_there_are_more_than_gpus(
     nodes: list[Any], gib: int, wanted: int | None, expected: tuple[Needs, int], gpus: float
 ) -> None:
-    found = measure_room(nodes, device="cuda", threads=16, gpu_bytes=gib * 2**30, wanted=wanted)
+    found = measure_room(nodes, device="cuda", threads=16, gpu_bytes=gib * 2**30, least_bytes=16 * 2**30, wanted=wanted)
     assert found == expected
     assert found[0].gpus == gpus
 
