@@ -57,6 +57,14 @@ def test_small_jobs_give_several_workers_something_to_do(count, shards):
     assert len(cut_shards(table([ref(f"{i:04d}.png") for i in range(count)]))) == shards
 
 
+@pytest.mark.parametrize(("count", "shards"), [(32_768, 512), (65_536, 512), (262_144, 1024)])
+def test_large_jobs_have_larger_shards(count: int, shards: int) -> None:
+    one = table([ref("a.png", 1000)])
+    cut = cut_shards(pa.concat_tables([one] * count))
+    assert len(cut) == shards
+    assert len(cut[0].images) == count // shards
+
+
 def test_plan_is_read_back_as_it_was_written(tmp_path):
     refs = [ref("a.png"), ref("b \u00e9.png", size_bytes=0, modified=None), ref("c/d.png")]
     changes = update_plan(tmp_path, listing(*refs))
