@@ -33,15 +33,15 @@ class Backend(ABC):
         """
         return take_views(image, self.view)
 
-    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+    def prediction(self, probabilities: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
         """What follows from an image's probabilities and the noise in it."""
-        second, label = sorted(probability, key=probability.__getitem__)[-2:]
+        second, label = sorted(probabilities, key=probabilities.__getitem__)[-2:]
         return Prediction(
             label=label,
-            confidence=probability[label],
-            margin=probability[label] - probability[second],
-            confident=probability[label] >= self.thresholds[label],
-            probabilities=probability,
+            confidence=probabilities[label],
+            margin=probabilities[label] - probabilities[second],
+            confident=probabilities[label] >= self.thresholds[label],
+            probabilities=probabilities,
             noise_sigma_255=noise_sigma_255,
         )
 

@@ -50,6 +50,6 @@ class Classifier(Protocol):
         """Those of each image; called from one thread at a time."""
         ...
 
-    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+    def prediction(self, probabilities: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
         """What follows from an image's probabilities and the noise in it."""
         ...

@@ -34,8 +34,13 @@ def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype, device: str | torch
 
 
 def bytes_needed(pixels: int, config: DFPIRConfig, dtype: torch.dtype, device: str | torch.device) -> int:
-    """Memory of a device with so much that an image of so many pixels is restored whole."""
-    return int(pixels * bytes_per_pixel(config, dtype, device) / MEMORY_SHARE[torch.device(device).type])
+    """Memory of a device with so much that an image of so many pixels is restored whole.
+
+    On a GPU two gigabytes more, for what a process takes of it whatever its images: context, bands, recordings.
+    """
+    kind = torch.device(device).type
+    fixed = 2 * 2**30 if kind == "cuda" else 0
+    return int(pixels * bytes_per_pixel(config, dtype, device) / MEMORY_SHARE[kind]) + fixed
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

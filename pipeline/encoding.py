@@ -1,9 +1,10 @@
 """Restored pixels in, image files out, with what the source had beside its pixels."""
 
+import errno
 import io
 import os
-from collections.abc import Mapping
-from typing import Any, cast
+from contextlib import suppress
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -61,20 +62,26 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
         notes.append(f"{source.source_format} was written as {name}")
     options = _save_options(source, name, quality, notes)
     try:
-        data = _saved(image, name, options)
+        with _file() if name == "JPEG" else io.BytesIO() as file:
+            image.save(file, name, **options)
+            file.seek(0)
+            data = file.read()
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC):
+            raise MemoryError(str(error)) from error
         size = f"{image.width} x {image.height}"
         raise ImageFault(Stage.ENCODE, "not_encodable", f"{name} cannot hold this {size} image: {error}") from error
     return EncodedImage(data, name, image.mode, image.width, image.height, tuple(notes))
 
 
-def _saved(image: Image.Image, name: str, options: Mapping[str, Any]) -> bytes:
-    # Into a file Pillow encodes JPEG without the GIL, which a worker's other threads are waiting for.
-    in_file = name == "JPEG" and hasattr(os, "memfd_create")
-    with open(os.memfd_create("encoded"), "w+b") if in_file else io.BytesIO() as file:
-        image.save(file, name, **options)
-        file.seek(0)
-        return file.read()
+def _file() -> BinaryIO:
+    """A file in memory, into which Pillow encodes JPEG without the GIL, which a worker's other threads wait for.
+
+    Where the system has none it is a buffer, for which Pillow keeps the GIL.
+    """
+    with suppress(AttributeError, OSError):
+        return open(os.memfd_create("encoded"), "w+b")
+    return io.BytesIO()
 
 
 def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Image.Image, list[str]]:

@@ -48,7 +48,7 @@ class Item:
     image: DecodedImage | None = None
     view: NDArray[np.uint8] | None = None
     """The picture as classifier and metrics see it: H x W x 3 uint8."""
-    views: Views | None = None
+    looked_at: Views | None = None
     """What the classifier is to be asked about: of the picture, once it is restored of the result."""
     reference: NDArray[np.uint8] | None = None
     restored: Pixels | None = None
@@ -69,18 +69,13 @@ class Item:
             self.view = to_uint8(self.decoded().pixels)
         return self.view
 
-    def looked_at(self) -> Views:
-        """What the classifier is to be asked about; only after it has been taken."""
-        assert self.views is not None
-        return self.views
-
     def result_seen(self) -> NDArray[np.uint8]:
         """The restored picture in eight bits, H x W x 3; only after the restore stage."""
         assert self.restored is not None
         return to_uint8(self.restored)
 
     def drop_pixels(self) -> None:
-        """Only the row is still needed."""
+        """Only the row is still needed, and what the classifier is to be asked about."""
         self.data, self.image, self.view, self.reference, self.restored = b"", None, None, None, None
 
     def add_ms(self, stage: Stage, milliseconds: float) -> None:

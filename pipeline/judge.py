@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from classifier.base import Classifier
 from classifier.labels import Degradation
 from classifier.sigma import estimate_sigma
+from classifier.view import Views
 from pipeline.batching import in_halves, is_out_of_memory
 from pipeline.item import Item
 from pipeline.prompting import Decision, decide, decide_forced
@@ -32,13 +33,15 @@ class Judge:
         """Takes from a decoded item what `decide` needs; in any thread."""
         with item.stage(Stage.CLASSIFY):
             if self._classifier is not None:
-                item.views = self._classifier.take_views(item.seen())
+                item.looked_at = self._classifier.take_views(item.seen())
             if self._classifier is not None or self._config.label == Degradation.NOISE:
                 # It depends on the picture alone, so it is noted even where a given sigma overrules it.
                 item.facts["noise_sigma_255"] = estimate_sigma(item.seen())
 
     def decide(self, items: Sequence[Item]) -> None:
         """Gives items that have been looked at their decisions; one that cannot be classified fails alone."""
+        if not items:
+            return
         in_halves(
             items,
             self._decide,
@@ -46,7 +49,7 @@ class Judge:
             on_fault=lambda item, error: item.fail(Stage.CLASSIFY, error),
         )
         for item in items:
-            item.views = None
+            item.looked_at = None
 
     def _decide(self, items: Sequence[Item]) -> None:
         started = time.perf_counter()
@@ -54,7 +57,7 @@ class Judge:
             for item in items:
                 self._decide_forced(item)
         else:
-            found = self._classifier.probabilities([item.looked_at() for item in items])
+            found = self._classifier.probabilities([_views(item) for item in items])
             for item, probability in zip(items, found, strict=True):
                 prediction = self._classifier.prediction(probability, noise_sigma_255=item.facts["noise_sigma_255"])
                 item.facts.update(
@@ -70,27 +73,28 @@ class Judge:
     def look_again(self, item: Item) -> None:
         """Takes from a restored item what `note_cleanness` needs, if the run asks for it; in any thread."""
         if self._classifier is not None and self._config.second_look and item.restored is not None:
-            with item.stage(Stage.MEASURE):
-                item.views = self._classifier.take_views(item.result_seen())
+            started = time.perf_counter()
+            try:
+                item.looked_at = self._classifier.take_views(item.result_seen())
+            except Exception as error:
+                _note_unseen(item, error)
+            _add_ms([item], Stage.MEASURE, started)
 
     def note_cleanness(self, items: Sequence[Item]) -> None:
         """Notes how clean the results look to the classifier, of items that have been looked at again."""
         classifier = self._classifier
-        seen = [item for item in items if item.views is not None and not item.has_failed]
+        seen = [item for item in items if item.looked_at is not None and not item.has_failed]
         if classifier is None or not seen:
             return
 
         def work(batch: Sequence[Item]) -> None:
             started = time.perf_counter()
-            found = classifier.probabilities([item.looked_at() for item in batch])
+            found = classifier.probabilities([_views(item) for item in batch])
             for item, probability in zip(batch, found, strict=True):
                 item.facts["clean_probability_after"] = probability[Degradation.CLEAN]
             _add_ms(batch, Stage.MEASURE, started)
 
-        def warn(item: Item, error: Exception) -> None:
-            item.warnings.append(f"not looked at again: {'memory was full' if is_out_of_memory(error) else error}")
-
-        in_halves(seen, work, on_halved=lambda batch, error: None, on_fault=warn)
+        in_halves(seen, work, on_halved=lambda batch, error: None, on_fault=_note_unseen)
 
     def _decide_forced(self, item: Item) -> None:
         label, given = self._config.label, self._config.noise_sigma_255
@@ -98,9 +102,19 @@ class Judge:
         _note(item, decide_forced(label, sigma_255=given, estimated_sigma_255=estimated, prompts=self._prompts))
 
 
+def _views(item: Item) -> Views:
+    assert item.looked_at is not None
+    return item.looked_at
+
+
 def _note(item: Item, decision: Decision) -> None:
     item.status = decision.status
     item.facts.update(label=str(decision.label), decision_reason=decision.reason, prompt=decision.prompt)
+
+
+def _note_unseen(item: Item, error: Exception) -> None:
+    """The result is none the worse for it."""
+    item.warnings.append(f"not looked at again: {'memory was full' if is_out_of_memory(error) else error}")
 
 
 def _add_ms(items: Sequence[Item], stage: Stage, started: float) -> None:

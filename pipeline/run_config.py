@@ -72,10 +72,10 @@ class RunContext:
     """`cpu` or `cuda`: already resolved."""
     threads: int
     """CPU threads of the submitting machine, and of each worker once a runner has shared them out."""
+    least_gpu_bytes: int
+    """Of a GPU that several workers share, each has so much memory at least."""
     sharers: int = 1
     """Workers that have the memory of a device together."""
-    least_gpu_bytes: int = 0
-    """Of a GPU that several workers share, each has so much memory at least."""
     reserved: frozenset[str] = frozenset()
     """Relative paths of planned images, in the source still or not, that another one's result could have."""
     commit_every_s: float = 60.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -185,7 +185,7 @@ class Worker:
             ThreadPoolExecutor(threads, "write") as writers,
             ReadAhead(refs, lambda ref: self._load(ref, base), threads=threads, most=self._window) as ahead,
         ):
-            finishing: deque[Future[Item]] = deque()
+            finishing: deque[_Writing] = deque()
             for window in self._windows(ahead):
                 for batch in self._prepared_batches(window):
                     if not self.is_stopping:
@@ -205,24 +205,28 @@ class Worker:
                 window = []
 
     def _finish_behind(
-        self, batch: Sequence[Item], writers: ThreadPoolExecutor, finishing: deque[Future[Item]], ledger: Ledger
+        self, batch: Sequence[Item], writers: ThreadPoolExecutor, finishing: "deque[_Writing]", ledger: Ledger
     ) -> None:
         """Hands a batch to the writers, and books what they are done with; waits when they are far behind."""
-        finishing.extend(writers.submit(self._finish, item) for item in batch)
-        if len(finishing) > 2 * self._window:
-            self._book(finishing, ledger, least=self._window)
-        elif finishing[0].done():
+        finishing.extend(_Writing(item, writers.submit(self._finish, item)) for item in batch)
+        if finishing[0].end.done() or len(finishing) > self._window:
+            self._book(finishing, ledger, least=max(1, len(finishing) - self._window))
+        while sum(_pixels(writing.item) for writing in finishing) > WINDOW_PIXELS:
             self._book(finishing, ledger, least=1)
 
-    def _book(self, finishing: deque[Future[Item]], ledger: Ledger, *, least: int) -> None:
+    def _book(self, finishing: "deque[_Writing]", ledger: Ledger, *, least: int) -> None:
         """Waits for the images that have been with the writers longest, and takes the rows of all that are done."""
-        finished = [finishing.popleft().result() for _ in range(least)]
-        while finishing and finishing[0].done():
-            finished.append(finishing.popleft().result())
-        self._judge.note_cleanness(finished)
-        for item in finished:
-            ledger.add(item.outcome())
-        self._watchdog.headway()
+        finished: list[Item] = []
+        try:
+            while finishing and (len(finished) < least or finishing[0].end.done()):
+                item, end = finishing.popleft()
+                end.result()
+                finished.append(item)
+                self._watchdog.headway()
+            self._judge.note_cleanness(finished)
+        finally:
+            for item in finished:
+                ledger.add(item.outcome())
 
     def _go_carefully(self, refs: Sequence[ImageRef], base: dict[str, Any], journal: Journal, ledger: Ledger) -> None:
         """One image at a time; suspects come last and after a commit, so that their deaths cost others nothing."""
@@ -276,14 +280,13 @@ class Worker:
             for item in batch:
                 self._judge.look_again(item)
 
-    def _finish(self, item: Item) -> Item:
+    def _finish(self, item: Item) -> None:
         if self._threads_look:
             self._judge.look_again(item)
         measure_result(item)
         write(item, self._directory, self._config, reserved=self._context.reserved)
         item.facts["finished_at"] = datetime.now(UTC)
         item.drop_pixels()
-        return item
 
     def _quarantined(self, ref: ImageRef, base: dict[str, Any], deaths: int) -> Outcome:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)), status=Status.QUARANTINED)
@@ -320,9 +323,17 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     return Worker(context, restorer=restorer, classifier=classifier, worker_id=worker_id)
 
 
+class _Writing(NamedTuple):
+    """An item that is with the writers."""
+
+    item: Item
+    end: Future[None]
+
+
 def _pixels(item: Item) -> int:
     """Decoded pixels that an item holds in memory."""
-    return item.image.width * item.image.height if item.image is not None else 0
+    image = item.image  # which a writer may let go of meanwhile
+    return image.width * image.height if image is not None else 0
 
 
 def _check_same(kind: str, name: str, found: str, expected: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 from synthetic_classifier import write_tiny_classifier
@@ -18,11 +19,13 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.config import RestoreOptions
-from jobs.restore import _absolute
+from jobs.restore import _absolute, prepare
+from jobs.runner import WHOLE_PIXELS
 from jobs.terminal import harmless
 from models import orthogonal_bank
 from models.dfpir import DFPIR
-from models.weights import save_checkpoint
+from models.memory import bytes_needed
+from models.weights import load_checkpoint, save_checkpoint
 from pipeline.faults import FAULT
 from pipeline.sink import read_manifest
 
@@ -74,6 +77,15 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     )
     command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
     subprocess.run(command, check=True)
+
+
+def test_workers_that_share_a_gpu_have_memory_for_large_photographs(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    options = RestoreOptions(model=weights[1], classifier=weights[3], dtype="bfloat16", device="cpu")
+    context = prepare(photographs, tmp_path / "out", options).context
+    network = load_checkpoint(Path(weights[1])).network.config
+    assert context.least_gpu_bytes == bytes_needed(WHOLE_PIXELS, network, torch.bfloat16, "cuda")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="registers what aborts by glibc's name")

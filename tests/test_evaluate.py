@@ -54,7 +54,7 @@ class Oracle:
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         raise NotImplementedError
 
-    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+    def prediction(self, probabilities: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
         raise NotImplementedError
 
 

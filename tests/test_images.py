@@ -1,6 +1,8 @@
 """Files to pixels and back: modes, orientation, metadata, and nothing but `ImageFault` for bad bytes."""
 
+import errno
 import io
+import os
 import struct
 import zlib
 
@@ -722,6 +724,28 @@ def test_pillow_has_no_limit_of_its_own(recwarn):
     assert read_header(io.BytesIO(data)).width == 20_000
     assert fault_of(data, max_pixels=199_999_999).error_class == "too_many_pixels"
     assert not list(recwarn)
+
+
+def test_jpeg_is_encoded_where_the_system_has_no_files_in_memory_too(monkeypatch):
+    source = read(file_bytes(Image.new("RGB", (7, 9), (99, 80, 70)), "JPEG"))
+    expected = encode(source, source.pixels, format="jpeg", quality=90)
+
+    def refuse(name):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    assert encode(source, source.pixels, format="jpeg", quality=90) == expected
+
+
+def test_a_file_in_memory_that_finds_none_is_full_memory(monkeypatch):
+    source = read(file_bytes(Image.new("RGB", (7, 9), (99, 80, 70)), "JPEG"))
+
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    with pytest.raises(MemoryError, match="No space left"):
+        encode(source, source.pixels, format="jpeg", quality=90)
 
 
 def test_full_memory_is_no_damage_of_the_file(monkeypatch):

@@ -10,7 +10,7 @@ from synthetic_weights import tiny_network, write_tiny_model
 
 from models import Restorer, load_restorer, orthogonal_bank
 from models.errors import WeightsError
-from models.memory import available_bytes, bytes_per_pixel, total_bytes
+from models.memory import MEMORY_SHARE, available_bytes, bytes_needed, bytes_per_pixel, total_bytes
 from models.padding import padded_size
 from models.precision import fastest_dtype
 from models.weights import save_checkpoint
@@ -116,6 +116,16 @@ def test_auto_tiles_what_exceeds_the_memory_and_nothing_else():
     (image,) = photographs((130, 150))
     (restored,) = restorer.restore([image], ["rain"])
     assert restored.shape == image.shape
+
+
+def test_memory_that_an_image_needs_restores_it_whole(monkeypatch):
+    restorer = Restorer(tiny_network(), orthogonal_bank())
+    needed = bytes_needed(1024 * 1024, tiny_network().config, torch.float32, "cpu")
+    restorer.memory_budget_bytes = int(MEMORY_SHARE["cpu"] * needed) + 1
+    assert restorer.tile_px_for(1024, 1024) is None
+    assert restorer.tile_px_for(1024, 1040) is not None
+    on_gpu = bytes_needed(1024 * 1024, tiny_network().config, torch.bfloat16, "cuda")
+    assert on_gpu > 2 * 2**30 + 1024 * 1024 * bytes_per_pixel(tiny_network().config, torch.bfloat16, "cuda")
 
 
 def test_sharers_divide_the_memory(monkeypatch):

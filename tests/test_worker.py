@@ -22,6 +22,7 @@ from classifier.view import Views
 from models.memory import bytes_per_pixel
 from models.prompts import orthogonal_bank
 from models.restorer import Restorer
+from pipeline import worker as worker_module
 from pipeline.faults import FAULT
 from pipeline.images import to_uint8
 from pipeline.item import Item, SourceGoneError
@@ -92,10 +93,10 @@ class Reader:
         sure = 0.3 if value == 200 else 0.94
         return {each: sure if each is label else 0.01 for each in LABELS}
 
-    def prediction(self, probability: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
-        label = max(probability, key=probability.__getitem__)
-        confidence = probability[label]
-        return Prediction(label, confidence, 0.2, confidence > 0.9, probability, noise_sigma_255=noise_sigma_255 + 25)
+    def prediction(self, probabilities: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
+        label = max(probabilities, key=probabilities.__getitem__)
+        confidence = probabilities[label]
+        return Prediction(label, confidence, 0.2, confidence > 0.9, probabilities, noise_sigma_255=noise_sigma_255 + 25)
 
 
 def marked(path: Path, value: int, *, height: int = 16, width: int = 16) -> None:
@@ -269,23 +270,82 @@ def test_beside_a_gpu_the_threads_that_read_and_write_look_and_all_comes_to_the_
     assert {row["stage"] for row in found[1].values()} == {None, "classify"}
 
 
+@pytest.mark.parametrize("fault", ["taking views", "asking"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_second_look_that_fails_fails_no_image(tmp_path: Path, device: str) -> None:
+def test_a_second_look_that_fails_fails_no_image(tmp_path: Path, device: str, fault: str) -> None:
     for number in range(3):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
 
+    marked(tmp_path / "src" / "other.png", red(Degradation.BLUR))
+    rain_brightened = red(Degradation.RAIN) + 10
+
     class Full(Reader):
         def _one(self, value: int) -> dict[Degradation, float]:
-            if value != red(Degradation.RAIN):
+            if value == rain_brightened and fault == "asking":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super()._one(value)
+
+        def take_views(self, image: NDArray[np.uint8]) -> Views:
+            if image[0, 0, 0] == rain_brightened and fault == "taking views":
+                raise MemoryError
+            return super().take_views(image)
 
     run = plan(tmp_path)
     context = replace(run.context, device=device)
     rows = work(run, worker=Worker(context, restorer=Brightener(), classifier=Full(), worker_id="w"))
+    assert rows.pop("other.png")["clean_probability_after"] == 0.01
     for row in rows.values():
         assert (row["status"], row["label"], row["clean_probability_after"]) == ("restored", "rain", None)
         assert row["warnings"] == ["not looked at again: memory was full"]
+
+
+def test_a_window_is_asked_about_at_once_and_so_are_results_that_are_there(tmp_path: Path) -> None:
+    for number in range(20):
+        marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
+
+    class Counting(Reader):
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+            self.asked.append(len(views))
+            return super().probabilities(views)
+
+    run, reader = plan(tmp_path), Counting()
+    worker = Worker(
+        replace(run.context, device="cuda"), restorer=Brightener(limit=20), classifier=reader, worker_id="w"
+    )
+    assert len(work(run, worker=worker)) == 20
+    assert reader.asked[0] == 20
+    assert sum(reader.asked) == 40
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 16), ("cuda", 32)])
+def test_the_network_does_not_get_far_ahead_of_the_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, most: int
+) -> None:
+    for number in range(80):
+        marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
+    restored, written, ahead = [0], [0], [0]
+
+    class Counted(Brightener):
+        def restore(self, images: Sequence[NDArray[Any]], *args: Any, **options: Any) -> list[NDArray[Any]]:
+            ahead[0] = max(ahead[0], restored[0] - written[0])
+            restored[0] += len(images)
+            return super().restore(images, *args, **options)
+
+    def slowly(*args: Any, **options: Any) -> None:
+        time.sleep(0.003)
+        written[0] += 1
+        write(*args, **options)
+
+    write = worker_module.write
+    monkeypatch.setattr(worker_module, "write", slowly)
+    run = plan(tmp_path)
+    work(
+        run, worker=Worker(replace(run.context, device=device), restorer=Counted(), classifier=Reader(), worker_id="w")
+    )
+    assert 0 < ahead[0] <= most
 
 
 def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

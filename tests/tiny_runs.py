@@ -87,6 +87,7 @@ def plan_run(source: Path, out: Path, config: RunConfig, *, per_shard: int = 3) 
         code_version="test",
         device="cpu",
         threads=1,
+        least_gpu_bytes=2**30,
         commit_every_s=60.0,
     )
     directory = RunDirectory(out)
