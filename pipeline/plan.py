@@ -98,7 +98,7 @@ class PlanChanges:
 
 
 def cut_shards(images: pa.Table, *, first_index: int = 0) -> Shards:
-    """Cuts images, in their order, into shards of at most 64 MiB (or one larger image) and 64 images, 256 in large jobs.
+    """Cuts images, in order, into shards of at most 64 MiB (or one larger image) and 64 images (in large jobs 256).
 
     `images` has the columns of `IMAGE_REF_SCHEMA`.
     """
