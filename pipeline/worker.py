@@ -127,6 +127,7 @@ class Worker:
         self._judge = Judge(context.config, classifier=classifier, prompts=restorer.prompts.keys)
         self._restoring = BatchRestorer(restorer, device=context.device)
         self._window = WINDOW_IMAGES[context.device]
+        self._threads = codec_threads(context.device, context.threads)
         # A GPU leaves the CPUs idle: there the threads that read and write take what the classifier sees of an image.
         self._threads_look = context.device == "cuda"
         self._directory = RunDirectory(context.run_dir)
@@ -180,10 +181,9 @@ class Worker:
 
     def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger) -> None:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
-        threads = codec_threads(self._context.device, self._context.threads)
         with (
-            ThreadPoolExecutor(threads, "write") as writers,
-            ReadAhead(refs, lambda ref: self._load(ref, base), threads=threads, most=self._window) as ahead,
+            ThreadPoolExecutor(self._threads, "write") as writers,
+            ReadAhead(refs, lambda ref: self._load(ref, base), threads=self._threads, most=self._window) as ahead,
         ):
             finishing: deque[_Writing] = deque()
             for window in self._windows(ahead):
@@ -211,7 +211,7 @@ class Worker:
         finishing.extend(_Writing(item, writers.submit(self._finish, item)) for item in batch)
         if finishing[0].end.done() or len(finishing) > self._window:
             self._book(finishing, ledger, least=max(1, len(finishing) - self._window))
-        while sum(_pixels(writing.item) for writing in finishing) > WINDOW_PIXELS:
+        while len(finishing) > self._threads and sum(_pixels(writing.item) for writing in finishing) > WINDOW_PIXELS:
             self._book(finishing, ledger, least=1)
 
     def _book(self, finishing: "deque[_Writing]", ledger: Ledger, *, least: int) -> None:

@@ -320,10 +320,11 @@ def test_a_window_is_asked_about_at_once_and_so_are_results_that_are_there(tmp_p
     assert sum(reader.asked) == 40
 
 
-@pytest.mark.parametrize(("device", "most"), [("cpu", 16), ("cuda", 32)])
+@pytest.mark.parametrize(("device", "pixels", "most"), [("cpu", 10**6, 16), ("cuda", 10**6, 32), ("cuda", 3 * 256, 3)])
 def test_the_network_does_not_get_far_ahead_of_the_writers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, most: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, pixels: int, most: int
 ) -> None:
+    monkeypatch.setattr(worker_module, "WINDOW_PIXELS", pixels)
     for number in range(80):
         marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
     restored, written, ahead = [0], [0], [0]
