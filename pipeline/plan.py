@@ -127,8 +127,7 @@ def update_plan(
     that can no longer be examined counts as vanished. `limit` leaves out of the listing what lies behind that many
     images and is not planned yet.
     """
-    generations = _read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED])
-    planned = _latest(generations)
+    planned = _latest(_read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED]))
     listed = listing.table
     where = _places(listed["image_id"], planned["image_id"])
     if limit is not None:
@@ -152,7 +151,9 @@ def update_plan(
     repeats = pc.is_in(_keys(planned.take(before)), _keys(again)) if again else pa.scalar(False)
     anew = pc.or_(differs, repeats)
     revisions = pc.add(planned["revision"].take(before.filter(anew)), 1)
-    changed = _with_revision(listed.take(known.filter(anew)), revisions)
+    chosen = np.zeros(listed.num_rows, bool)
+    chosen[known.filter(anew).to_numpy()] = True
+    changed = _with_revision(listed.filter(pa.array(chosen)), revisions)  # `take` would copy all names, if of none
     present = np.zeros(planned.num_rows, bool)
     present[where.filter(pc.is_valid(listed["modified"])).drop_null().to_numpy()] = True
     gone = pc.and_(pc.is_valid(planned["modified"]), pa.array(~present))
