@@ -243,8 +243,10 @@ def plan(
         from jobs import display
         from jobs.config import read_options
         from jobs.restore import estimate_job, measure_speed, prepare, sole_driver
+        from models.memory import return_freed_memory
 
         options = read_options(config, given)
+        return_freed_memory()
         with sole_driver(src, out):
             job = prepare(src, out, options)
         record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories

@@ -29,7 +29,7 @@ from jobs.runner import WHOLE_PIXELS, Runner
 from models import Restorer, load_restorer, parse_tile
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
-from models.memory import bytes_needed
+from models.memory import bytes_needed, keep_freed_memory
 from models.precision import fastest_dtype
 from models.registry import list_models, resolve
 from pipeline.outputs import ReferenceIndex, reserved_names
@@ -192,6 +192,7 @@ def load_networks(options: RestoreOptions) -> tuple[Restorer, Classifier]:
 def measure_speed(options: RestoreOptions) -> float:
     """Megapixels per second of one worker here: the median of three classified and restored pieces of noise."""
     pa.default_memory_pool().release_unused()
+    keep_freed_memory()  # as a worker does
     restorer, classifier = load_networks(options)
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     seconds = []

@@ -86,16 +86,29 @@ def _group_bytes() -> tuple[int, int]:
     return (2**63, 0) if limit == "max" else (int(limit), used)
 
 
-_MALLOC_OPTIONS = {-1: 2**31 - 1, -3: 32 << 20}
-"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes; measured in docs/decisions/0004."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt, in bytes."""
 
 
 def keep_freed_memory() -> None:
     """Has glibc keep what this process frees, for the next image, instead of giving it back to the system.
 
     Memory that comes anew has to be faulted in page by page. Blocks of more than 32 MiB still go back at once. Does
-    nothing where the C library is another one.
+    nothing where the C library is another one. Measured in docs/decisions/0004.
     """
+    _set_malloc({_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 32 << 20})
+
+
+def return_freed_memory() -> None:
+    """Has glibc give every block of more than 128 KiB back to the system when it is freed.
+
+    By itself it keeps ever larger ones, up to 32 MiB. For tables that come and go once; networks take twice as long so.
+    Does nothing where the C library is another one.
+    """
+    _set_malloc({_MMAP_THRESHOLD: 128 << 10})
+
+
+def _set_malloc(options: dict[int, int]) -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option, size in _MALLOC_OPTIONS.items():
+        for option, size in options.items():
             mallopt(option, size)
