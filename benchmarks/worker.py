@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.classifier_recall import noisy
-from benchmarks.engine import network_and_bank
+from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.record import RESULTS, write_csv
 from classifier import load_classifier
 from classifier.base import Classifier
@@ -31,8 +31,6 @@ from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, ru
 from models import Restorer, load_restorer
 from models.graphs import RUNS_BEFORE
 from models.memory import keep_freed_memory
-from models.padding import padded_size
-from models.transfer import upload
 from models.weights import save_checkpoint
 from pipeline.batching import batches
 from pipeline.run_config import RunContext
@@ -101,8 +99,7 @@ def seconds_resident(images: list[NDArray[np.uint8]], restorer: Restorer) -> flo
     groups = batches(images, key=lambda image: image.shape, limit=lambda shape: WINDOW_IMAGES["cuda"])
     ready = []
     for group in groups:
-        size = padded_size(group[0].shape[0], group[0].shape[1], restorer.size_multiple)
-        ready.append(upload(group, *size, restorer.device).permute(0, 3, 1, 2).contiguous() / 255)
+        ready.append(torch.cat([padded_tensor(each, restorer.size_multiple) for each in group]).to(restorer.device))
     prompt = restorer.prompts.indices([PROMPT])
     torch.cuda.synchronize()
     begun = time.perf_counter()

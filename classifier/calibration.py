@@ -46,6 +46,11 @@ def probabilities(logits: FloatArray, temperature: float) -> FloatArray:
     return cast(FloatArray, exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
+def label_probabilities(logits: FloatArray, temperature: float) -> dict[Degradation, float]:
+    """`probabilities` of one image, by label."""
+    return dict(zip(LABELS, probabilities(logits, temperature).tolist(), strict=True))
+
+
 def cross_entropy(logits: FloatArray, labels: NDArray[np.integer], temperature: float) -> float:
     """Mean negative log-likelihood of the labels (M, indices into `LABELS`) under M x labels logits."""
     chosen = probabilities(logits, temperature)[np.arange(len(labels)), labels]

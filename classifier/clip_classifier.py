@@ -20,7 +20,7 @@ from torch import Tensor
 
 from classifier import CLIP_PREFIX
 from classifier.backend import Backend
-from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, probabilities
+from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
@@ -169,5 +169,4 @@ class ClipClassifier(Backend):
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         """See `Backend.probabilities`."""
         bias = np.array([self.calibration.bias[label] for label in LABELS])
-        values = [probabilities(self.logits(each) + bias, self.calibration.temperature).tolist() for each in views]
-        return [dict(zip(LABELS, each, strict=True)) for each in values]
+        return [label_probabilities(self.logits(each) + bias, self.calibration.temperature) for each in views]

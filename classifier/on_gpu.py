@@ -13,7 +13,7 @@ from classifier.network import DegradationNetwork, to_input
 from classifier.view import Views, ViewSettings
 
 TOGETHER = 16
-"""Images in the graph, whose hundred small kernels take little longer than for one; also if fewer are asked about."""
+"""Images in the graph, all of which are computed however few are asked about."""
 
 
 class NetworkOnGpu:

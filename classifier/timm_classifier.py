@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from classifier.backend import Backend
-from classifier.calibration import probabilities
-from classifier.labels import LABELS, Degradation
+from classifier.calibration import label_probabilities
+from classifier.labels import Degradation
 from classifier.network import inference_form, to_input
 from classifier.on_gpu import NetworkOnGpu
 from classifier.view import Views
@@ -39,5 +39,4 @@ class TimmClassifier(Backend):
 
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         """See `Backend.probabilities`."""
-        values = [probabilities(logits, self.weights.temperature).tolist() for logits in self._logits(views)]
-        return [dict(zip(LABELS, each, strict=True)) for each in values]
+        return [label_probabilities(logits, self.weights.temperature) for logits in self._logits(views)]

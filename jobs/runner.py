@@ -31,8 +31,7 @@ OnOutcomes = Callable[[list[Outcome]], None]
 MOST_WORKERS_PER_GPU, CPUS_PER_WORKER = 8, 2
 
 WHOLE_PIXELS = 36_000_000
-"""Workers share a GPU if each of them still restores an image of this size whole. So a large network has few of them,
-and few keep a GPU busy with it."""
+"""Workers share a GPU if each of them still restores an image of this size whole: few of a large network."""
 
 
 def workers_per_gpu(cpus: int, gpu_bytes: int, *, least_bytes: int) -> int:

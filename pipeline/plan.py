@@ -153,7 +153,7 @@ def update_plan(
     revisions = pc.add(planned["revision"].take(before.filter(anew)), 1)
     chosen = np.zeros(listed.num_rows, bool)
     chosen[known.filter(anew).to_numpy()] = True
-    changed = _with_revision(listed.filter(pa.array(chosen)), revisions)  # `take` would copy all names, if of none
+    changed = _with_revision(_where(listed, pa.array(chosen)), revisions)  # `take` would copy all names, if of none
     present = np.zeros(planned.num_rows, bool)
     present[where.filter(pc.is_valid(listed["modified"])).drop_null().to_numpy()] = True
     gone = pc.and_(pc.is_valid(planned["modified"]), pa.array(~present))

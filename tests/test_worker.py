@@ -275,7 +275,6 @@ def test_beside_a_gpu_the_threads_that_read_and_write_look_and_all_comes_to_the_
 def test_a_second_look_that_fails_fails_no_image(tmp_path: Path, device: str, fault: str) -> None:
     for number in range(3):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
-
     marked(tmp_path / "src" / "other.png", red(Degradation.BLUR))
     rain_brightened = red(Degradation.RAIN) + 10
 
@@ -327,17 +326,18 @@ def test_the_network_does_not_get_far_ahead_of_the_writers(
     monkeypatch.setattr(worker_module, "WINDOW_PIXELS", pixels)
     for number in range(80):
         marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
-    restored, written, ahead = [0], [0], [0]
+    restored, ahead = [0], [0]
+    written = list[str]()  # appending is atomic, and several threads do
 
     class Counted(Brightener):
         def restore(self, images: Sequence[NDArray[Any]], *args: Any, **options: Any) -> list[NDArray[Any]]:
-            ahead[0] = max(ahead[0], restored[0] - written[0])
+            ahead[0] = max(ahead[0], restored[0] - len(written))
             restored[0] += len(images)
             return super().restore(images, *args, **options)
 
     def slowly(*args: Any, **options: Any) -> None:
         time.sleep(0.003)
-        written[0] += 1
+        written.append("one")
         write(*args, **options)
 
     write = worker_module.write
