@@ -78,19 +78,15 @@ def model_file(name: str, folder: Path) -> str:
 
 
 def seconds_alone(images: list[NDArray[np.uint8]], classifier: Classifier, restorer: Restorer) -> tuple[float, float]:
-    """Classifier and network over all images, one after the other."""
-    on_gpu = restorer.device.type == "cuda"
-    classifying = restoring = 0.0
-    # On a GPU a worker asks about a window at once.
-    for group in [images] if on_gpu else [[image] for image in images]:
-        begun = time.perf_counter()
-        classifier.predict(group)
-        classified = time.perf_counter()
-        if not on_gpu:
-            restorer.restore(group, [PROMPT])
-        classifying += classified - begun
-        restoring += time.perf_counter() - classified
-    return classifying, seconds_resident(images, restorer) if on_gpu else restoring
+    """Classifier over all images, then the network, one image after the other unless they lie on a GPU."""
+    begun = time.perf_counter()
+    classifier.predict(images)
+    classified = time.perf_counter()
+    if restorer.device.type == "cuda":
+        return classified - begun, seconds_resident(images, restorer)
+    for image in images:
+        restorer.restore([image], [PROMPT])
+    return classified - begun, time.perf_counter() - classified
 
 
 @torch.inference_mode()

@@ -33,6 +33,9 @@ WINDOW_IMAGES = {"cpu": 16, "cuda": 32}
 WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
+BOOK_EVERY_S = 2.0
+"""Written results wait up to this long for their rows, so that the classifier is asked about several of them at once."""
+
 OnOutcomes = Callable[[list[Outcome]], None]
 
 
@@ -135,6 +138,7 @@ class Worker:
         self._references = ReferenceIndex(Path(reference)) if reference is not None else None
         self._watchdog = Watchdog(context.patience_s)
         self._stop = threading.Event()
+        self._last_booking = 0.0
         self._facts: dict[str, Any] = {
             "worker_id": worker_id,
             "host": socket.gethostname(),
@@ -209,13 +213,15 @@ class Worker:
     ) -> None:
         """Hands a batch to the writers, and books what they are done with; waits when they are far behind."""
         finishing.extend(_Writing(item, writers.submit(self._finish, item)) for item in batch)
-        if finishing[0].end.done() or len(finishing) > self._window:
+        is_due = time.monotonic() - self._last_booking >= BOOK_EVERY_S and finishing[0].end.done()
+        if is_due or len(finishing) > self._window:
             self._book(finishing, ledger, least=max(1, len(finishing) - self._window))
         while len(finishing) > self._threads and sum(_pixels(writing.item) for writing in finishing) > WINDOW_PIXELS:
             self._book(finishing, ledger, least=1)
 
     def _book(self, finishing: "deque[_Writing]", ledger: Ledger, *, least: int) -> None:
         """Waits for the images that have been with the writers longest, and takes the rows of all that are done."""
+        self._last_booking = time.monotonic()
         finished: list[Item] = []
         try:
             while finishing and (len(finished) < least or finishing[0].end.done()):

@@ -26,6 +26,7 @@ from classifier.network import (
     inference_form,
     to_input,
 )
+from classifier.timm_classifier import TimmClassifier
 from classifier.view import ViewSettings
 from classifier.weights import load_weights, save_classifier, write_card
 
@@ -366,3 +367,13 @@ def test_a_gpu_says_what_a_cpu_says_and_of_many_what_it_says_of_one(tmp_path):
     for probabilities, expected in zip(found, here.probabilities(views), strict=True):
         assert probabilities == pytest.approx(expected, abs=1e-3)
     assert [there.probabilities([each])[0] for each in views] == found
+
+
+def test_a_network_that_mixes_images_is_asked_about_one_at_a_time(tiny):
+    weights = load_weights(tiny)
+    forward = weights.network.forward
+    weights.network.forward = lambda crops, thumbnails: forward(crops, thumbnails) + thumbnails.mean()
+    views = [TimmClassifier(load_weights(tiny)).take_views(image) for image in random_images()]
+    with pytest.warns(UserWarning, match="one by one"):
+        classifier = TimmClassifier(weights)
+    assert classifier.probabilities(views) == [classifier.probabilities([each])[0] for each in views]

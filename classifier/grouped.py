@@ -1,0 +1,71 @@
+"""The network asked about several images at once: a third of the time of one at a time, and one answer for each."""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from classifier.network import DegradationNetwork, to_input
+from classifier.view import Views, ViewSettings
+
+TOGETHER = {"cpu": 8, "cuda": 16}
+"""Images in a group, all of which are computed however few are asked about: kernels, and with them the last digits of
+an image's logits, depend on the number of images."""
+
+
+class GroupedNetwork:
+    """Logits of images, some at a time. One call at a time: a group has one place for its inputs."""
+
+    def __init__(self, network: DegradationNetwork, view: ViewSettings, device: torch.device) -> None:
+        """`network` is on `device`; on a GPU a group is one CUDA graph."""
+        self._network, self._device = network, device
+        self._sizes = (view.crops, view.crop_px, view.crop_px, 3), (view.thumbnail_px, view.thumbnail_px, 3)
+        self._prepare(TOGETHER[device.type])
+        if not self._is_each_by_itself():
+            warnings.warn("classifier: images go one by one, which is slower: logits differ among others", stacklevel=3)
+            self._prepare(1)
+
+    def _prepare(self, together: int) -> None:
+        here = [torch.zeros(together, *size, dtype=torch.uint8) for size in self._sizes]
+        on_gpu = self._device.type == "cuda"
+        # Page-locked, so that a call waits for the GPU once, for its logits.
+        self._here = [each.pin_memory() for each in here] if on_gpu else here
+        self._there = [each.to(self._device) for each in self._here]  # on a CPU the same
+        self._run: Callable[..., Any] = self._recorded() if on_gpu else self._network
+
+    def _recorded(self) -> Callable[..., Any]:
+        try:
+            with torch.cuda.device(self._device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                samples = tuple(to_input(each) for each in self._there)
+                return torch.cuda.make_graphed_callables(copy.copy(self._network), samples)
+        except RuntimeError as error:
+            warnings.warn(f"classifier: CUDA graphs are not used, which is slower: {error}", stacklevel=5)
+            return self._network
+
+    def _is_each_by_itself(self) -> bool:
+        """Whether an image's logits are the same to the last digit in another place, and without the others."""
+        rng = np.random.default_rng(0)
+        shapes, count = [each.shape[1:] for each in self._here], len(self._here[0])
+        views = [Views(*(rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes)) for _ in range(count)]
+        alone, found, turned = self(views[-1:]), self(views), self(views[::-1])[::-1]  # alone: beside black ones
+        return np.array_equal(found, turned) and np.array_equal(found[-1:], alone)
+
+    def __call__(self, views: Sequence[Views]) -> list[NDArray[np.float64]]:
+        """Float64 logits of each."""
+        most = len(self._here[0])
+        groups = (views[first : first + most] for first in range(0, len(views), most))
+        return [logits for group in groups for logits in self._together(group)]
+
+    @torch.inference_mode()
+    def _together(self, views: Sequence[Views]) -> NDArray[np.float64]:
+        for place, each in enumerate(views):
+            for here, pixels in zip(self._here, (each.crops, each.thumbnail), strict=True):
+                np.copyto(here[place].numpy(), pixels)
+        for there, here in zip(self._there, self._here, strict=True):
+            there.copy_(here, non_blocking=True)
+        logits: NDArray[np.float64] = self._run(*map(to_input, self._there))[: len(views)].double().cpu().numpy()
+        return logits
