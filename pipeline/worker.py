@@ -34,7 +34,7 @@ WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
 BOOK_EVERY_S = 2.0
-"""Written results wait up to this long for their rows, so that the classifier is asked about several of them at once."""
+"""Written results wait up to this long for their rows, so that the classifier is asked about several at once."""
 
 OnOutcomes = Callable[[list[Outcome]], None]
 
