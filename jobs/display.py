@@ -60,6 +60,8 @@ def after(console: Console, summary: Summary) -> None:
         table.add_row("SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
     if summary.vanished:
         table.add_row("vanished", f"{summary.vanished} planned files are no longer in the source")
+    if summary.unreadable_directories:
+        table.add_row("unreadable", Text(_unreadable(summary.unreadable_directories)))
     table.add_row("images", Text(summary.images))
     table.add_row("manifest", Text(summary.manifest))
     console.print(table)

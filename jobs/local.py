@@ -64,14 +64,14 @@ class LocalRunner:
         gpus = len(gpu_bytes)
         count = crew_size(context, gpu_bytes, max_workers=self._max_workers, shards=len(shards))
         context = replace(context, threads=max(1, context.threads // count), sharers=-(-count // max(1, gpus)))
-        dispatcher = Dispatcher(shards, context, on_outcomes)
+        dispatcher = Dispatcher(shards, context, on_outcomes, workers=count)
         children: dict[int, _Child] = {}
         with stop_on_signals() as request:
             try:
                 while not dispatcher.is_finished and not request:
                     for number in range(count):
                         wanted = len(children) < dispatcher.unassigned + _busy(children)
-                        if wanted and number not in children and dispatcher.may_start(number):
+                        if wanted and number not in children and dispatcher.is_of_use(number):
                             children[number] = _Child(number, context, gpu=number % gpus if gpus else None)
                     _step(children, dispatcher)
                 if request:
@@ -131,8 +131,10 @@ def _busy(children: dict[int, _Child]) -> int:
 def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = True) -> None:
     """Waits a moment for messages and deaths, acts on them, and hands out shards."""
     if give:
-        for child in children.values():
-            if child.is_ready and child.assignment is None and (assignment := dispatcher.take()) is not None:
+        for child in list(children.values()):
+            if child.assignment is None and not dispatcher.is_of_use(child.number):
+                children.pop(child.number).end()
+            elif child.is_ready and child.assignment is None and (assignment := dispatcher.take()) is not None:
                 child.give(assignment)
     sources: list[Any] = [source for c in children.values() for source in (c.connection, c.process.sentinel)]
     for source in wait(sources, timeout=POLL_S):
@@ -172,11 +174,11 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
             dispatcher.report(shard_id, list(message.outcomes))
             return
         case "done":
-            dispatcher.done(shard_id)
+            dispatcher.done(child.number, shard_id)
         case "given_back":
             dispatcher.give_back(shard_id)
         case "failed":
-            dispatcher.failed(shard_id, message.fault, str(child.log))
+            dispatcher.failed(child.number, shard_id, message.fault, str(child.log))
     child.assignment = None
 
 

@@ -9,6 +9,7 @@ import queue
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ class WorkerActor:
 
     def __init__(self, context: RunContext, worker_id: str, log: str, environment: dict[str, str]) -> None:
         os.environ.update(environment)
+        RunDirectory(context.run_dir).require_run(context.run_id)
         log_to(Path(log))
         self._context, self._worker_id = context, worker_id
         self._worker: Worker | None = None
@@ -114,8 +116,9 @@ class WorkerActor:
 
     def _take(self) -> list[Outcome]:
         taken = []
-        while not self._outcomes.empty():
-            taken.append(self._outcomes.get_nowait())
+        with suppress(queue.Empty):  # the other thread of calls takes some too
+            while True:
+                taken.append(self._outcomes.get_nowait())
         return taken
 
 
@@ -155,11 +158,12 @@ class RayRunner:
                 wanted=min(self._max_workers or len(shards), len(shards)) or None,
             )
             context = replace(context, threads=needs.cpus, sharers=needs.sharers)
-            crew = _Crew(context, needs, Dispatcher(shards, context, on_outcomes))
+            workers = self._max_workers or room
+            crew = _Crew(context, needs, Dispatcher(shards, context, on_outcomes, workers=workers))
             # Ray has set its own handlers by now.
             with stop_on_signals() as request:
                 try:
-                    crew.work(self._max_workers or room, request)
+                    crew.work(workers, request)
                 finally:
                     crew.dismiss()
 
@@ -187,7 +191,7 @@ class _Crew:
         while not self._dispatcher.is_finished and not request:
             for number in range(max_workers):
                 wanted = len(self._members) < self._dispatcher.unassigned + self._busy()
-                if wanted and number not in self._members and self._dispatcher.may_start(number):
+                if wanted and number not in self._members and self._dispatcher.is_of_use(number):
                     self._hire(number)
             for member in self._members.values():
                 if member.node_id is not None and member.assignment is None:
@@ -261,11 +265,12 @@ class _Crew:
         member.assignment = None
         self._report(report.outcomes)
         if report.kind == "done":
-            self._dispatcher.done(shard_id)
+            self._dispatcher.done(member.number, shard_id)
         elif report.kind == "failed":
-            self._dispatcher.failed(shard_id, report.fault, str(member.log))
+            self._dispatcher.failed(member.number, shard_id, report.fault, str(member.log))
         else:
             self._dispatcher.give_back(shard_id)
+        if report.kind == "given_back" or not self._dispatcher.is_of_use(member.number):
             del self._members[member.number]
             ray.kill(member.actor, no_restart=True)
 

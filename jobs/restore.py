@@ -25,7 +25,7 @@ from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
-from jobs.runner import WHOLE_PIXELS, Runner
+from jobs.runner import WHOLE_PIXELS, RunError, Runner
 from models import Restorer, load_restorer, parse_tile
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
@@ -35,11 +35,11 @@ from models.registry import list_models, resolve
 from pipeline.outputs import ReferenceIndex, reserved_names
 from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
-from pipeline.records import Outcome, Status
+from pipeline.records import Outcome, Status, first_rows
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest
-from pipeline.source import Listing, SourceError, list_source
+from pipeline.source import Listing, SourceError, list_source, local_path
 
 OnOutcomes = Callable[[list[Outcome]], None]
 
@@ -135,8 +135,9 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")
     if job is not None and job["source_root"] != str(src.resolve()):
         raise UsageError(f"{out} holds a run over {job['source_root']}, not {src.resolve()}; use another OUT")
-    if config.clean == "link" and out.exists() and out.stat().st_dev != src.stat().st_dev:
-        raise UsageError("--clean link: SRC and OUT are on different file systems; use copy or skip")
+    _check_names(listing, directory)
+    if config.clean == "link":
+        _check_links(listing, directory)
     context = RunContext(
         run_id=job["run_id"] if job else uuid.uuid4().hex,
         run_dir=str(out.resolve()),
@@ -216,7 +217,11 @@ def find_references(job: Job) -> tuple[int, int] | None:
     names = job.shards.table["relative_path"]
     index = ReferenceIndex(Path(job.context.config.reference))
     sample = np.unique(np.linspace(0, len(names) - 1, min(1000, len(names))).astype(int))
-    return sum(index.find(names[int(i)].as_py()) is not None for i in sample), len(sample)
+    found = 0
+    for number in sample:
+        with suppress(OSError):  # a folder that cannot be listed costs the figures alone
+            found += index.find(names[int(number)].as_py()) is not None
+    return found, len(sample)
 
 
 @contextmanager
@@ -229,8 +234,13 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
     with directory.lock_path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UsageError(f"another process is working on {out}; wait for it, or end it") from error
+        except OSError as error:
+            raise UsageError(
+                f"OUT {out} lies on a file system without locks ({error.strerror}), which keep processes off each "
+                "other's work; have it mounted with them (flock), or choose another OUT"
+            ) from error
         try:
             yield
         finally:
@@ -256,14 +266,22 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
     started = time.monotonic()
     if job.left:
         runner.run(job.left, job.context, on_outcomes=collect)
+    manifest = read_manifest(job.directory.root, columns=SUMMARY_COLUMNS)
+    if missing := job.shards.without(manifest):
+        raise RunError(
+            f"{missing.image_count} planned images have no row in {job.directory.manifest_dir}, the first of them "
+            f"{missing.table['relative_path'][0]}; do all machines see the same OUT? The same command does them again."
+        )
     summary = summarise(
-        read_manifest(job.directory.root, columns=SUMMARY_COLUMNS),
+        manifest,
         run_dir=job.directory.root,
         run_id=job.context.run_id,
         planned=job.planned,
         fresh=fresh,
         elapsed_s=time.monotonic() - started,
         vanished=job.changes.vanished,
+        ignored=job.ignored,
+        unreadable_directories=job.unreadable_directories,
     )
     job.directory.write_json(job.directory.summary_path, summary.as_dict())
     return summary
@@ -336,6 +354,41 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
+
+
+def _check_names(listing: Listing, directory: RunDirectory) -> None:
+    """Refuses a list with results of the run in it, and names that are one where the results go."""
+    within = pc.starts_with(listing.table["uri"], directory.images_dir.resolve().as_uri() + "/")
+    if directory.images_dir.absolute() != directory.images_dir.resolve():  # lists may go by way of links
+        within = pc.or_(within, pc.starts_with(listing.table["uri"], directory.images_dir.absolute().as_uri() + "/"))
+    if pc.any(within).as_py():
+        found = listing.table["relative_path"].filter(within)
+        raise UsageError(f"the list names {len(found)} results of this run, the first {found[0]}; take them out")
+    if directory.folds_names():
+        names = listing.table["relative_path"]
+        folded = pc.utf8_lower(pc.utf8_normalize(names, "NFC"))
+        first = first_rows(folded)
+        if len(first) < len(names):
+            clash = folded[int(np.setdiff1d(np.arange(len(names)), first)[0])]
+            both = names.filter(pc.equal(folded, clash)).to_pylist()
+            raise UsageError(
+                f"OUT {directory.root} lies on a file system for which {both[0]} and {both[1]} are one name, so that "
+                f"one result would take the other's place ({len(names) - len(first)} such); choose another OUT, or "
+                "rename them"
+            )
+
+
+def _check_links(listing: Listing, directory: RunDirectory) -> None:
+    """Links one photograph into OUT, since no other way tells for sure whether that can be done."""
+    present = pc.index(pc.is_valid(listing.table["modified"]), True).as_py()
+    if present < 0:
+        return
+    try:
+        directory.try_link(local_path(listing.table["uri"][present].as_py()))
+    except OSError as error:
+        raise UsageError(
+            f"--clean link: files of SRC cannot be linked into OUT ({error.strerror}); use copy or skip"
+        ) from error
 
 
 def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:

@@ -1,5 +1,6 @@
 """What the local and the Ray runner share: which shard goes where next, and what a worker's death means."""
 
+import logging
 import os
 import signal
 import sys
@@ -16,8 +17,8 @@ from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
-START_DEATHS_ALLOWED = 3
-"""Workers that may end in a row before they are ready."""
+FAILURES_ALLOWED = 3
+"""Of one worker in a row: ends before it is ready, and shards that it could not go on with."""
 
 FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
@@ -26,6 +27,8 @@ STOP_GRACE_S = 300.0
 """How long workers may take to finish and commit what they have in hand once the run is to end."""
 
 OnOutcomes = Callable[[list[Outcome]], None]
+
+_log = logging.getLogger(__name__)
 
 
 MOST_WORKERS_PER_GPU, CPUS_PER_WORKER = 8, 2
@@ -73,7 +76,7 @@ class Assignment:
 
     shard: Shard
     attempt: int
-    """From 1; only deaths raise it."""
+    """From 1; only deaths raise it, and the second is a careful one."""
 
 
 class Dispatcher:
@@ -82,9 +85,14 @@ class Dispatcher:
     A death costs the shard an attempt, a careful one from the second on (see `pipeline.journal`). It ends
     the run when workers cannot even start, or when a shard kills its workers without one image being to blame.
     So attempts are bounded: an image is given up after two deaths, and any other death must follow headway.
+    A worker that lives but fails shard after shard (its machine does not see the photographs, say) gets no more.
     """
 
-    def __init__(self, shards: Sequence[Shard], context: RunContext, on_outcomes: OnOutcomes) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], context: RunContext, on_outcomes: OnOutcomes, *, workers: int = 1
+    ) -> None:
+        """`workers`: how many there may be, numbered from 0."""
+        self._workers = workers
         self._directory = RunDirectory(context.run_dir)
         self._on_outcomes = on_outcomes
         self._shards = shards
@@ -95,7 +103,7 @@ class Dispatcher:
         self._reported: dict[str, set[str]] = {}
         """Ids of the images that are done, by shard; of shards that are not done."""
         self._done: set[str] = set()
-        self._start_deaths: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
         """In a row, by the worker's number."""
         self._fruitless: Counter[str] = Counter()
         self._directory.create()
@@ -129,7 +137,7 @@ class Dispatcher:
 
     def worker_ready(self, number: int) -> None:
         """A worker has loaded its weights."""
-        del self._start_deaths[number]
+        del self._failures[number]
 
     def report(self, shard_id: str, outcomes: list[Outcome]) -> None:
         """Passes on images as they get done; those done again after a death are passed on once."""
@@ -142,8 +150,9 @@ class Dispatcher:
             reported.update(outcome.image_id for outcome in fresh)
             self._on_outcomes(fresh)
 
-    def done(self, shard_id: str) -> None:
-        """The shard's worker has committed a row for each image."""
+    def done(self, number: int, shard_id: str) -> None:
+        """The worker of this number has committed a row for each image of its shard."""
+        del self._failures[number]
         shard = self._assigned.pop(shard_id).shard
         if any(ref.image_id not in self._reported.get(shard_id, ()) for ref in shard.images):
             # Committed by a worker that died before it could tell.
@@ -159,9 +168,18 @@ class Dispatcher:
         Journal(self._directory.journal_dir, shard_id).forgive()
         self._first.appendleft(assignment)
 
-    def failed(self, shard_id: str, fault: str, log: str) -> None:
-        """The worker lives, but could not go on with the shard (a full disk, for instance)."""
-        self._retry(shard_id, f"the worker failed over it ({fault})", log, blames_image=False)
+    def failed(self, number: int, shard_id: str, fault: str, log: str) -> None:
+        """The worker of this number lives, but could not go on with its shard (a full disk, for instance).
+
+        Raises RunError when no worker is of use any more; `is_of_use` says whether this one is.
+        """
+        self._retry(shard_id, f"the worker failed over it ({fault})", log, blames_image=False, is_death=False)
+        self._note_failure(number, fault, log)
+        if not any(map(self.is_of_use, range(self._workers))):
+            raise RunError(
+                f"every worker failed over {FAILURES_ALLOWED} shards in a row ({fault}). "
+                f"See {log}; when the cause is removed, the same command goes on from here."
+            )
 
     def died(self, shard_id: str, fault: str, log: str) -> None:
         """The worker's process ended while it had the shard."""
@@ -169,24 +187,30 @@ class Dispatcher:
         self._retry(shard_id, f"its worker died ({fault})", log, blames_image=journal.has_in_flight)
 
     def start_failed(self, number: int, fault: str, log: str, *, others_work: bool) -> None:
-        """A worker ended before it was ready.
+        """The worker of this number ended before it was ready.
 
-        Raises RunError when that happens again and again and no other worker is ready; otherwise `may_start` says when
+        Raises RunError when that happens again and again and no other worker is ready; otherwise `is_of_use` says when
         it is no longer worth trying.
         """
-        self._start_deaths[number] += 1
-        deaths = self._start_deaths.total()
-        if deaths >= START_DEATHS_ALLOWED and not others_work:
+        self._note_failure(number, fault, log)
+        failures = sum(count for each, count in self._failures.items() if each == number or self.is_of_use(each))
+        if failures >= FAILURES_ALLOWED and not others_work:
             raise RunError(
-                f"{deaths} workers in a row ended before they could take an image ({fault}). "
+                f"{failures} workers in a row ended before they could take an image ({fault}). "
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
 
-    def may_start(self, number: int) -> bool:
-        """Whether a worker may be started in the place of this number."""
-        return self._start_deaths[number] < START_DEATHS_ALLOWED
+    def is_of_use(self, number: int) -> bool:
+        """Whether a worker of this number may be started, or get another shard."""
+        return self._failures[number] < FAILURES_ALLOWED
 
-    def _retry(self, shard_id: str, fault: str, log: str, *, blames_image: bool) -> None:
+    def _note_failure(self, number: int, fault: str, log: str) -> None:
+        self._failures[number] += 1
+        if not self.is_of_use(number):
+            _log.warning("worker %d failed %d times in a row (%s) and gets no more: see %s",
+                         number, FAILURES_ALLOWED, fault, log)  # fmt: skip
+
+    def _retry(self, shard_id: str, fault: str, log: str, *, blames_image: bool, is_death: bool = True) -> None:
         assignment = self._assigned.pop(shard_id)
         if not blames_image:
             self._fruitless[shard_id] += 1
@@ -195,7 +219,7 @@ class Dispatcher:
                 f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}. "
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
-        self._last.append(replace(assignment, attempt=assignment.attempt + 1))
+        self._last.append(replace(assignment, attempt=assignment.attempt + is_death))
 
 
 def note_traceback() -> None:

@@ -12,6 +12,8 @@ import torch
 from models.dfpir import DFPIRConfig
 from models.precision import fastest_dtype
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
 """Of the memory of a device that a batch may take. The rest of a CPU's is for decoded images and other processes, of a
 GPU's for the context, bands, what recordings keep, and the classifier."""
@@ -76,14 +78,18 @@ def _system_bytes(name: str) -> int:
 
 
 def _group_bytes() -> tuple[int, int]:
-    """A container's limit and what is used of it, which /proc/meminfo does not know of."""
-    group = Path("/sys/fs/cgroup")
+    """A container's limit and what is used of it, which /proc/meminfo does not know of.
+
+    Files in the page cache are not used memory: the kernel drops them for whoever asks for more.
+    """
     try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
     except (OSError, ValueError):
         return 2**63, 0
-    return (2**63, 0) if limit == "max" else (int(limit), used)
+    return (2**63, 0) if limit == "max" else (int(limit), max(0, used - cached))
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

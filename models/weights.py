@@ -49,7 +49,7 @@ class Checkpoint:
     licence: str
     provenance: Mapping[str, Any]
     sha256: str
-    """Of the file, in hexadecimal."""
+    """Of the file, in hexadecimal; of a released checkpoint and its prompt bank together."""
     path: Path
 
 
@@ -208,7 +208,7 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
         prompts=replace(prompts, permutations=prompt_permutations(network, prompts.embeddings)),
         licence="unknown: see where the checkpoint was released",
         provenance={"origin": "released checkpoint"},
-        sha256=sha256,
+        sha256=_with_bank(sha256, prompts),
         path=path,
     )
 
@@ -267,6 +267,13 @@ def _with_stored_permutations(path: Path, network: DFPIR, bank: PromptBank, stor
 def _describe_prompts(bank: PromptBank) -> dict[str, str]:
     pairs = [{"key": key, "sentence": sentence} for key, sentence in zip(bank.keys, bank.sentences, strict=True)]
     return {"prompts": json.dumps(pairs)}
+
+
+def _with_bank(sha256: str, bank: PromptBank) -> str:
+    """A hash that changes with the bank as well, whose embeddings decide every channel order."""
+    digest = hashlib.sha256((sha256 + _describe_prompts(bank)["prompts"]).encode())
+    digest.update(bank.embeddings.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _bank(path: Path, metadata: Mapping[str, str], embeddings: Tensor) -> PromptBank:

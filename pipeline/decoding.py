@@ -7,7 +7,7 @@ import io
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
@@ -95,6 +95,7 @@ class _Metadata:
     icc: bytes | None
     xmp: bytes | None
     dpi: tuple[float, float] | None
+    png_colour: tuple[tuple[bytes, bytes], ...]
     warnings: tuple[str, ...]
 
 
@@ -136,10 +137,12 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
             # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
             if image.format != "TIFF":
                 image.load()
-            metadata = _read_metadata(image)
+            metadata = _read_metadata(image, data)
             image.load()
             _check_end(data, _format_name(image))
             decoded = _to_decoded(image, layout, metadata)
+            if image.format == "WEBP":
+                decoded = replace(decoded, lossless_webp=_is_lossless_webp(data))
         except (ImageFault, MemoryError):
             raise
         except Exception as error:
@@ -313,7 +316,7 @@ def _count_frames(image: Image.Image, data: bytes) -> int | None:
             return None
 
 
-def _read_metadata(image: Image.Image) -> _Metadata:
+def _read_metadata(image: Image.Image, data: bytes) -> _Metadata:
     notes = []
     for key, name in (("xmp", "XMP"), ("icc_profile", "the colour profile")):
         if not isinstance(image.info.get(key, b""), bytes):
@@ -339,8 +342,37 @@ def _read_metadata(image: Image.Image) -> _Metadata:
         icc=image.info.get("icc_profile") or None,
         xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if xmp else None,
         dpi=_upright_dpi(image, orientation),
+        png_colour=_png_colour(data) if image.format == "PNG" else (),
         warnings=tuple(notes),
     )
+
+
+def _png_colour(data: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """Chunks before the pixels; Pillow tells of some, and then in numbers that are rounded."""
+    found, place = [], 8
+    while place + 8 <= len(data) and (kind := data[place + 4 : place + 8]) != b"IDAT":
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if kind in (b"cHRM", b"cICP", b"gAMA", b"sRGB"):
+            found.append((kind, data[place + 8 : end]))
+        place = end + 4
+    return tuple(found)
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """Whether the first picture in the file is stored exactly."""
+    place = 12
+    while place + 8 <= len(data):
+        match data[place : place + 4]:
+            case b"VP8L":
+                return True
+            case b"VP8 ":
+                return False
+            case b"ANMF":
+                place += 24  # into the frame, whose own chunks follow its size and place
+            case _:
+                size = int.from_bytes(data[place + 4 : place + 8], "little")
+                place += 8 + size + size % 2
+    return False
 
 
 def _stated_orientation(exif: Image.Exif) -> int | None:
@@ -449,6 +481,7 @@ def _to_decoded(image: Image.Image, layout: _Layout, metadata: _Metadata) -> Dec
         icc=icc,
         xmp=metadata.xmp,
         dpi=metadata.dpi,
+        png_colour=metadata.png_colour,
         warnings=tuple(notes),
     )
 

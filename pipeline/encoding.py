@@ -20,6 +20,10 @@ _WRITES_METADATA = frozenset({"JPEG", "PNG", "WEBP", "TIFF"})
 _JPEG_EXIF_BYTES = 65_533
 _JPEG_XMP_BYTES = 65_504
 _XMP_TIFF_TAG = 700
+_LOSSLESS_EFFORT = 50
+"""Of 100, which a lossless WebP's quality means."""
+_OF_SRGB = {b"gAMA": (45455,), b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)}
+"""What these chunks of a PNG say of sRGB, in hundred-thousandths; a hundredth more or less is the same picture."""
 
 
 def encoded_format(source_format: str, option: str) -> str:
@@ -61,6 +65,8 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
     if format == "same" and name != source.source_format:
         notes.append(f"{source.source_format} was written as {name}")
     options = _save_options(source, name, quality, notes)
+    if format == "same" and source.lossless_webp:
+        options |= {"lossless": True, "quality": _LOSSLESS_EFFORT}
     try:
         with _file() if name == "JPEG" else io.BytesIO() as file:
             image.save(file, name, **options)
@@ -131,6 +137,11 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
             # libtiff, which compresses, cannot write an EXIF directory.
             options["compression"] = "tiff_adobe_deflate"
     if name in _WRITES_METADATA:
+        if name == "PNG":
+            chunks = PngImagePlugin.PngInfo()
+            for kind, content in source.png_colour:
+                chunks.add(kind, content)
+            options["pnginfo"] = chunks
         if source.icc is not None and name == "WEBP" and source.icc[16:20] == b"GRAY":
             notes.append("the colour profile was dropped: it is for greyscale, which WebP does not hold")
         elif source.icc is not None:
@@ -146,10 +157,22 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
             elif name == "PNG" and not _is_utf8(source.xmp):
                 notes.append("XMP was dropped: it is not UTF-8, as PNG holds it")
             else:
-                options |= _xmp_option(name, source.xmp, source.exif)
+                _add_xmp(options, name, source.xmp, source.exif)
     if source.dpi is not None:
         options["dpi"] = source.dpi
+    if name != "PNG" and any(_means_another_colour(*chunk) for chunk in source.png_colour):
+        kinds = ", ".join(kind.decode() for kind, _ in source.png_colour)
+        notes.append(f"what the PNG says of its colours beside a profile ({kinds}) was dropped")
     return options
+
+
+def _means_another_colour(kind: bytes, content: bytes) -> bool:
+    """Whether a reader that takes the numbers for sRGB would show another picture."""
+    if kind == b"sRGB":
+        return False
+    expected = _OF_SRGB.get(kind, ())
+    values = [int.from_bytes(content[place : place + 4], "big") for place in range(0, len(content), 4)]
+    return len(values) != len(expected) or any(abs(a - b) > 1000 for a, b in zip(values, expected, strict=True))
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -160,15 +183,14 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _xmp_option(name: str, xmp: bytes, exif: bytes | None) -> dict[str, object]:
+def _add_xmp(options: dict[str, object], name: str, xmp: bytes, exif: bytes | None) -> None:
     match name:
         case "PNG":
-            chunks = PngImagePlugin.PngInfo()
-            chunks.add_itxt("XML:com.adobe.xmp", xmp)
-            return {"pnginfo": chunks}
+            cast(PngImagePlugin.PngInfo, options["pnginfo"]).add_itxt("XML:com.adobe.xmp", xmp)
         case "TIFF":
             both = Image.Exif()
             both.load(exif or b"")
             both[_XMP_TIFF_TAG] = xmp
-            return {"exif": both.tobytes()}
-    return {"xmp": xmp}
+            options["exif"] = both.tobytes()
+        case _:
+            options["xmp"] = xmp

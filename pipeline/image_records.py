@@ -60,6 +60,9 @@ class DecodedImage:
     icc: bytes | None
     xmp: bytes | None
     dpi: tuple[float, float] | None
+    png_colour: tuple[tuple[bytes, bytes], ...] = ()
+    """Kind and content of the chunks by which a PNG says, beside a profile, what its numbers mean."""
+    lossless_webp: bool = False
     warnings: tuple[str, ...] = ()
 
     @property

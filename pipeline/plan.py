@@ -3,6 +3,7 @@
 Each call that finds something new adds one file, `OUT/plan/<generation>.parquet`; none is ever changed.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ FEWEST_SHARDS = 8
 FEWEST_IMAGES = 4
 """A shard is not cut smaller than this for the sake of their number."""
 _ROW_GROUP_ROWS = 100_000
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems say that know no hard links."""
 
 PLAN_SCHEMA = pa.schema([("shard_id", pa.string()), *IMAGE_REF_SCHEMA])
 _UNUSED = ("shard_id", "relative_path", "uri")
@@ -244,8 +247,13 @@ def _write_generation(folder: Path, table: pa.Table) -> None:
             pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
-        # A link, unlike a rename, refuses to replace a generation that another driver has written meanwhile.
-        os.link(temporary, path)
+        try:
+            # A link, unlike a rename, refuses to replace a generation that another driver has written meanwhile.
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _WITHOUT_LINKS:
+                raise
+            temporary.rename(path)  # the lock of the one driver has to do
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)

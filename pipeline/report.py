@@ -47,6 +47,10 @@ class Summary:
     failed_fraction: float
     failures: list[Failure] = field(default_factory=list)
     vanished: int = 0
+    ignored: int = 0
+    """Files of the source that are no candidates."""
+    unreadable_directories: tuple[str, ...] = ()
+    """Folders of the source that could not be listed: what lies in them is not part of the run."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -54,7 +58,7 @@ class Summary:
 
 
 SUMMARY_COLUMNS = (
-    "relative_path", "status", "label", "stage", "error_class", "error_message",
+    "image_id", "revision", "relative_path", "status", "label", "stage", "error_class", "error_message",
     "psnr_input_db", "psnr_db", "ssim_input", "ssim",
 )  # fmt: skip
 """Of the manifest: what `summarise` looks at."""
@@ -85,7 +89,9 @@ def summarise(
     planned: int,
     fresh: Tally,
     elapsed_s: float,
-    vanished: int,
+    vanished: int = 0,
+    ignored: int = 0,
+    unreadable_directories: tuple[str, ...] = (),
 ) -> Summary:
     """Counts and means over the whole manifest (`SUMMARY_COLUMNS`), rates over `fresh` and `elapsed_s` seconds."""
     undone = manifest.filter(pc.is_in(manifest["status"], pa.array([Status.FAILED, Status.QUARANTINED])))
@@ -118,6 +124,8 @@ def summarise(
             for row in undone[:20].to_pylist()
         ],
         vanished=vanished,
+        ignored=ignored,
+        unreadable_directories=unreadable_directories,
     )
 
 

@@ -18,7 +18,9 @@ import json
 import os
 import re
 import secrets
+import socket
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +41,10 @@ LOCK_WAIT_S = 60.0
 
 class ManifestError(Exception):
     """A manifest part is not what this version writes; the message names the file and what is at odds."""
+
+
+class OtherRunError(Exception):
+    """The folder of a run is not there, or is another run's: not all machines see the same one."""
 
 
 class ShardBusyError(Exception):
@@ -73,6 +79,18 @@ class RunDirectory:
         for folder in (self.plan_dir, self.images_dir, self.manifest_dir, self.journal_dir):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def require_run(self, run_id: str) -> None:
+        """Raises OtherRunError if this machine sees another folder under the run's path than the driver does."""
+        try:
+            found = json.loads(self.job_path.read_text(encoding="utf-8", errors="surrogateescape"))["run_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            found = None
+        if found != run_id:
+            state = "cannot be read" if found is None else f"is of run {found}"
+            raise OtherRunError(
+                f"all machines of a run need the same OUT: on {socket.gethostname()}, {self.job_path} {state}"
+            )
+
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Writes or replaces a JSON file of the run in one step."""
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
@@ -104,8 +122,7 @@ class RunDirectory:
         """
         path = self.image_path(relative_path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_name(path)
-        os.link(source.resolve(), temporary)  # of the file itself, where the source is a symbolic link to it
+        temporary = _linked(source, path)
         try:
             fault_point("before-rename", path.name)
             os.replace(temporary, path)
@@ -114,6 +131,23 @@ class RunDirectory:
             temporary.unlink(missing_ok=True)
         fault_point("after-image", relative_path)
         return Written(path, hashlib.sha256(data).hexdigest(), len(data))
+
+    def try_link(self, source: Path) -> None:
+        """Links a source file into the run and takes the link away again; raises OSError as `link_image` does."""
+        _linked(source, self.job_path).unlink()
+
+    def folds_names(self) -> bool:
+        """Whether the run's file system takes names for one that differ in case, or in how accents are written."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        probe = _temporary_name(self.root / "\u00e9")
+        probe.touch()
+        try:
+            return any(
+                probe.with_name(each).exists()
+                for each in (probe.name.swapcase(), unicodedata.normalize("NFD", probe.name))
+            )
+        finally:
+            probe.unlink()
 
     def commit_part(self, shard_id: str, outcomes: Sequence[Outcome]) -> Path:
         """Makes rows count: writes them as a new part. The images they speak of must have been written."""
@@ -272,6 +306,13 @@ def _temporary_name(path: Path) -> Path:
     # Cut short, because the name of a result may already be as long as a file system allows.
     stem = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")
     return path.with_name(f".{stem}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+
+
+def _linked(source: Path, path: Path) -> Path:
+    """A hard link, under a temporary name beside `path`, to a file itself where `source` is a symbolic link to it."""
+    temporary = _temporary_name(path)
+    os.link(source.resolve(), temporary)
+    return temporary
 
 
 def _write_whole(path: Path, data: bytes) -> None:

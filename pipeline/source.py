@@ -276,7 +276,10 @@ def fetch(ref: ImageRef) -> bytes:
 def is_gone(source_root: str) -> bool:
     """Whether a source has vanished as a whole: an unmounted folder is not there, or empty."""
     try:
-        return stat.S_ISDIR(os.stat(source_root).st_mode) and not os.listdir(source_root)
+        with os.scandir(source_root) as entries:
+            return next(entries, None) is None
+    except NotADirectoryError:
+        return False  # a list
     except OSError:
         return True
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.config import RestoreOptions
+from jobs.local import LocalRunner
 from jobs.restore import _absolute, prepare
 from jobs.runner import WHOLE_PIXELS
 from jobs.terminal import harmless
@@ -27,7 +29,7 @@ from models.dfpir import DFPIR
 from models.memory import bytes_needed
 from models.weights import load_checkpoint, save_checkpoint
 from pipeline.faults import FAULT
-from pipeline.sink import read_manifest
+from pipeline.sink import RunDirectory, read_manifest
 
 runner = CliRunner()
 
@@ -318,8 +320,98 @@ def test_links_to_another_file_system_are_refused_before_the_work(photographs: P
         pytest.skip("no second file system here")
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         code, _, stderr = restore(photographs, Path(folder) / "out", weights, "--clean", "link")
+        assert tree(Path(folder)) == {}
     assert code == 2
-    assert "different file systems" in stderr
+    assert "cannot be linked into OUT (Invalid cross-device link)" in stderr
+
+
+def test_a_list_of_the_runs_own_results_is_refused(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    out = tmp_path / "out"
+    assert restore(photographs, out, weights, "--label", "rain")[0] == 0
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(tmp_path.rglob("*.png"))))
+    before = tree(out / "images")
+    code, _, stderr = restore(listed, tmp_path / "other", weights, "--label", "rain")
+    assert code == 0, "results of another run are photographs like others"
+    code, _, stderr = restore(listed, out, weights, "--label", "rain")
+    assert code == 2
+    listed.rename(tmp_path / "again.txt")
+    (tmp_path / "link").symlink_to(out.parent)
+    new = tmp_path / "link" / "new"
+    (tmp_path / "again.txt").write_text(f"{new / 'images' / 'astronaut.png'}\n")
+    code, _, stderr = restore(tmp_path / "again.txt", new, weights, "--label", "rain")
+    assert code == 2
+    assert "the list names 1 results of this run" in stderr
+    assert tree(out / "images") == before
+
+
+def test_names_that_are_one_where_results_go_are_refused(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photographs / "Astronaut.PNG").write_bytes((photographs / "astronaut.png").read_bytes())
+    monkeypatch.setattr(RunDirectory, "folds_names", lambda directory: True)
+    code, _, stderr = restore(photographs, tmp_path / "out", weights, "--label", "rain")
+    assert code == 2
+    assert "Astronaut.PNG and astronaut.png are one name" in stderr
+    (photographs / "Astronaut.PNG").unlink()
+    assert restore(photographs, tmp_path / "out", weights, "--label", "rain")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [(errno.ENOSYS, "a file system without locks"), (errno.EAGAIN, "another process")]
+)
+def test_a_lock_that_cannot_be_had_is_told_from_one_that_is_held(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch, fault: int, message: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr("jobs.restore.fcntl.flock", refuse)
+    code, _, stderr = restore(photographs, tmp_path / "out", weights)
+    assert code == 2
+    assert message in stderr
+
+
+def test_a_run_without_hard_links_has_a_plan(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert restore(photographs, tmp_path / "out", weights, "--label", "rain")[0] == 0
+    code, _, stderr = restore(photographs, tmp_path / "linked", weights, "--clean", "link")
+    assert code == 2
+    assert "cannot be linked into OUT (Operation not permitted)" in stderr
+
+
+def test_rows_that_are_missing_at_the_end_break_the_run_off(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a worker had written them on a machine that sees another OUT."""
+    monkeypatch.setattr(LocalRunner, "run", lambda *_, **__: None)
+    code, stdout, stderr = restore(photographs, tmp_path / "out", weights, "--label", "rain")
+    assert (code, stdout) == (1, "")
+    assert "2 planned images have no row" in stderr
+    assert "astronaut.png" in stderr
+
+
+def test_folders_that_cannot_be_listed_are_part_of_the_result(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("holiday"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    code, stdout, _ = restore(photographs, tmp_path / "out", weights, "--label", "rain", "--json")
+    assert code == 0
+    assert json.loads(stdout)["unreadable_directories"] == ["holiday"]
+    _, stdout, _ = restore(photographs, tmp_path / "out", weights, "--label", "rain")
+    assert "1 folders, the first holiday" in stdout
 
 
 def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path, weights: list[str]) -> None:

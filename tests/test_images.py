@@ -644,6 +644,35 @@ def test_jpeg_keeps_the_resolution_of_colour():
         assert JpegImagePlugin.get_sampling(written) == 0
 
 
+@pytest.mark.parametrize("animated", [False, True])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_lossless_webp_stays_lossless(lossless, animated):
+    frames = {"save_all": True, "append_images": [Image.fromarray(picture(seed=1))]} if animated else {}
+    decoded = read(file_bytes(Image.fromarray(picture()), "WEBP", lossless=lossless, **frames))
+    assert decoded.lossless_webp == lossless
+    again = read(encode(decoded, decoded.pixels, format="same", quality=95).data)
+    assert again.lossless_webp == lossless
+    assert np.array_equal(again.pixels, decoded.pixels) == lossless
+    assert not read(encode(decoded, decoded.pixels, format="webp", quality=95).data).lossless_webp
+
+
+LINEAR, BT2020_PQ, OF_SRGB = b"\0\1\x86\xa0", b"\x09\x10\0\1", b"\0\0\xb1\x8f"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [(b"gAMA", LINEAR), (b"cICP", BT2020_PQ), (b"gAMA", OF_SRGB), (b"sRGB", b"\0")]
+)
+def test_what_the_numbers_of_a_png_mean_is_kept_or_named(kind, body):
+    rows = [row.tobytes() for row in picture()]
+    data = raw_png(17, 23, bit_depth=8, color_type=2, rows=rows, before=png_chunk(kind, body))
+    decoded = read(data)
+    kept = encode(decoded, decoded.pixels, format="same", quality=95)
+    assert png_chunk(kind, body) in kept.data
+    assert kept.warnings == ()
+    notes = encode(decoded, decoded.pixels, format="jpeg", quality=95).warnings
+    assert len(notes) == (body in (LINEAR, BT2020_PQ))
+
+
 def test_an_image_that_a_format_cannot_hold_is_a_fault_of_encoding():
     decoded = read(file_bytes(Image.new("RGB", (16_400, 1)), "PNG"))
     with pytest.raises(ImageFault) as caught:

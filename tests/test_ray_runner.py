@@ -211,6 +211,15 @@ def test_workers_that_cannot_start_end_the_run_with_their_log(ray_cluster: None,
         drive(RayRunner(max_workers=1), run.context, run.shards)
 
 
+def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: None, make_run: MakeRun) -> None:
+    run = make_run(NAMES)
+    run.directory.job_path.unlink()
+    before = sorted(run.directory.root.rglob("*"))
+    with pytest.raises(RunError, match="all machines of a run need the same OUT"):
+        drive(RayRunner(max_workers=1), run.context, run.shards)
+    assert sorted(run.directory.root.rglob("*")) == before
+
+
 def test_a_death_with_its_machine_is_told_from_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, RayActorError
 

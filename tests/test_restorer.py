@@ -230,6 +230,18 @@ def test_memory_is_known_and_grows_with_the_network():
     assert bytes_per_pixel(config, torch.bfloat16, "cuda") < bytes_per_pixel(config, torch.float32, "cuda")
 
 
+def test_files_in_the_page_cache_do_not_count_as_used_memory_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.memory._CGROUP", tmp_path)
+    limit = min(total_bytes(torch.device("cpu")), available_bytes(torch.device("cpu")) // 2)
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{limit}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1024\ninactive_file {limit // 2}\nactive_file {limit // 4}\nslab 9\n")
+    assert available_bytes(torch.device("cpu")) == limit - (limit - limit // 2 - limit // 4)
+    assert total_bytes(torch.device("cpu")) == limit
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) > limit
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_image_takes_more_memory_than_estimated(dtype, tmp_path):

@@ -36,8 +36,8 @@ def test_shards_go_out_in_order_and_once(run: TinyRun) -> None:
     assert [a.shard.shard_id for a in (first, second)] == ["s000", "s001"]
     assert dispatcher.take() is None
     assert not dispatcher.is_finished
-    dispatcher.done("s000")
-    dispatcher.done("s001")
+    dispatcher.done(0, "s000")
+    dispatcher.done(0, "s001")
     assert dispatcher.is_finished
 
 
@@ -87,10 +87,10 @@ def test_a_worker_that_cannot_start_is_given_up_while_others_work(run: TinyRun) 
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
     dispatcher.worker_ready(0)
     for _ in range(3):
-        assert dispatcher.may_start(1)
+        assert dispatcher.is_of_use(1)
         dispatcher.start_failed(1, "SIGKILL", "log", others_work=True)
-    assert not dispatcher.may_start(1)
-    assert dispatcher.may_start(0)
+    assert not dispatcher.is_of_use(1)
+    assert dispatcher.is_of_use(0)
 
 
 def test_a_shard_that_is_done_reports_its_own_images_only(make_run: MakeRun) -> None:
@@ -102,7 +102,7 @@ def test_a_shard_that_is_done_reports_its_own_images_only(make_run: MakeRun) -> 
         [Shard("s000", shard.images[2:])], run.context, lambda rows: reported.extend(each.image_id for each in rows)
     )
     dispatcher.take()
-    dispatcher.done("s000")
+    dispatcher.done(0, "s000")
     assert reported == [shard.images[2].image_id]
 
 
@@ -111,10 +111,44 @@ def test_a_worker_that_lives_and_fails_again_and_again_ends_the_run(run: TinyRun
     Journal(run.directory.journal_dir, "s000").begin("held by a process that cannot be ended")
     for _ in range(2):
         dispatcher.take()
-        dispatcher.failed("s000", "ShardBusyError", "log")
+        dispatcher.failed(0, "s000", "ShardBusyError", "log")
     dispatcher.take()
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
-        dispatcher.failed("s000", "ShardBusyError", "log")
+        dispatcher.failed(0, "s000", "ShardBusyError", "log")
+
+
+def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on(make_run: MakeRun) -> None:
+    run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    for _ in range(3):
+        assert dispatcher.is_of_use(0)
+        assignment = dispatcher.take()
+        assert assignment is not None
+        dispatcher.failed(0, assignment.shard.shard_id, "SourceGoneError", "log")
+    assert not dispatcher.is_of_use(0)
+    attempts = []
+    while (assignment := dispatcher.take()) is not None:
+        attempts.append(assignment.attempt)
+        run.directory.commit_part(
+            assignment.shard.shard_id, [row(run, ref, assignment.shard.shard_id) for ref in assignment.shard.images]
+        )
+        dispatcher.done(1, assignment.shard.shard_id)
+    assert dispatcher.is_finished
+    assert attempts == [1] * 6, "no image was at fault, so none has to be done with care"
+
+
+def test_a_shard_in_between_makes_a_worker_trusted_again(make_run: MakeRun) -> None:
+    run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    for number in range(6):
+        assignment = dispatcher.take()
+        assert assignment is not None
+        if number == 2:
+            dispatcher.done(0, assignment.shard.shard_id)
+        elif number < 5:
+            dispatcher.failed(0, assignment.shard.shard_id, "OSError", "log")
+    with pytest.raises(RunError, match="every worker failed over 3 shards in a row"):
+        dispatcher.failed(0, run.shards[5].shard_id, "OSError", "log")
 
 
 def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) -> None:
@@ -141,7 +175,7 @@ def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
     dispatcher.take()
     dispatcher.report("s000", [first])
     run.directory.commit_part("s000", [first, second])
-    dispatcher.done("s000")
+    dispatcher.done(0, "s000")
     dispatcher.report("s000", [first, second])  # Ray may deliver an answer after the shard's end
     assert seen == ["a.png", "b.png"]
 

@@ -2,6 +2,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.records import MANIFEST_SCHEMA, Outcome, Status, image_id
-from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, read_manifest
+from pipeline.sink import ManifestError, OtherRunError, RunDirectory, ShardBusyError, done, read_manifest
 
 
 def row(name: str, *, shard: str = "s1", revision: int = 0, **facts: object) -> Outcome:
@@ -229,3 +231,27 @@ def test_what_is_done_tells_status_and_results_of_another_name(directory: RunDir
         kept.image_id: None, row("c.png").image_id: None, renamed.image_id: "b.jpg.png",
     }  # fmt: skip
     assert found[renamed.image_id]["revision"] == 2
+
+
+def test_another_runs_folder_is_told_from_ones_own(directory: RunDirectory) -> None:
+    with pytest.raises(OtherRunError, match=r"job\.json cannot be read"):
+        directory.require_run("mine")
+    directory.write_json(directory.job_path, {"run_id": "mine"})
+    directory.require_run("mine")
+    with pytest.raises(OtherRunError, match="is of run mine"):
+        directory.require_run("other")
+
+
+@pytest.mark.parametrize("folds", [str.casefold, lambda name: unicodedata.normalize("NFC", name)])
+def test_a_file_system_that_folds_names_is_found_out(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, folds: Callable[[str], str]
+) -> None:
+    assert not directory.folds_names()
+    there = Path.exists
+
+    def exists(path: Path) -> bool:
+        return there(path) or folds(path.name) in map(folds, os.listdir(path.parent))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert directory.folds_names()
+    assert not [path for path in directory.root.iterdir() if path.is_file()]

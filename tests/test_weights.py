@@ -202,6 +202,15 @@ def test_a_released_checkpoint_gives_the_same_network(released):
     assert set(checkpoint.prompts.permutations) == set(prompt_permutations(network, prompts))
 
 
+def test_another_bank_beside_a_released_checkpoint_is_another_model(released):
+    first = load_checkpoint(released).sha256
+    assert first == load_checkpoint(released).sha256 == load_checkpoint(released, orthogonal_bank()).sha256
+    assert first != file_sha256(released)
+    bank = orthogonal_bank()
+    save_prompt_bank(bank_beside(released), replace(bank, embeddings=bank.embeddings.flip(0)))
+    assert load_checkpoint(released).sha256 != first
+
+
 def test_the_bank_of_a_released_checkpoint_may_be_given(released):
     bank_beside(released).unlink()
     assert load_checkpoint(released, orthogonal_bank()).prompts.keys == orthogonal_bank().keys

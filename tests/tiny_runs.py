@@ -92,6 +92,7 @@ def plan_run(source: Path, out: Path, config: RunConfig, *, per_shard: int = 3) 
     )
     directory = RunDirectory(out)
     directory.create()
+    directory.write_json(directory.job_path, {"run_id": context.run_id})
     return TinyRun(source, directory, context, shards)
 
 
