@@ -26,6 +26,7 @@ from jobs.errors import TrainingError, UsageError
 from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
 from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
+from jobs.training_data import tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
@@ -161,6 +162,8 @@ class Training:
             self.trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
+        self.inventory: str | None = None
+        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
             self._resume(state)
 
@@ -179,11 +182,16 @@ class Training:
                 for mine, stored in ((self.trained, state["network"]), (self.averaged, state["average"])):
                     for name, parameter in mine.items():
                         parameter.copy_(stored[name])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
 
     def save(self) -> None:
         """Writes the checkpoint, and a portable one for other machines: weights and their average in float16."""
-        common = {"config": as_plain(self.config), "step": self.step, "seconds": self.seconds}
+        common = {
+            "config": as_plain(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "inventory": self.inventory,
+        }
         whole = {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
@@ -260,7 +268,7 @@ class Training:
 
 def batches(
     training: Training, sources: Sources, places: Iterable[tuple[int, Phase]], *, loaders: int
-) -> DataLoader[Batch]:
+) -> DataLoader[Batch | UsageError]:
     """This process's part of the batch of every step and phase; a GPU gets recipes, and makes the pixels itself."""
     on_gpu = training.device.type == "cuda"
     return DataLoader(
@@ -299,16 +307,17 @@ def train(
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
         UsageError: too few photographs can be read, there are no weights to start from, or no such device.
-        TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), or the disk has
-            no room for a checkpoint.
+        TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), a photograph
+            that is read for every patch cannot be read any more, or the disk has no room for a checkpoint.
     """
     begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
     training = Training(config, out, usable_device(device), compiled=compiled)
     if training.progress < 1:
-        sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
+            everything = Sources.load(config.data)
+            sources, held_out = (everything.part(validation=validation) for validation in (False, True))
             _run(training, sources, held_out, diary, begun, loaders, max_minutes, save_every_s)
     elif not (out / CHECKPOINT).exists() and training.group.rank == 0:  # it came, at its end, as a portable one
         training.save()
@@ -332,6 +341,8 @@ def _run(
         log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
     if training.step:
         log.info("resumed at step %d", training.step)
+    tell_if_changed(training.inventory, sources.inventory)
+    training.inventory = sources.inventory
 
     def places() -> Iterator[tuple[int, Phase]]:
         """Step by step, looked at as far ahead as the loader goes."""

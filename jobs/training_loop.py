@@ -16,6 +16,7 @@ from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.signals import StopRequest, stop_on_signals
 from jobs.training_diary import Diary
 from jobs.training_group import Group
+from jobs.training_state import last_good
 from models.precision import fastest_dtype
 
 log = logging.getLogger("training")
@@ -40,6 +41,7 @@ def usable_device(name: str) -> torch.device:
 class Trained(Protocol):
     """A training in progress."""
 
+    out: Path
     step: int
     seconds: float
 
@@ -51,6 +53,10 @@ class Trained(Protocol):
     @property
     def progress(self) -> float:
         """How much of it is over, 0..1."""
+        ...
+
+    def save(self) -> None:
+        """Writes its checkpoint."""
         ...
 
 
@@ -79,6 +85,8 @@ def run(
 
     Raises:
         TrainingInterruptedError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
+        TrainingError: a photograph that is read again and again cannot be read any more. The first of several processes
+            writes a checkpoint before that, if the photograph is one of its own.
     """
     first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
 
@@ -88,7 +96,15 @@ def run(
     # One of several processes must not leave the others waiting for it.
     with stop_on_signals() if group.size == 1 else nullcontext(StopRequest()) as request:
         while goes_on() and not request:
-            loss = learn()
+            try:
+                loss = learn()
+            except UsageError as fault:
+                if diary is not None:
+                    training.save()
+                raise TrainingError(
+                    f"{fault}, at step {training.step}{group}; {last_good(training.out)}; the same command goes on "
+                    "without that photograph"
+                ) from fault
             training.seconds = before + group.first_says(time.monotonic() - first)
             if diary is not None:
                 rate = training.optimiser.param_groups[0]["lr"]

@@ -31,6 +31,7 @@ from jobs.train_restorer import (
     train,
 )
 from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
+from jobs.training_data import is_validation
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import orthogonal_bank
@@ -87,7 +88,7 @@ def test_a_fresh_network_is_the_identity_and_tells_prompts_apart() -> None:
 
 
 def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs: Path) -> None:
-    sources = Sources.load(Data(clean=(photographs,)), validation=False)
+    sources = Sources.load(Data(clean=(photographs,))).part(validation=False)
     rng = np.random.default_rng(0)
     prompts = set()
     for _ in range(12):
@@ -101,7 +102,7 @@ def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs:
 
 
 def test_low_light_is_to_become_what_a_longer_exposure_shows(photographs: Path) -> None:
-    sources = Sources.load(Data(clean=(photographs,)), validation=False)
+    sources = Sources.load(Data(clean=(photographs,))).part(validation=False)
     draw = partial(sources.draw, side_px=32, jpeg_share=0.0)
     for seed in range(10):
         taken, lifted = (
@@ -113,7 +114,7 @@ def test_low_light_is_to_become_what_a_longer_exposure_shows(photographs: Path) 
 def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: Path) -> None:
     phase = Phase(start=0.0, patch_px=64, batch=40, tasks=EVERYTHING)
     config = tiny(photographs, phases=(phase,), jpeg_share=0.2)
-    sources = Sources.load(config.data, validation=False)
+    sources = Sources.load(config.data).part(validation=False)
     made, left = (Batches(sources, config, slice(None), as_recipe=flag)[3, phase] for flag in (False, True))
     assert not made.recipes
     assert 20 <= len(left.recipes) < 40  # sensor noise and JPEG are made where they are drawn
@@ -128,7 +129,7 @@ def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: P
 def test_batches_come_in_order_whether_prepared_or_not(photographs: Path) -> None:
     phase = Phase(start=0.0, patch_px=32, batch=2, tasks=EVERYTHING)
     config = tiny(photographs, phases=(phase,))
-    made = Batches(Sources.load(config.data, validation=False), config, slice(None))
+    made = Batches(Sources.load(config.data).part(validation=False), config, slice(None))
     wanted = [made[step, phase].names for step in range(4)]
     ahead = Ahead((made[step, phase] for step in range(4)), CPU)
     found = [ahead.take().names]
@@ -155,7 +156,7 @@ def test_blur_comes_along_few_paths_first(photographs: Path) -> None:
     config = tiny(photographs)
 
     def recipes(paths: int) -> list[MotionBlur]:
-        sources = Sources.load(config.data, validation=False)
+        sources = Sources.load(config.data).part(validation=False)
         found = [
             sample.degraded for sample in sources.batch(config, replace(phase, blur_paths=paths), 0, as_recipe=True)
         ]
@@ -172,7 +173,7 @@ def test_blur_comes_along_few_paths_first(photographs: Path) -> None:
 def test_other_work_is_done_between_gradient_and_update(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs)
     training = Training(config, tmp_path, CPU)
-    batch = Sources.load(config.data, validation=False).batch(config, config.phases[0], 0)
+    batch = Sources.load(config.data).part(validation=False).batch(config, config.phases[0], 0)
     before = {name: p.detach().clone() for name, p in training.trained.items()}
     seen = []
 
@@ -198,7 +199,7 @@ def test_a_gpu_learns_the_same_with_and_without_loaders(photographs: Path, tmp_p
 
 
 def test_noise_may_be_of_the_published_strengths_alone(photographs: Path) -> None:
-    sources = Sources.load(Data(clean=(photographs,), noise_sigmas_255=(15.0, 50.0)), validation=False)
+    sources = Sources.load(Data(clean=(photographs,), noise_sigmas_255=(15.0, 50.0))).part(validation=False)
     rng = np.random.default_rng(0)
     for _ in range(12):
         sample = sources.draw(rng, label=Degradation.NOISE, side_px=64, jpeg_share=0.0)
@@ -218,7 +219,7 @@ def test_pairs_are_used_for_their_label_alone_in_the_share_asked_for(photographs
     rng = np.random.default_rng(0)
 
     def share_of_pairs(label: Degradation, **options: object) -> float:
-        sources = Sources.load(Data(pairs=pairs, **options), validation=False)  # type: ignore[arg-type]
+        sources = Sources.load(Data(pairs=pairs, **options)).part(validation=False)  # type: ignore[arg-type]
         drawn = [sources.draw(rng, label=label, side_px=32, jpeg_share=0.0).degraded for _ in range(60)]
         flat = [np.ptp(cast(np.ndarray, image).reshape(-1, 3), axis=0).max() == 0 for image in drawn]
         return float(np.mean(flat))
@@ -350,6 +351,52 @@ def test_ctrl_c_leaves_the_processes_that_make_samples_alone(photographs: Path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", learn_and_interrupt)
         assert train(tiny(photographs, steps=8), tmp_path, threads=1, loaders=1).step == 8
+
+
+@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_photograph_that_cannot_be_read_any_more_ends_a_training_with_a_checkpoint(
+    photographs: Path, tmp_path: Path, loaders: int
+) -> None:
+    config = tiny(photographs, data=Data(clean=(photographs,), on_disk=True), steps=6)
+    whole, learn = {path: path.read_bytes() for path in photographs.iterdir()}, Training.learn
+
+    def learn_and_spoil(training: Training, batch: ReadyBatch, *meanwhile: Callable[[], None]) -> float:
+        for path in whole:
+            path.write_bytes(b"no image")
+        return learn(training, batch, *meanwhile)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "learn", learn_and_spoil)
+        with pytest.raises(
+            TrainingError, match=r"^cannot read .*photo-\d+\.png: .*, at step [1-5]; last good"
+        ) as caught:
+            train(config, tmp_path / "out", threads=1, loaders=loaders)
+    step = torch.load(tmp_path / "out" / CHECKPOINT, weights_only=True)["step"]
+    assert f"at step {step};" in str(caught.value)
+    lost = next(path for path in whole if not is_validation(path.name))
+    for path in whole.keys() - {lost}:
+        path.write_bytes(whole[path])
+    assert train(config, tmp_path / "out", threads=1).step == 6
+    log = (tmp_path / "out" / "training.log").read_text()
+    assert f"skipped a photograph: cannot read {lost}" in log
+    assert "the photographs are not those of the checkpoint: it had" in log
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_checkpoint_without_inventory_goes_on(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs), tmp_path, threads=1, max_minutes=0.0)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state.pop("inventory").startswith("38 (names ")
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert train(tiny(photographs), tmp_path, threads=1).step == 4
+    assert "are not those of the checkpoint" not in (tmp_path / "training.log").read_text()
+
+
+def test_a_training_that_cannot_begin_leaves_its_folder_empty(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        train(tiny(photographs / "nowhere"), tmp_path / "out", threads=1)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.usefixtures("quick_validation")
@@ -512,7 +559,7 @@ def test_a_label_is_drawn_apart_from_its_sample(photographs: Path, tmp_path: Pat
     phase = Phase(start=0.0, patch_px=32, batch=1, tasks={Degradation.NOISE: 0.5, Degradation.RAIN: 0.5})
     config = tiny(photographs, phases=(phase,))
     mixed = Data(clean=(photographs,), pairs=(Pairs(Degradation.RAIN, degraded, photographs),))
-    batches = Batches(Sources.load(mixed, validation=False), config, slice(None))
+    batches = Batches(Sources.load(mixed).part(validation=False), config, slice(None))
     rainy = [batch.degraded for step in range(80) if (batch := batches[step, phase]).prompts == ("rain",)]
     green = [len(pixels.flatten(0, 2).unique(dim=0)) == 1 for pixels in rainy]
     assert 0.2 < np.mean(green) < 0.8
