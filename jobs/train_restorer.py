@@ -82,6 +82,15 @@ def prompt_bank(name: str) -> PromptBank:
         raise UsageError(f"prompts: {error}") from error
 
 
+def checked_bank(config: RestorerTraining) -> PromptBank:
+    """The bank that a training uses; raises UsageError if there is none, or it lacks a prompt for one of the tasks."""
+    bank = prompt_bank(config.prompts)
+    for label in {label for phase in config.phases for label in phase.tasks}:
+        if without := set(prompts_for(label)) - set(bank.keys):
+            raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
+    return bank
+
+
 def weights_of(name: str, *, model: DFPIRConfig) -> dict[str, Tensor]:
     """Those of a model by its name or file.
 
@@ -131,14 +140,8 @@ class Training:
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
         self.config, self.out, self.device, self.group = config, out, device, Group(device)
-        for phase in config.phases:
-            if phase.batch % self.group.size:
-                raise UsageError(f"a batch of {phase.batch} cannot be shared among {self.group.size} workers equally")
         torch.manual_seed(config.seed)
-        self.bank = prompt_bank(config.prompts)
-        for label in {label for phase in config.phases for label in phase.tasks}:
-            if without := set(prompts_for(label)) - set(self.bank.keys):
-                raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
+        self.bank = checked_bank(config)
         self.embeddings = self.bank.embeddings.to(device)
         out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
@@ -216,7 +219,7 @@ class Training:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"the network cannot be compiled here, try without --compile: {error}") from error
         meanwhile()
-        self.group.average_gradients(self.trained.values())
+        self.group.average_gradients(self.trained.values(), samples=len(batch.clean))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
             named = ", ".join(f"{name} ({prompt})" for name, prompt in zip(batch.names, batch.prompts, strict=True))
