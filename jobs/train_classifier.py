@@ -46,6 +46,7 @@ from jobs.training_state import (
     last_good,
     save_atomically,
     start_from,
+    taken_up,
 )
 from pipeline.synthesis import FloatImage, from_uint8
 
@@ -155,12 +156,7 @@ class Training:
             self.network = DegradationNetwork(config.network, crop_px=VIEW.crop_px)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ConfigError(f"network.backbone {config.network.backbone} is no ResNet of timm: {error}") from error
-        if state is not None:
-            try:
-                self.network.load_state_dict(state["network"])
-            except RuntimeError as error:
-                raise ConfigError(f"{out} holds a training of another network; use another folder") from error
-        elif config.start_from is not None:
+        if state is None and config.start_from is not None:
             start_from(self.network, config.start_from, lambda name: weights_of(name).network.state_dict())
         self.network.to(device).to(memory_format=torch.channels_last)
         self.teacher = self._teacher(config.teacher) if config.teacher is not None else None
@@ -172,9 +168,11 @@ class Training:
         self.inventory: str | None = None
         """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
-            self.average.load_state_dict(state["average"])
-            if "optimiser" in state:
-                self.optimiser.load_state_dict(state["optimiser"])
+            with taken_up(out):
+                self.network.load_state_dict(state["network"])
+                self.average.load_state_dict(state["average"])
+                if "optimiser" in state:
+                    self.optimiser.load_state_dict(state["optimiser"])
             self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
         else:
             (out / "pool").unlink(missing_ok=True)  # another training's

@@ -39,6 +39,7 @@ from jobs.training_state import (
     last_good,
     save_atomically,
     start_from,
+    taken_up,
 )
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
@@ -148,8 +149,8 @@ class Training:
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
-        # A portable checkpoint lacks what is not trained: the guidance layers.
-        if config.start_from is not None and (state is None or "optimiser" not in state):
+        # A portable checkpoint without guidance layers has those that its training started from.
+        if config.start_from is not None and (state is None or self.network.state_dict().keys() - state["network"]):
             start_from(self.network, config.start_from, partial(weights_of, model=config.model))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
@@ -168,7 +169,8 @@ class Training:
         self.inventory: str | None = None
         """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
-            self._resume(state)
+            with taken_up(out):
+                self._resume(state)
 
     @property
     def progress(self) -> float:
@@ -176,19 +178,18 @@ class Training:
         return self.config.progress(self.step, self.seconds)
 
     def _resume(self, state: dict[str, Any]) -> None:
+        for network, stored in ((self.network, state["network"]), (self.average, state["average"])):
+            network.load_state_dict(network.state_dict() | stored)
         if "optimiser" in state:
-            self.network.load_state_dict(state["network"])
-            self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
-        else:
-            with torch.no_grad():
-                for mine, stored in ((self.trained, state["network"]), (self.averaged, state["average"])):
-                    for name, parameter in mine.items():
-                        parameter.copy_(stored[name])
         self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
 
     def save(self) -> None:
-        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16."""
+        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16.
+
+        The guidance layers, which no gradient reaches, are in it as they are: other libraries may draw other ones from
+        the same seed, and the channels would have another order.
+        """
         common = {
             "config": as_plain(self.config),
             "step": self.step,
@@ -201,7 +202,8 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
         }
         save_atomically(common | whole, self.out / CHECKPOINT)
-        light = {"network": halved(self.trained), "average": halved(self.averaged)}
+        fixed = halved({name: tensor for name, tensor in whole["network"].items() if name not in self.trained})
+        light = {"network": halved(self.trained) | fixed, "average": halved(self.averaged) | fixed}
         save_atomically(common | light, self.out / PORTABLE)
 
     def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:

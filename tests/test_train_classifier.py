@@ -262,6 +262,14 @@ def test_a_training_goes_on_elsewhere_from_its_portable_checkpoint(folder, tmp_p
     assert train(small(folder, steps=5), elsewhere, threads=1).step == 5
 
 
+def test_a_checkpoint_that_cannot_be_taken_up_is_named(folder, stopped):
+    state = torch.load(stopped / CHECKPOINT, weights_only=True)
+    for spoilt in ({"weights": 3}, state | {"network": {}}, state | {"optimiser": {}}):
+        torch.save(spoilt, stopped / CHECKPOINT)
+        with pytest.raises(UsageError, match=r"checkpoint\.pt is damaged or no such checkpoint; move it away"):
+            train(small(folder, steps=5), stopped, threads=1)
+
+
 def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_path, stopped):
     weights = tmp_path / "own.safetensors"
     export(train(small(folder, steps=5), stopped, threads=1), weights)

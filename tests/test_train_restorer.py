@@ -34,7 +34,7 @@ from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraini
 from jobs.training_data import is_validation
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
-from models.prompts import orthogonal_bank
+from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
 from pipeline.degradations import MotionBlur
@@ -406,25 +406,63 @@ def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: 
     train(config, here, threads=1)
     there.mkdir()
     (there / PORTABLE).write_bytes((here / PORTABLE).read_bytes())
-    assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 4
-    resumed = Training(config, there, CPU)
+    # Of the tiny network most is guidance, which is in it once.
+    assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 2
+
+    def of_another_library(name: str) -> PromptBank:
+        """Which draws other random numbers on the way."""
+        torch.rand(7)
+        return prompt_bank(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_restorer, "prompt_bank", of_another_library)
+        resumed = Training(config, there, CPU)
     assert resumed.step == 4
     wanted = averages(here)
     for key, value in resumed.average.state_dict().items():
         assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
+        if "linear_layer" in key:
+            assert torch.equal(value, wanted[key]), key
+            assert torch.equal(resumed.network.state_dict()[key], wanted[key]), key
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, PORTABLE])
+def test_a_checkpoint_that_cannot_be_taken_up_is_named(photographs: Path, tmp_path: Path, name: str) -> None:
+    config = tiny(photographs)
+    Training(config, tmp_path, CPU).save()
+    if name == PORTABLE:
+        (tmp_path / CHECKPOINT).unlink()
+    whole = (tmp_path / name).read_bytes()
+    state = torch.load(tmp_path / name, weights_only=True)
+    advice = "go on from portable.pt" if name == CHECKPOINT else "begin anew"
+
+    def check() -> None:
+        with pytest.raises(UsageError, match=f"{name} is damaged or no such checkpoint; move it away to {advice}: "):
+            Training(config, tmp_path, CPU)
+
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        (tmp_path / name).write_bytes(content)
+        check()
+    other_weights = {"output.weight": torch.zeros(3)}
+    for spoilt in ({"weights": 3}, 3, state | {"network": other_weights}, state | {"average": 3}):
+        torch.save(spoilt, tmp_path / name)
+        check()
 
 
 @pytest.mark.usefixtures("quick_validation")
 def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
     photographs: Path, tmp_path: Path
 ) -> None:
-    """With the guidance layers that it started from, which are not trained and not in it."""
+    """With the guidance layers that it started from, if they are not in it."""
     train(tiny(photographs, seed=1), tmp_path / "first", threads=1)
     config = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT)
     train(config, tmp_path / "here", threads=1)
     wanted = averages(tmp_path / "here")
     (tmp_path / "there").mkdir()
-    (tmp_path / "here" / PORTABLE).rename(tmp_path / "there" / PORTABLE)
+    state = torch.load(tmp_path / "here" / PORTABLE, weights_only=True)
+    for part in ("network", "average"):
+        state[part] = {name: tensor for name, tensor in state[part].items() if "linear_layer" not in name}
+    torch.save(state, tmp_path / "there" / PORTABLE)
     with pytest.raises(
         UsageError, match=r"lacks what is not trained: go on in its folder, which makes a checkpoint\.pt"
     ):
@@ -434,6 +472,23 @@ def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
     assert any("linear_layer" in key for key in found)
     for key, value in found.items():
         assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_portable_checkpoint_is_all_that_a_training_goes_on_from(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs, seed=1), tmp_path / "first", threads=1)
+    config = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT)
+    begun = Training(config, tmp_path / "here", CPU)
+    begun.save()
+    (tmp_path / "here" / CHECKPOINT).unlink()
+    (tmp_path / "first" / CHECKPOINT).unlink()
+    for network in (
+        Training(config, tmp_path / "here", CPU).average,
+        Training(tiny(photographs, start_from=tmp_path / "here" / PORTABLE), tmp_path / "third", CPU).network,
+    ):
+        for key, value in network.state_dict().items():
+            wanted = begun.average.state_dict()[key]
+            assert torch.equal(value, wanted if "linear_layer" in key else wanted.half().float()), key
 
 
 @pytest.mark.usefixtures("quick_validation")
