@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
@@ -32,12 +31,11 @@ from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError, UsageError
-from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
 from jobs.training_data import Photographs, inventory, tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly, usable_device
+from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run, told_plainly, usable_device
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -300,15 +298,7 @@ def _run(
         log.info("resumed at step %d", training.step)
     lacking, renewed = training.numbers()
     numbers = itertools.chain(lacking, renewed)
-    batches = DataLoader(
-        synthesis,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=loaders,
-        collate_fn=_as_bytes,
-        worker_init_fn=leave_interrupts_to_parent,
-    )
-    coming = iter(batches)
+    coming = iter(made_ahead(synthesis, numbers, loaders=loaders, collate_fn=_as_bytes))
 
     def renew() -> None:
         training.pool.add(next(coming).numpy().view(training.pool.samples.dtype))

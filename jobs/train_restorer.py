@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader
 
 from jobs.errors import TrainingError, UsageError
 from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
-from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
 from jobs.training_data import tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
-from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly, usable_device
+from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run, told_plainly, usable_device
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -276,14 +275,8 @@ def batches(
 ) -> DataLoader[Batch | UsageError]:
     """This process's part of the batch of every step and phase; a GPU gets recipes, and makes the pixels itself."""
     on_gpu = training.device.type == "cuda"
-    return DataLoader(
-        Batches(sources, training.config, training.group.part, as_recipe=on_gpu),
-        batch_size=None,
-        sampler=places,
-        num_workers=loaders,
-        worker_init_fn=leave_interrupts_to_parent,
-        pin_memory=on_gpu,
-    )
+    made = Batches(sources, training.config, training.group.part, as_recipe=on_gpu)
+    return made_ahead(made, places, loaders=loaders, pin_memory=on_gpu)
 
 
 def train(

@@ -3,23 +3,27 @@
 import argparse
 import logging
 import math
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
-from jobs.signals import StopRequest, stop_on_signals
+from jobs.signals import StopRequest, leave_interrupts_to_parent, stop_on_signals
 from jobs.training_diary import Diary
 from jobs.training_group import Group
 from jobs.training_state import last_good
 from models.precision import fastest_dtype
 
 log = logging.getLogger("training")
+
+Sample = TypeVar("Sample")
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -36,6 +40,24 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu")
     return device
+
+
+def made_ahead(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int, **options: Any) -> DataLoader[Sample]:
+    """The samples of each place in turn; `loaders` processes make them ahead, with 0 each is made when it is asked for.
+
+    The processes are forked where the system can, so that they share the photographs in memory; begun in another way,
+    each would be sent all of them. `options` are those of torch's loader.
+    """
+    forked = loaders > 0 and "fork" in multiprocessing.get_all_start_methods()
+    return DataLoader(
+        samples,
+        batch_size=None,
+        sampler=places,
+        num_workers=loaders,
+        worker_init_fn=leave_interrupts_to_parent,
+        multiprocessing_context="fork" if forked else None,
+        **options,
+    )
 
 
 class Trained(Protocol):

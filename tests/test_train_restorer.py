@@ -32,6 +32,7 @@ from jobs.train_restorer import (
 )
 from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
 from jobs.training_data import is_validation
+from jobs.training_loop import made_ahead
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import PromptBank, orthogonal_bank
@@ -277,6 +278,20 @@ def test_samples_made_ahead_by_other_processes_change_nothing(photographs: Path,
     train(config, tmp_path / "ahead", threads=1, loaders=2)
     first, second = averages(tmp_path / "between"), averages(tmp_path / "ahead")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_loader_processes_share_the_photographs(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though Python would begin them anew and send each the photographs, as it does from 3.14 on."""
+    config = tiny(photographs)
+    samples = Batches(Sources.load(config.data), config, slice(None))
+    monkeypatch.setattr(Batches, "__reduce__", lambda self: pytest.fail("the photographs are sent"))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        (made,) = made_ahead(samples, [(0, config.phases[0])], loaders=1)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert isinstance(made, Batch)
 
 
 @pytest.mark.usefixtures("quick_validation")
