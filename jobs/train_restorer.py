@@ -177,10 +177,13 @@ class Training:
         return self.config.progress(self.step, self.seconds)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        for network, stored in ((self.network, state["network"]), (self.average, state["average"])):
-            network.load_state_dict(network.state_dict() | stored)
+        fixed = {}
         if "optimiser" in state:
             self.optimiser.load_state_dict(state["optimiser"])
+        else:  # a portable one, which may lack what is not trained
+            fixed = {name: tensor for name, tensor in self.network.state_dict().items() if name not in self.trained}
+        for network, stored in ((self.network, state["network"]), (self.average, state["average"])):
+            network.load_state_dict(fixed | stored)
         self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
 
     def save(self) -> None:

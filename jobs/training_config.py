@@ -182,6 +182,11 @@ class RestorerTraining(TrainingConfig):
         _check(self, "from 0 to below 1", _is_below_one, "betas")
         _check(self, "from 0 up", _is_amount, "clip_norm")
         _check(self, "from 0 to 1", _is_share, "jpeg_share")
+        dim, blocks = self.model.dim, self.model.num_refinement_blocks
+        if dim < 1 or blocks < 0 or not 1 <= dim * self.model.ffn_expansion_factor < math.inf:
+            raise ValueError(
+                "model needs a dim, and a dim x ffn_expansion_factor, of at least 1, and no negative blocks"
+            )
         if not self.phases or self.phases[0].start != 0:
             raise ValueError("the first of phases starts at 0")
         if [p.start for p in self.phases] != sorted(p.start for p in self.phases):

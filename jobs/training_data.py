@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,14 @@ SMALLEST_SIDE_PX = 160
 """Smaller photographs are left out."""
 
 
+def _encoded(name: str) -> bytes:
+    """A file's name, which need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 def is_validation(name: str) -> bool:
     """Whether a photograph belongs to the fixed validation split, by a hash of its file name."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], "big") % 100 < VALIDATION_PERCENT
+    return int.from_bytes(hashlib.sha256(_encoded(name)).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
 def photographs_in(folders: Iterable[Path]) -> list[Path]:
@@ -74,7 +78,7 @@ def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = Fa
 
 def inventory(scenes: Iterable["Photographs"]) -> str:
     """How many scenes there are, with a digest of their names in order: samples depend on both."""
-    names = [os.fsencode(name) for each in scenes for name in each.names]
+    names = [_encoded(name) for each in scenes for name in each.names]
     return f"{len(names)} (names {hashlib.sha256(b'/'.join(names)).hexdigest()[:12]})"
 
 

@@ -459,7 +459,14 @@ def test_a_checkpoint_that_cannot_be_taken_up_is_named(photographs: Path, tmp_pa
         (tmp_path / name).write_bytes(content)
         check()
     other_weights = {"output.weight": torch.zeros(3)}
-    for spoilt in ({"weights": 3}, 3, state | {"network": other_weights}, state | {"average": 3}):
+    cut = {name: tensor for name, tensor in state["network"].items() if name != "output.weight"}
+    for spoilt in (
+        {"weights": 3},
+        3,
+        state | {"network": other_weights},
+        state | {"network": cut},
+        state | {"average": 3},
+    ):
         torch.save(spoilt, tmp_path / name)
         check()
 

@@ -41,6 +41,7 @@ def test_training_and_validation_share_no_photograph_and_lose_none(folder: Path)
     assert set(training) | set(held_out) == {f"photo-{n}.png" for n in range(40)}
     assert not set(training) & set(held_out)
     assert all(is_validation(name) for name in held_out)
+    assert is_validation("photo-\udcff.png") in (True, False)  # a name that is no UTF-8
 
 
 def test_a_folder_without_photographs_is_an_error(tmp_path: Path) -> None:
