@@ -86,7 +86,7 @@ def main() -> None:
     config = read_config(RestorerTraining, arguments.config)
     sources = None
     if arguments.photographs is not None:
-        sources = Sources.load(replace(config.data, clean=(arguments.photographs,)), validation=False)
+        sources = Sources.load(replace(config.data, clean=(arguments.photographs,))).part(validation=False)
     device, rows = torch.device(arguments.device), []
     with tempfile.TemporaryDirectory() as folder:
         trainings = {

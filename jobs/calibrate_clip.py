@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=device)
         except ClassifierWeightsError as error:
             raise UsageError(str(error)) from error
-        photographs = Photographs.clean(arguments.photographs, validation=None)
+        photographs = Photographs.clean(arguments.photographs)
         found = calibrate(classifier, photographs, samples=arguments.samples)
         print(json.dumps(found.quality, indent=2))
         try:

@@ -331,11 +331,16 @@ def evaluate(
         target.open("ab").close()  # what cannot be written is told now, not after hours
         if is_new:
             target.unlink()
-        found = evaluation.evaluate(examples, *networks)
-        rows = list(track(found, dataset, total=len(examples), console=messages, transient=True))
-        results.print(evaluation.table(dataset, rows))
-        evaluation.write(rows, target, evaluation.provenance(dataset, *networks))
-        results.print(f"one row per image: {out or target.name}", markup=False, soft_wrap=True)
+        found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
+        try:
+            for row in track(found, dataset, total=len(examples), console=messages, transient=True):
+                rows.append(row)
+            results.print(evaluation.table(dataset, rows))
+        finally:  # a file that cannot be read does not cost the results before it
+            if rows:
+                done = f"{len(rows)} of {len(examples)} images"
+                evaluation.write(rows, target, evaluation.provenance(dataset, *networks) | {"rows": done})
+                results.print(f"{done}, a row each: {out or target.name}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -22,9 +22,19 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     """An image as H x W x 3 uint8; raises UsageError naming the file and the fault."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return np.asarray(_eight_bits(image).convert("RGB"))
+    except Exception as error:  # on damaged files Pillow raises nearly anything, SyntaxError for one
         raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits in eight, of which Pillow would cut off all above 255; any other image as it is."""
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit integers beyond 0..65535 have no known white level")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
 def with_noise(image: NDArray[np.uint8], sigma_255: int, *, seed: int) -> NDArray[np.uint8]:
@@ -67,17 +77,19 @@ class TestSet:
     Attributes:
         label: what is wrong with its images.
         folders: pairs of folders, degraded and reference, at the root or anywhere below it; the first that is there
-            counts. For noise, whose sets are clean, folders that may hold the images.
+            counts. None: clean images, in one of `CLEAN_FOLDERS`, to which noise is added.
         images: how many there are in the published protocol; 0: any number.
         match: a key of `PARTNERS`.
+        first: the first image's number, where they are numbered without gaps.
     """
 
     __test__ = False  # for pytest, which takes the name for one of its own
 
     label: Degradation
-    folders: tuple[tuple[str, str], ...]
+    folders: tuple[tuple[str, str], ...] = ()
     images: int = 0
     match: str = "name"
+    first: int | None = None
 
 
 def _number(stem: str) -> str:
@@ -113,7 +125,8 @@ def partnered(degraded: Sequence[Path], references: Sequence[Path], folder: Path
     return found
 
 
-CLEAN_FOLDERS = (("original_png", ""), ("original", ""), ("HR", ""), ("image_SRF_4", ""), ("", ""))
+CLEAN_FOLDERS = ("original_png", "original", "HR", "image_SRF_4")
+"""At the root or anywhere below it; if none is there, the images lie at the root itself."""
 INPUT_TARGET = ("input", "target")
 PAIR_FOLDERS = (("degraded", "reference"), INPUT_TARGET)
 
@@ -129,6 +142,7 @@ TEST_SETS: dict[str, TestSet] = {
         (("rain", "norain"), ("rainy", "norain"), ("rainy", ""), ("rain/X2", "norain"), INPUT_TARGET),
         images=100,
         match="number",
+        first=1,
     ),
     "gopro": TestSet(
         Degradation.BLUR,
@@ -140,9 +154,9 @@ TEST_SETS: dict[str, TestSet] = {
         (("low", "high"), INPUT_TARGET),
         images=15,
     ),
-    "cbsd68": TestSet(Degradation.NOISE, CLEAN_FOLDERS, images=68),
-    "kodak24": TestSet(Degradation.NOISE, CLEAN_FOLDERS, images=24),
-    "urban100": TestSet(Degradation.NOISE, CLEAN_FOLDERS, images=100),
+    "cbsd68": TestSet(Degradation.NOISE, images=68, first=0),
+    "kodak24": TestSet(Degradation.NOISE, images=24, first=1),
+    "urban100": TestSet(Degradation.NOISE, images=100, first=1),
 }
 """By the name that `dfpir evaluate --dataset` knows them under."""
 
@@ -172,49 +186,66 @@ def find_examples(dataset: str, root: Path, *, label: str | None = None, limit: 
         test_set = TEST_SETS[dataset]
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder")
-    added = test_set.label is Degradation.NOISE and dataset != "pairs"
-    found = list((_noisy if added else _paired)(test_set, root))
-    count = len(found) // len(NOISE_SIGMAS_255) if added else len(found)
-    if found and test_set.images and count != test_set.images:
-        raise UsageError(
-            f"{root} has {count} images; {dataset} has {test_set.images}: {_missing(found, count, test_set.images)}"
-        )
+    added = not test_set.folders
+    found = list(_noisy(root) if added else _paired(test_set, root))
     if not found:
-        layouts = " or ".join(f"{first or '.'}/ and {second or '.'}/" for first, second in test_set.folders)
-        raise UsageError(f"found no images under {root}; expected {layouts}, at any depth")
+        layouts = " or ".join(
+            f"{first}/ and {f'{second}/' if second else 'the folder it lies in'}" for first, second in test_set.folders
+        )
+        clean = f"clean images in {', '.join(f'{name}/' for name in CLEAN_FOLDERS)}, at any depth, or in it itself"
+        raise UsageError(f"found no images under {root}; expected {clean if added else f'{layouts}, at any depth'}")
+    count = len(found) // len(NOISE_SIGMAS_255) if added else len(found)
+    if test_set.images and count != test_set.images:
+        raise UsageError(
+            f"{root} has {count} images; {dataset} has {test_set.images}: {_missing(found, count, test_set)}"
+        )
     if added and limit is not None:
         return [example for example in found if example.seed < limit]
     return found[:limit]
 
 
-def _missing(found: Sequence[Example], count: int, images: int) -> str:
+def _missing(found: Sequence[Example], count: int, test_set: TestSet) -> str:
     """What is wrong with the number of images: which are missing where names count, or that there are too many."""
-    if count > images:
+    if count > test_set.images:
         return "more than one set lies there; name the folder of one"
-    numbers = sorted({int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()})
-    gaps = sorted(set(range(numbers[0], numbers[0] + images)) - set(numbers)) if numbers else []
-    named = ", ".join(map(str, gaps[:5])) + (" and others" if len(gaps) > 5 else "")
-    return f"number {named} is not there" if gaps and len(numbers) + len(gaps) == images else "look for what is missing"
+    if test_set.first is not None:
+        wanted = set(range(test_set.first, test_set.first + test_set.images))
+        there = {int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()}
+        gaps = sorted(wanted - there)
+        if there <= wanted and len(gaps) == test_set.images - count:
+            named = ", ".join(map(str, gaps[:5])) + (" and others" if len(gaps) > 5 else "")
+            return f"number {named} is not there"
+    return "look for what is missing"
 
 
-def _noisy(test_set: TestSet, root: Path) -> Iterator[Example]:
-    for name, _ in test_set.folders:
+def _places(root: Path) -> list[Path]:
+    """The root and every folder below it."""
+    return [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+
+
+def _noisy(root: Path) -> Iterator[Example]:
+    parents = _places(root)
+    layouts = [[parent / name for parent in parents] for name in CLEAN_FOLDERS]
+    for folders in (*layouts, [root]):
         # Urban100 has its low-resolution versions in the same folder.
-        if paths := [path for path in _images(root / name) if not path.stem.endswith("_LR")]:
-            for sigma_255 in NOISE_SIGMAS_255:
-                for seed, path in enumerate(paths):
-                    yield Example(path.stem, path, None, Degradation.NOISE, sigma_255, seed)
+        paths = [path for folder in folders for path in _images(folder) if not path.stem.endswith("_LR")]
+        for sigma_255 in NOISE_SIGMAS_255:
+            for seed, path in enumerate(paths):
+                yield Example(path.stem, path, None, Degradation.NOISE, sigma_255, seed)
+        if paths:
             return
 
 
 def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
     """Pairs of the first layout that is there, in every folder that has it: GoPro has one for each film."""
-    parents = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    parents = _places(root)
     for first, second in test_set.folders:
         places = [parent for parent in parents if _images(parent / first) and _images(parent / second)]
         for parent in places:
             folder = parent / second
             partners = partnered(_images(parent / first), _images(folder), folder, match=test_set.match)
+            if alone := sorted(set(_images(folder)) - set(partners.values())):
+                raise UsageError(f"{alone[0]} has no degraded image in {parent / first}")
             for path, reference in partners.items():
                 yield Example(str(path.relative_to(root).with_suffix("")), reference, path, test_set.label)
         if places:

@@ -26,6 +26,7 @@ from jobs.errors import UsageError
 from jobs.restore import code_version
 from models import Restorer
 from models.registry import list_models
+from pipeline.metrics import PSNR_CAP_DB
 from pipeline.prompting import decide, noise_prompt, prompts_for
 from pipeline.synthesis import from_uint8
 
@@ -53,13 +54,34 @@ class Result:
     ssim_predicted: float
 
 
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("label", pa.string()),
+        ("sigma_255", pa.float64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("predicted_label", pa.string()),
+        ("predicted_prompt", pa.string()),
+        ("given_prompt", pa.string()),
+        ("psnr_input_db", pa.float64()),
+        ("psnr_given_db", pa.float64()),
+        ("psnr_predicted_db", pa.float64()),
+        ("ssim_input", pa.float64()),
+        ("ssim_given", pa.float64()),
+        ("ssim_predicted", pa.float64()),
+    ]
+)
+"""Of the file of results: a column's type does not hang on what a set has, so that several sets can be read as one."""
+
+
 def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[float, float]:
     """PSNR (dB) and SSIM of two H x W x 3 images in [0, 1].
 
-    Equal images have infinite PSNR; one smaller than SSIM's window has no number for it.
+    PSNR is at most `PSNR_CAP_DB`, which equal images have; one smaller than SSIM's window has no number for it.
     """
     with np.errstate(divide="ignore"):
-        psnr = peak_signal_noise_ratio(reference, image, data_range=1)  # type: ignore[no-untyped-call]
+        psnr = min(peak_signal_noise_ratio(reference, image, data_range=1), PSNR_CAP_DB)  # type: ignore[no-untyped-call]
     if min(reference.shape[:2]) < SSIM_WINDOW_PX:
         return float(psnr), math.nan
     ssim = structural_similarity(reference, image, data_range=1, channel_axis=2, win_size=SSIM_WINDOW_PX)  # type: ignore[no-untyped-call]
@@ -167,5 +189,5 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
 
 def write(results: Sequence[Result], path: Path, provenance: dict[str, str]) -> None:
     """One row per image as Parquet, with what made them in the file's metadata."""
-    rows = pa.Table.from_pylist([asdict(result) for result in results])
+    rows = pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA)
     pq.write_table(rows.replace_schema_metadata(provenance), path)

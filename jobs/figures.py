@@ -58,12 +58,12 @@ def pictures(folder: Path, *, per_label: int, seed: int = 0) -> list[Labelled]:
         found = [
             Labelled(read_rgb(path), label)
             for label, place in places.items()
-            for path in photographs_in([place], validation=None)[:per_label]
+            for path in photographs_in([place])[:per_label]
         ]
         if not found:
             raise UsageError(f"the folders of labels in {folder} hold no pictures")
         return found
-    photographs = Photographs.clean([folder], validation=None)
+    photographs = Photographs.clean([folder])
     rng = np.random.default_rng(seed)
     return [
         Labelled(as_filed(draw_damaged(photographs, label, rng), rng), label)

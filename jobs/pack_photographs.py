@@ -39,7 +39,7 @@ def pack(folder: Path, target: Path, *, megabytes: float, longest_px: int) -> in
     Raises:
         UsageError: there are no photographs, one cannot be read, they do not fit, or `target` cannot be written.
     """
-    pictures = {path.name: shrunk(path, longest_px) for path in photographs_in([folder], validation=None)}
+    pictures = {path.name: shrunk(path, longest_px) for path in photographs_in([folder])}
     if not pictures:
         raise UsageError(f"there are no photographs in {folder}")
     for quality in QUALITIES:

@@ -10,8 +10,9 @@ import ray.train.torch
 
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.ray_cluster import all_nodes, connected, measure_room
-from jobs.train_restorer import train
+from jobs.train_restorer import checked_bank, train
 from jobs.training_config import RestorerTraining
+from jobs.training_state import found_state
 
 
 def _work(options: dict[str, Any]) -> None:
@@ -35,13 +36,14 @@ def train_on_ray(
 ) -> None:
     """Begins a training or goes on with it; each worker has a CUDA device, or `threads` threads of a CPU.
 
-    Every batch is shared out among the workers, so that their number changes the result by rounding alone. `out` and
-    the working directory lie where all of them reach them; the first worker writes `out`.
+    Every batch is shared out among the workers, some with a sample more than others, and a gradient counts for as many
+    samples as it is of, so that their number changes the result by rounding alone. `out` and the working directory
+    lie where all of them reach them; the first worker writes `out`.
 
     Args:
         config: what is trained.
         out: the training's folder.
-        workers: at least 1.
+        workers: at least 1, at most as many as the smallest batch has samples.
         device: `cpu`, `cuda`, or `auto`: GPUs if the cluster has some.
         threads: of torch, and CPUs, for each worker.
         loaders: processes of each worker that make samples ahead, and CPUs for them.
@@ -51,10 +53,17 @@ def train_on_ray(
         address: of a running cluster; None: one is started here.
 
     Raises:
-        UsageError: the cluster has no room for the workers.
+        UsageError: there are too many workers for a batch or for the cluster, or what `jobs.train_restorer.train`
+            refuses.
         TrainingError: a worker failed; the message holds its fault.
         TrainingInterruptedError: SIGINT ended it; what came after the last checkpoint is lost.
     """
+    batch = min(phase.batch for phase in config.phases)
+    if workers > batch:
+        raise UsageError(f"a batch of {batch} cannot be shared among {workers} workers; use at most {batch}")
+    # What needs no worker is found out before there are any.
+    checked_bank(config)
+    found_state(out, config)
     options = {
         "started_in": str(Path.cwd()),
         "config": config,
@@ -86,4 +95,7 @@ def train_on_ray(
         except SystemExit as end:  # Ray Train's own handler aborts the workers and ends the process as if all were well
             raise TrainingInterruptedError(signal.SIGINT) from end
         except Exception as error:  # Ray Train wraps a worker's fault in classes of its own
+            for fault in getattr(error, "worker_failures", {}).values():
+                if isinstance(fault, UsageError | TrainingError):
+                    raise fault from error
             raise TrainingError(f"training on Ray failed: {error}") from error

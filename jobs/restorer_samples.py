@@ -14,7 +14,7 @@ from classifier.labels import Degradation
 from classifier.sigma import estimate_sigma
 from jobs.errors import UsageError
 from jobs.training_config import Data, Phase, RestorerTraining
-from jobs.training_data import Photographs
+from jobs.training_data import Photographs, inventory
 from pipeline.degradations import CameraNoise, MotionBlur, Noise, Recipe, apply
 from pipeline.prompting import noise_prompt
 from pipeline.synthesis import add_jpeg, damaged, draw_recipe, from_uint8, to_uint8, well_exposed
@@ -46,16 +46,26 @@ class Sources:
     pairs: Mapping[Degradation, Photographs]
 
     @classmethod
-    def load(cls, data: Data, *, validation: bool) -> "Sources":
-        """Reads the training or the validation part; raises UsageError as `Photographs` does."""
-        options: dict[str, Any] = {
-            "validation": validation, "least_readable": data.least_readable, "on_disk": data.on_disk,
-        }  # fmt: skip
+    def load(cls, data: Data) -> "Sources":
+        """Reads everything; raises UsageError as `Photographs` does."""
+        options: dict[str, Any] = {"least_readable": data.least_readable, "on_disk": data.on_disk}
         pairs = {
             each.label: Photographs.pairs(each.degraded, each.reference, match=each.match, **options)
             for each in data.pairs
         }
         return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)
+
+    def part(self, *, validation: bool) -> "Sources":
+        """What is held out for validation, or the rest; raises UsageError if some folder has nothing of it."""
+        pairs = {
+            each.label: self.pairs[each.label].part(validation=validation, match=each.match) for each in self.data.pairs
+        }
+        return Sources(self.data, self.clean.part(validation=validation) if self.clean is not None else None, pairs)
+
+    @property
+    def inventory(self) -> str:
+        """Of all scenes, see `jobs.training_data.inventory`."""
+        return inventory(([] if self.clean is None else [self.clean]) + list(self.pairs.values()))
 
     def draw(
         self,
@@ -202,7 +212,7 @@ class ReadyBatch:
 class Ahead:
     """Batches on a device; a GPU makes the next one on a stream of its own, beside the step on this one."""
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[Batch | UsageError], device: torch.device) -> None:
         self.batches, self.device = batches, device
         # What a step may do while the GPU has work; a CPU would only be kept from the step.
         self.meanwhile: Callable[[], None] = self.prepare if device.type == "cuda" else lambda: None
@@ -212,8 +222,11 @@ class Ahead:
     def prepare(self) -> None:
         """Takes the next batch to the device; a fault is kept for `take`, since the step at hand has none."""
         try:
+            made = next(self.batches)
+            if isinstance(made, UsageError):
+                raise made
             with torch.cuda.stream(self.stream):
-                self.ready = next(self.batches).to(self.device)
+                self.ready = made.to(self.device)
         except Exception as fault:
             self.ready = fault
 
@@ -233,12 +246,19 @@ class Ahead:
         return taken
 
 
-class Batches(Dataset[Batch]):
-    """The part of every step's samples that one process trains on, by (step, phase); see `Sources.draw`."""
+class Batches(Dataset[Batch | UsageError]):
+    """The part of every step's samples that one process trains on, by (step, phase); see `Sources.draw`.
+
+    A photograph that cannot be read any more comes as its fault: torch would bury what a loader process raises in the
+    text of a traceback.
+    """
 
     def __init__(self, sources: Sources, config: RestorerTraining, part: slice, *, as_recipe: bool = False) -> None:
         self.sources, self.config, self.part, self.as_recipe = sources, config, part, as_recipe
 
-    def __getitem__(self, place: tuple[int, Phase]) -> Batch:
+    def __getitem__(self, place: tuple[int, Phase]) -> Batch | UsageError:
         step, phase = place
-        return Batch.of(self.sources.batch(self.config, phase, step, part=self.part, as_recipe=self.as_recipe))
+        try:
+            return Batch.of(self.sources.batch(self.config, phase, step, part=self.part, as_recipe=self.as_recipe))
+        except UsageError as fault:
+            return fault

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
@@ -32,12 +31,11 @@ from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError, UsageError
-from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
-from jobs.training_data import Photographs
+from jobs.training_data import Photographs, inventory, tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly, usable_device
+from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run, told_plainly, usable_device
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -46,6 +44,7 @@ from jobs.training_state import (
     last_good,
     save_atomically,
     start_from,
+    taken_up,
 )
 from pipeline.synthesis import FloatImage, from_uint8
 
@@ -155,12 +154,7 @@ class Training:
             self.network = DegradationNetwork(config.network, crop_px=VIEW.crop_px)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ConfigError(f"network.backbone {config.network.backbone} is no ResNet of timm: {error}") from error
-        if state is not None:
-            try:
-                self.network.load_state_dict(state["network"])
-            except RuntimeError as error:
-                raise ConfigError(f"{out} holds a training of another network; use another folder") from error
-        elif config.start_from is not None:
+        if state is None and config.start_from is not None:
             start_from(self.network, config.start_from, lambda name: weights_of(name).network.state_dict())
         self.network.to(device).to(memory_format=torch.channels_last)
         self.teacher = self._teacher(config.teacher) if config.teacher is not None else None
@@ -169,11 +163,15 @@ class Training:
             self.network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
+        self.inventory: str | None = None
+        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
-            self.average.load_state_dict(state["average"])
-            if "optimiser" in state:
-                self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.seconds = state["step"], state["seconds"]
+            with taken_up(out):
+                self.network.load_state_dict(state["network"])
+                self.average.load_state_dict(state["average"])
+                if "optimiser" in state:
+                    self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
         else:
             (out / "pool").unlink(missing_ok=True)  # another training's
         self.pool = Pool(out / "pool", config.pool, VIEW)
@@ -206,7 +204,12 @@ class Training:
 
     def save(self) -> None:
         """Writes the checkpoint, and a portable one for other machines: matrices in float16."""
-        common = {"config": as_plain(self.config), "step": self.step, "seconds": self.seconds}
+        common = {
+            "config": as_plain(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "inventory": self.inventory,
+        }
         network, average = self.network.state_dict(), self.average.state_dict()
         whole = {"network": network, "average": average, "optimiser": self.optimiser.state_dict()}
         save_atomically(common | whole, self.out / CHECKPOINT)
@@ -295,15 +298,7 @@ def _run(
         log.info("resumed at step %d", training.step)
     lacking, renewed = training.numbers()
     numbers = itertools.chain(lacking, renewed)
-    batches = DataLoader(
-        synthesis,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=loaders,
-        collate_fn=_as_bytes,
-        worker_init_fn=leave_interrupts_to_parent,
-    )
-    coming = iter(batches)
+    coming = iter(made_ahead(synthesis, numbers, loaders=loaders, collate_fn=_as_bytes))
 
     def renew() -> None:
         training.pool.add(next(coming).numpy().view(training.pool.samples.dtype))
@@ -368,16 +363,19 @@ def train(
     begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
-    photographs, others = (
-        Photographs.clean(config.data.clean, validation=validation, least_readable=config.data.least_readable)
-        for validation in (False, True)
-    )
-    training = Training(config, out, usable_device(device))
-    validation_set = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW, training=False)
-    held_out = validation_set[range(1, config.validation_samples + 1)]
-    if training.progress < 1:
-        with closing(Diary(out)) as diary:
+    used = usable_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    with closing(Diary(out)) as diary:
+        everything = Photographs.clean(config.data.clean, least_readable=config.data.least_readable)
+        photographs, others = (everything.part(validation=validation) for validation in (False, True))
+        training = Training(config, out, used)
+        validation_set = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW, training=False)
+        held_out = validation_set[range(1, config.validation_samples + 1)]
+        if training.progress < 1:
             log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
+            now = inventory([photographs])
+            tell_if_changed(training.inventory, now)
+            training.inventory = now
             synthesis = Synthesis(photographs, seed=config.seed, view=VIEW, training=True)
             _run(training, synthesis, held_out, diary, begun, loaders, max_minutes, save_every_s)
     return Trained(

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 
 from jobs.errors import TrainingError, UsageError
 from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
-from jobs.signals import leave_interrupts_to_parent
 from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
+from jobs.training_data import tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
-from jobs.training_loop import mixed_precision, read_arguments, run, told_plainly, usable_device
+from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run, told_plainly, usable_device
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -38,6 +38,7 @@ from jobs.training_state import (
     last_good,
     save_atomically,
     start_from,
+    taken_up,
 )
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
@@ -79,6 +80,15 @@ def prompt_bank(name: str) -> PromptBank:
         return load_checkpoint(resolve(name).path).prompts
     except WeightsError as error:
         raise UsageError(f"prompts: {error}") from error
+
+
+def checked_bank(config: RestorerTraining) -> PromptBank:
+    """The bank that a training uses; raises UsageError if there is none, or it lacks a prompt for one of the tasks."""
+    bank = prompt_bank(config.prompts)
+    for label in {label for phase in config.phases for label in phase.tasks}:
+        if without := set(prompts_for(label)) - set(bank.keys):
+            raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
+    return bank
 
 
 def weights_of(name: str, *, model: DFPIRConfig) -> dict[str, Tensor]:
@@ -130,22 +140,16 @@ class Training:
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
         self.config, self.out, self.device, self.group = config, out, device, Group(device)
-        for phase in config.phases:
-            if phase.batch % self.group.size:
-                raise UsageError(f"a batch of {phase.batch} cannot be shared among {self.group.size} workers equally")
         torch.manual_seed(config.seed)
-        self.bank = prompt_bank(config.prompts)
-        for label in {label for phase in config.phases for label in phase.tasks}:
-            if without := set(prompts_for(label)) - set(self.bank.keys):
-                raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
+        self.bank = checked_bank(config)
         self.embeddings = self.bank.embeddings.to(device)
         out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
-        # A portable checkpoint lacks what is not trained: the guidance layers.
-        if config.start_from is not None and (state is None or "optimiser" not in state):
+        # A portable checkpoint without guidance layers has those that its training started from.
+        if config.start_from is not None and (state is None or self.network.state_dict().keys() - state["network"]):
             start_from(self.network, config.start_from, partial(weights_of, model=config.model))
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
@@ -161,8 +165,11 @@ class Training:
             self.trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
+        self.inventory: str | None = None
+        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
-            self._resume(state)
+            with taken_up(out):
+                self._resume(state)
 
     @property
     def progress(self) -> float:
@@ -170,27 +177,35 @@ class Training:
         return self.config.progress(self.step, self.seconds)
 
     def _resume(self, state: dict[str, Any]) -> None:
+        fixed = {}
         if "optimiser" in state:
-            self.network.load_state_dict(state["network"])
-            self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
-        else:
-            with torch.no_grad():
-                for mine, stored in ((self.trained, state["network"]), (self.averaged, state["average"])):
-                    for name, parameter in mine.items():
-                        parameter.copy_(stored[name])
-        self.step, self.seconds = state["step"], state["seconds"]
+        else:  # a portable one, which may lack what is not trained
+            fixed = {name: tensor for name, tensor in self.network.state_dict().items() if name not in self.trained}
+        for network, stored in ((self.network, state["network"]), (self.average, state["average"])):
+            network.load_state_dict(fixed | stored)
+        self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
 
     def save(self) -> None:
-        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16."""
-        common = {"config": as_plain(self.config), "step": self.step, "seconds": self.seconds}
+        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16.
+
+        The guidance layers, which no gradient reaches, are in it as they are: other libraries may draw other ones from
+        the same seed, and the channels would have another order.
+        """
+        common = {
+            "config": as_plain(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "inventory": self.inventory,
+        }
         whole = {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
         save_atomically(common | whole, self.out / CHECKPOINT)
-        light = {"network": halved(self.trained), "average": halved(self.averaged)}
+        fixed = halved({name: tensor for name, tensor in whole["network"].items() if name not in self.trained})
+        light = {"network": halved(self.trained) | fixed, "average": halved(self.averaged) | fixed}
         save_atomically(common | light, self.out / PORTABLE)
 
     def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:
@@ -208,7 +223,7 @@ class Training:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"the network cannot be compiled here, try without --compile: {error}") from error
         meanwhile()
-        self.group.average_gradients(self.trained.values())
+        self.group.average_gradients(self.trained.values(), samples=len(batch.clean))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         if not torch.isfinite(norm):
             named = ", ".join(f"{name} ({prompt})" for name, prompt in zip(batch.names, batch.prompts, strict=True))
@@ -260,17 +275,11 @@ class Training:
 
 def batches(
     training: Training, sources: Sources, places: Iterable[tuple[int, Phase]], *, loaders: int
-) -> DataLoader[Batch]:
+) -> DataLoader[Batch | UsageError]:
     """This process's part of the batch of every step and phase; a GPU gets recipes, and makes the pixels itself."""
     on_gpu = training.device.type == "cuda"
-    return DataLoader(
-        Batches(sources, training.config, training.group.part, as_recipe=on_gpu),
-        batch_size=None,
-        sampler=places,
-        num_workers=loaders,
-        worker_init_fn=leave_interrupts_to_parent,
-        pin_memory=on_gpu,
-    )
+    made = Batches(sources, training.config, training.group.part, as_recipe=on_gpu)
+    return made_ahead(made, places, loaders=loaders, pin_memory=on_gpu)
 
 
 def train(
@@ -299,16 +308,17 @@ def train(
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
         UsageError: too few photographs can be read, there are no weights to start from, or no such device.
-        TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), or the disk has
-            no room for a checkpoint.
+        TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), a photograph
+            that is read for every patch cannot be read any more, or the disk has no room for a checkpoint.
     """
     begun = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
     training = Training(config, out, usable_device(device), compiled=compiled)
     if training.progress < 1:
-        sources, held_out = (Sources.load(config.data, validation=validation) for validation in (False, True))
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
+            everything = Sources.load(config.data)
+            sources, held_out = (everything.part(validation=validation) for validation in (False, True))
             _run(training, sources, held_out, diary, begun, loaders, max_minutes, save_every_s)
     elif not (out / CHECKPOINT).exists() and training.group.rank == 0:  # it came, at its end, as a portable one
         training.save()
@@ -332,6 +342,8 @@ def _run(
         log.info("%s: %d photographs, %d pairs", name, count, sum(len(pairs.names) for pairs in part.pairs.values()))
     if training.step:
         log.info("resumed at step %d", training.step)
+    tell_if_changed(training.inventory, sources.inventory)
+    training.inventory = sources.inventory
 
     def places() -> Iterator[tuple[int, Phase]]:
         """Step by step, looked at as far ahead as the loader goes."""

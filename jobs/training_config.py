@@ -5,7 +5,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +22,28 @@ Kind = TypeVar("Kind")
 
 class ConfigError(UsageError):
     """A configuration that cannot be used; the message names the file and the key."""
+
+
+def _check(config: object, rule: str, holds: Callable[[float], bool], *names: str) -> None:
+    """Raises ValueError naming the first of these fields, numbers or collections of them, that breaks a rule."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
+        for number in numbers:
+            if not holds(number):
+                raise ValueError(f"{name} is {rule}, not {number}")
+
+
+def _is_share(number: float) -> bool:
+    return 0 <= number <= 1
+
+
+def _is_below_one(number: float) -> bool:
+    return 0 <= number < 1
+
+
+def _is_amount(number: float) -> bool:
+    return 0 <= number < math.inf
 
 
 @dataclass(frozen=True)
@@ -59,8 +81,9 @@ class Data:
     """Photographs are read for every patch, since they do not fit into memory."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least_readable <= 1 or not 0 <= self.pair_share <= 1:
-            raise ValueError("least_readable and pair_share are shares, from 0 to 1")
+        _check(self, "from 0 to 1", _is_share, "least_readable", "pair_share")
+        _check(self, "above 0, up to 1", lambda number: 0 < number <= 1, "smallest_scale")
+        _check(self, "from 0 up", _is_amount, "noise_sigmas_255")
         labels = [pairs.label for pairs in self.pairs]
         if len(set(labels)) < len(labels):
             raise ValueError("there may be one folder of pairs for each label")
@@ -80,10 +103,12 @@ class Phase:
     """Blur comes along so many different paths, the first of those that a later phase has more of; 0: along any."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < 1 or self.patch_px < 16 or self.batch < 1 or self.blur_paths < 0:
-            raise ValueError("start lies in 0..1, patch_px from 16, batch from 1 and blur_paths from 0 up")
-        if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
-            raise ValueError("tasks needs positive shares")
+        _check(self, "from 0 to below 1", _is_below_one, "start")
+        _check(self, "from 0 up", _is_amount, "blur_paths", "tasks")
+        if self.patch_px < 16 or self.batch < 1:
+            raise ValueError("patch_px is at least 16, batch at least 1")
+        if not sum(self.tasks.values()):
+            raise ValueError("tasks needs a positive share")
         if Degradation.CLEAN in self.tasks or Degradation.OTHER in self.tasks:
             raise ValueError("there is no prompt for clean or other")
 
@@ -111,6 +136,10 @@ class TrainingConfig:
     """Of the moving average of the weights, which is what is validated and exported."""
 
     def __post_init__(self) -> None:
+        _check(self, "from 0 up", _is_amount, "steps", "minutes", "weight_decay")
+        _check(self, "a whole number from 0 to below 2**63", lambda number: 0 <= number < 2**63, "seed")
+        _check(self, "above 0", lambda number: 0 < number < math.inf, "learning_rate")
+        _check(self, "from 0 to below 1", _is_below_one, "warm_up", "average_decay")
         if (self.steps > 0) == (self.minutes > 0):
             raise ValueError("one of steps and minutes says how long to train")
 
@@ -150,6 +179,14 @@ class RestorerTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(self, "from 0 to below 1", _is_below_one, "betas")
+        _check(self, "from 0 up", _is_amount, "clip_norm")
+        _check(self, "from 0 to 1", _is_share, "jpeg_share")
+        dim, blocks = self.model.dim, self.model.num_refinement_blocks
+        if dim < 1 or blocks < 0 or not 1 <= dim * self.model.ffn_expansion_factor < math.inf:
+            raise ValueError(
+                "model needs a dim, and a dim x ffn_expansion_factor, of at least 1, and no negative blocks"
+            )
         if not self.phases or self.phases[0].start != 0:
             raise ValueError("the first of phases starts at 0")
         if [p.start for p in self.phases] != sorted(p.start for p in self.phases):
@@ -220,6 +257,9 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         return [
             line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
         ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        both = enumerate(zip(old, new, strict=True))
+        return [line for place, (one, other) in both for line in differences(one, other, f"{where}[{place}]")]
     return [] if old == new else [f"{where}: was {old!r}, is now {new!r}"]
 
 
@@ -239,10 +279,13 @@ def read_config(kind: type[Kind], path: Path) -> Kind:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def _read_table(path: Path, *extending: Path) -> dict[str, Any]:
+    """What a file says and what it extends; `extending` are the files that extend it."""
+    if path.resolve() in extending:
+        raise ValueError(f"extends itself, by way of {', '.join(each.name for each in extending)}")
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     base = table.pop("extends", None)
-    return _merged(_read_table(path.parent / base), table) if base is not None else table
+    return _merged(_read_table(path.parent / base, *extending, path.resolve()), table) if base is not None else table
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

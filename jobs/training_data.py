@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image
 from jobs.datasets import PARTNERS, SUFFIXES, partnered, read_rgb
 from jobs.errors import UsageError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("training")
 
 VALIDATION_PERCENT = 8
 """Share of the photographs held out for calibration and model choice."""
@@ -25,18 +25,18 @@ SMALLEST_SIDE_PX = 160
 """Smaller photographs are left out."""
 
 
+def _encoded(name: str) -> bytes:
+    """A file's name, which need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 def is_validation(name: str) -> bool:
     """Whether a photograph belongs to the fixed validation split, by a hash of its file name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
+    return int.from_bytes(hashlib.sha256(_encoded(name)).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
-def photographs_in(
-    folders: Iterable[Path], *, validation: bool | None, scene: Callable[[Path], str] = lambda path: path.name
-) -> list[Path]:
-    """The photographs of some folders that belong to the training or to the validation part (None: all), by name.
-
-    What `scene` gives for a file decides on its part. Raises UsageError if a folder is not there.
-    """
+def photographs_in(folders: Iterable[Path]) -> list[Path]:
+    """The photographs of some folders, those of each by name; raises UsageError if a folder is not there."""
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
@@ -44,21 +44,16 @@ def photographs_in(
                 f"{folder} is not a folder; paths start at the working directory, those of data.clean and data.pairs "
                 "in a configuration too"
             )
-    return [
-        path
-        for folder in folders
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and validation in (None, is_validation(scene(path)))
-    ]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
 
 
 def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = False) -> dict[Path, Picture]:
-    """The pixels of every readable file that is large enough, or with `on_disk` its path; others are named in the log.
+    """The pixels of every readable file that is large enough, or with `on_disk` its path; the log tells of the others.
 
     Raises UsageError if fewer than this share can be read.
     """
     found: dict[Path, Picture] = {}
-    unreadable = []
+    unreadable, small = [], 0
     for path in paths:
         try:
             pixels = read_rgb(path)
@@ -68,12 +63,37 @@ def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = Fa
             continue
         if min(pixels.shape[:2]) >= SMALLEST_SIDE_PX:
             found[path] = path if on_disk else pixels
-    if len(unreadable) > (1 - least_readable) * len(paths):
+        else:
+            small += 1
+    if small:
+        log.warning("left out %d of %d photographs: a side has less than %d px", small, len(paths), SMALLEST_SIDE_PX)
+    readable = len(paths) - len(unreadable)
+    if unreadable and readable / len(paths) < least_readable:
         raise UsageError(
-            f"only {len(paths) - len(unreadable)} of {len(paths)} photographs can be read, less than "
+            f"only {readable} of {len(paths)} photographs can be read, less than "
             f"{least_readable:.0%}; unreadable are {', '.join(unreadable[:5])}{' and others' if unreadable[5:] else ''}"
         )
     return found
+
+
+def inventory(scenes: Iterable["Photographs"]) -> str:
+    """How many scenes there are, with a digest of their names in order: samples depend on both."""
+    names = [_encoded(name) for each in scenes for name in each.names]
+    return f"{len(names)} (names {hashlib.sha256(b'/'.join(names)).hexdigest()[:12]})"
+
+
+def tell_if_changed(before: str | None, now: str) -> None:
+    """Warns where a training goes on with other scenes than those of its checkpoint (None: it is none, or an old one).
+
+    It goes on all the same: one damaged file shall not cost what has been learnt.
+    """
+    if before is not None and before != now:
+        log.warning(
+            "the photographs are not those of the checkpoint: it had %s, now there are %s. The training goes on, but "
+            "will not give what an unbroken one would",
+            before,
+            now,
+        )
 
 
 def _pixels(picture: Picture) -> NDArray[np.uint8]:
@@ -103,18 +123,19 @@ class Photographs:
         return _pixels(self.scenes[rng.integers(len(self.scenes))][0])
 
     @classmethod
-    def clean(
-        cls, folders: Iterable[Path], *, validation: bool | None, least_readable: float = 0.9, on_disk: bool = False
-    ) -> "Photographs":
-        """Reads the training or the validation part of some folders, or all of them (None).
+    def clean(cls, folders: Iterable[Path], *, least_readable: float = 0.9, on_disk: bool = False) -> "Photographs":
+        """Reads all photographs of some folders.
 
         Raises UsageError if too few files can be read, or nothing is left.
         """
         folders = list(folders)
-        paths = photographs_in(folders, validation=validation)
+        paths = photographs_in(folders)
         found = read_all(paths, least_readable=least_readable, on_disk=on_disk)
         if not found:
-            raise UsageError(f"no usable photograph in {', '.join(map(str, folders))}")
+            raise UsageError(
+                f"no usable photograph in {', '.join(map(str, folders))}: none of {len(paths)} can be read and has "
+                f"{SMALLEST_SIDE_PX} px a side"
+            )
         return cls(tuple(path.name for path in found), tuple((picture,) for picture in found.values()))
 
     @classmethod
@@ -123,21 +144,16 @@ class Photographs:
         degraded: Path,
         reference: Path,
         *,
-        validation: bool,
         match: str = "name",
         least_readable: float = 0.9,
         on_disk: bool = False,
     ) -> "Photographs":
-        """Reads the training or the validation part of two folders; `match` is a key of `jobs.datasets.PARTNERS`.
+        """Reads all pairs of two folders; `match` is a key of `jobs.datasets.PARTNERS`.
 
         Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
-
-        def scene(path: Path) -> str:
-            return path.name if match == "name" else PARTNERS[match](path.stem)
-
-        paths = photographs_in([degraded], validation=validation, scene=scene)
-        partners = partnered(paths, photographs_in([reference], validation=None), reference, match=match)
+        paths = photographs_in([degraded])
+        partners = partnered(paths, photographs_in([reference]), reference, match=match)
         first = read_all(paths, least_readable=least_readable, on_disk=on_disk)
         wanted = dict.fromkeys(partners[path] for path in first)
         second = read_all(list(wanted), least_readable=least_readable, on_disk=on_disk)
@@ -152,6 +168,25 @@ class Photographs:
         if not scenes:
             raise UsageError(f"no usable pair in {degraded} and {reference}")
         return cls(tuple(scenes), tuple(scenes.values()))
+
+    def part(self, *, validation: bool, match: str = "name") -> "Photographs":
+        """The scenes held out for validation, or the others; pairs that `match` gives one reference stay together.
+
+        Raises UsageError if there is none.
+        """
+        chosen = [
+            number
+            for number, name in enumerate(self.names)
+            if is_validation(name if match == "name" else PARTNERS[match](Path(name).stem)) is validation
+        ]
+        if not chosen:
+            raise UsageError(
+                f"none of {len(self.names)} photographs ({self.names[0]} is the first) falls into the "
+                f"{'held-out' if validation else 'training'} part, which their names decide; add more"
+            )
+        return Photographs(
+            tuple(self.names[number] for number in chosen), tuple(self.scenes[number] for number in chosen)
+        )
 
     def patches(
         self, rng: np.random.Generator, *, side_px: int, smallest_scale: float

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,33 @@ LOG_EVERY = 50
 
 
 class Diary:
-    """Writes `training.log`, logs for TensorBoard where that is installed, and sheets of samples."""
+    """Writes `training.log`, logs for TensorBoard where that is installed, and sheets of samples.
+
+    Nothing is written before there is something to say, so that a training that cannot begin leaves its folder empty.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out, self.losses = out, list[float]()
-        self.file = logging.FileHandler(out / "training.log", encoding="utf-8")
+        self.file = logging.FileHandler(out / "training.log", encoding="utf-8", delay=True)
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(self.file)
         log.setLevel(logging.INFO)
-        self.board: Any = None
+
+    @cached_property
+    def board(self) -> Any:
+        """TensorBoard's writer, or None."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             log.info("TensorBoard is not installed: its logs are not written")
-        else:
-            self.board = SummaryWriter(str(out / "tensorboard"))
+            return None
+        return SummaryWriter(str(self.out / "tensorboard"))
 
     def close(self) -> None:
         """Ends the log."""
         log.removeHandler(self.file)
         self.file.close()
-        if self.board is not None:
+        if vars(self).get("board") is not None:
             self.board.close()
 
     def step(self, step: int, *, loss: float, rate: float, seconds: float, progress: float) -> None:

@@ -23,14 +23,15 @@ class Group:
         """Of each batch."""
         return slice(self.rank, None, self.size)
 
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Leaves every process with the mean of all gradients."""
+    def average_gradients(self, parameters: Iterable[Tensor], *, samples: int) -> None:
+        """Leaves every process with the gradient of the whole batch, of which it has that of the mean of `samples`."""
         if self.size > 1:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
             sizes = [gradient.numel() for gradient in gradients]
-            for gradient, mean in zip(gradients, torch.split(flat / self.size, sizes), strict=True):
+            flat = torch.cat([gradient.flatten() for gradient in gradients] + [torch.ones(1, device=self.device)])
+            flat *= samples
+            dist.all_reduce(flat)
+            for gradient, mean in zip(gradients, torch.split(flat[:-1] / flat[-1], sizes), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
     def first_says(self, value: float) -> float:

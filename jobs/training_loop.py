@@ -3,22 +3,27 @@
 import argparse
 import logging
 import math
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
-from jobs.signals import StopRequest, stop_on_signals
+from jobs.signals import StopRequest, leave_interrupts_to_parent, stop_on_signals
 from jobs.training_diary import Diary
 from jobs.training_group import Group
+from jobs.training_state import last_good
 from models.precision import fastest_dtype
 
 log = logging.getLogger("training")
+
+Sample = TypeVar("Sample")
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -37,9 +42,28 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def made_ahead(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int, **options: Any) -> DataLoader[Sample]:
+    """The samples of each place in turn; `loaders` processes make them ahead, with 0 each is made when it is asked for.
+
+    The processes are forked where the system can, so that they share the photographs in memory; begun in another way,
+    each would be sent all of them. `options` are those of torch's loader.
+    """
+    forked = loaders > 0 and "fork" in multiprocessing.get_all_start_methods()
+    return DataLoader(
+        samples,
+        batch_size=None,
+        sampler=places,
+        num_workers=loaders,
+        worker_init_fn=leave_interrupts_to_parent,
+        multiprocessing_context="fork" if forked else None,
+        **options,
+    )
+
+
 class Trained(Protocol):
     """A training in progress."""
 
+    out: Path
     step: int
     seconds: float
 
@@ -51,6 +75,10 @@ class Trained(Protocol):
     @property
     def progress(self) -> float:
         """How much of it is over, 0..1."""
+        ...
+
+    def save(self) -> None:
+        """Writes its checkpoint."""
         ...
 
 
@@ -79,6 +107,8 @@ def run(
 
     Raises:
         TrainingInterruptedError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
+        TrainingError: a photograph that is read again and again cannot be read any more. The first of several processes
+            writes a checkpoint before that, if the photograph is one of its own.
     """
     first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
 
@@ -88,7 +118,15 @@ def run(
     # One of several processes must not leave the others waiting for it.
     with stop_on_signals() if group.size == 1 else nullcontext(StopRequest()) as request:
         while goes_on() and not request:
-            loss = learn()
+            try:
+                loss = learn()
+            except UsageError as fault:
+                if diary is not None:
+                    training.save()
+                raise TrainingError(
+                    f"{fault}, at step {training.step}{group}; {last_good(training.out)}; the same command goes on "
+                    "without that photograph"
+                ) from fault
             training.seconds = before + group.first_says(time.monotonic() - first)
             if diary is not None:
                 rate = training.optimiser.param_groups[0]["lr"]

@@ -2,8 +2,8 @@
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -85,10 +85,29 @@ def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Map
 def found_state(out: Path, config: TrainingConfig) -> dict[str, Any] | None:
     """What a training in this folder goes on from: its checkpoint, or else a portable one; None if there is neither.
 
-    Raises ConfigError as `load_state` does.
+    Raises UsageError as `load_state` does.
     """
-    path = next((out / name for name in (CHECKPOINT, PORTABLE) if (out / name).exists()), None)
+    path = _found(out)
     return load_state(path, config) if path is not None else None
+
+
+def _found(out: Path) -> Path | None:
+    return next((out / name for name in (CHECKPOINT, PORTABLE) if (out / name).exists()), None)
+
+
+def _unusable(path: Path, error: Exception) -> UsageError:
+    other = path.with_name(PORTABLE)
+    advice = f"go on from {other.name}" if path != other and other.exists() else "begin anew"
+    return UsageError(f"{path} is damaged or no such checkpoint; move it away to {advice}: {shorten(repr(error), 300)}")
+
+
+@contextmanager
+def taken_up(out: Path) -> Iterator[None]:
+    """While the state found in a folder is put into network and optimiser; raises UsageError if it does not fit."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _unusable(_found(out) or out, error) from error
 
 
 def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
@@ -96,9 +115,13 @@ def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: it belongs to another configuration; the fields that differ are named.
+        UsageError: it cannot be read, or is no checkpoint of a training.
     """
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    stored = state["config"]
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        stored, _ = state["config"], [state[name] for name in ("network", "average", "step", "seconds")]
+    except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
+        raise _unusable(path, error) from error
     with suppress(ValueError):  # a field that is no more: the differences name it
         stored = as_plain(from_plain(type(config), stored))
     if lines := differences(stored, as_plain(config)):
@@ -107,7 +130,7 @@ def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in float16, for a portable checkpoint; integers and guidance layers, if trained, stay as they are.
+    """Tensors in float16, for a portable checkpoint; integers and guidance layers stay as they are.
 
     A rounded guidance reorders channels.
     """

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from classifier.labels import Degradation
-from jobs.datasets import TEST_SETS, find_examples
+from jobs.datasets import TEST_SETS, find_examples, read_rgb
 from jobs.errors import UsageError
 
 
@@ -58,6 +58,14 @@ def test_the_original_layouts_are_recognised(tmp_path: Path, dataset: str, degra
     ("dataset", "files"),
     [
         ("cbsd68", ["original_png/0000.png", "original_png/0001.png", "noisy15/0000.png"]),
+        (
+            "cbsd68",
+            [
+                "CBSD68-dataset/CBSD68/original_png/0000.png",
+                "CBSD68-dataset/CBSD68/original_png/0001.png",
+                "CBSD68-dataset/CBSD68/noisy15/0000.png",
+            ],
+        ),
         ("kodak24", ["kodim01.png", "kodim02.png"]),
         ("urban100", [f"image_SRF_4/img_00{n}_SRF_4_{kind}.png" for n in (1, 2) for kind in ("HR", "LR")]),
     ],
@@ -76,10 +84,37 @@ def test_clean_sets_get_seeded_noise_of_three_strengths(tmp_path: Path, dataset:
     assert not np.array_equal(found[3].read()[0] - found[3].read()[1], noisy - clean)
 
 
-def test_a_noise_set_with_too_few_images_is_not_taken_for_several(tmp_path: Path) -> None:
-    write(tmp_path, *(f"kodim{number:02}.png" for number in range(1, 25) if number != 7))
-    with pytest.raises(UsageError, match="has 23 images; kodak24 has 24: number 7 is not there"):
-        find_examples("kodak24", tmp_path)
+@pytest.mark.parametrize(
+    ("dataset", "pattern", "there", "said"),
+    [
+        ("kodak24", "kodim{:02}.png", range(2, 25), "has 23 images; kodak24 has 24: number 1 is not there"),
+        ("kodak24", "kodim{:02}.png", range(1, 24), "has 23 images; kodak24 has 24: number 24 is not there"),
+        ("cbsd68", "{:04}.png", range(1, 68), "has 67 images; cbsd68 has 68: number 0 is not there"),
+        ("cbsd68", "{:04}.png", range(100, 167), "has 67 images; cbsd68 has 68: look for what is missing"),
+    ],
+)
+def test_what_a_numbered_set_lacks_is_named(
+    tmp_path: Path, dataset: str, pattern: str, there: range, said: str
+) -> None:
+    write(tmp_path, *map(pattern.format, there))
+    with pytest.raises(UsageError, match=said):
+        find_examples(dataset, tmp_path)
+
+
+def test_a_noise_set_that_is_not_there_is_told_where_it_may_lie(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_examples("cbsd68", tmp_path)
+    assert str(caught.value) == (
+        f"found no images under {tmp_path}; expected clean images in original_png/, original/, HR/, image_SRF_4/, at "
+        "any depth, or in it itself"
+    )
+
+
+def test_a_reference_without_degraded_image_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "eval15" / "low", *(f"{number}.png" for number in range(14)))
+    write(tmp_path / "eval15" / "high", *(f"{number}.png" for number in range(14)), "79.png")
+    with pytest.raises(UsageError, match=r"high/79\.png has no degraded image in .*low"):
+        find_examples("lol", tmp_path)
 
 
 def test_pairs_of_ones_own_need_a_label(tmp_path: Path) -> None:
@@ -99,7 +134,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_examples("lol", tmp_path)
     write(tmp_path / "low", "1.png", "3.png")
     write(tmp_path / "high", "1.png", "3.png")
-    with pytest.raises(UsageError, match="has 2 images; lol has 3: number 2 is not there"):
+    with pytest.raises(UsageError, match="has 2 images; lol has 3: look for what is missing"):
         find_examples("lol", tmp_path)
     write(tmp_path / "low", "2.png")
     with pytest.raises(UsageError, match=r"low/2\.png has no reference in .*high"):
@@ -125,3 +160,23 @@ def test_files_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     (tmp_path / "reference" / "a.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"cannot read .*a\.png"):
         example.read()
+
+
+def test_a_png_with_a_damaged_chunk_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    data = path.read_bytes()
+    assert data.count(b"IDAT") > 2
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    path.write_bytes(data[: second - 4] + bytes(8) + data[second + 4 :])
+    with pytest.raises(UsageError, match=r"cannot read .*damaged\.png: broken PNG file"):
+        read_rgb(path)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_deep_greyscale_is_scaled_to_eight_bits(tmp_path: Path, name: str) -> None:
+    values = np.linspace(0, 65535, 24 * 16).reshape(16, 24)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
+    expected = np.rint(values / 257)[..., None].repeat(3, axis=2)
+    assert np.abs(read_rgb(tmp_path / name) - expected).max() <= 1

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -150,9 +151,26 @@ def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
     assert "31.29" in text
 
 
-def test_equal_images_have_infinite_psnr() -> None:
+def test_the_psnr_of_equal_images_leaves_means_finite(kodak: Path, restorer: Restorer) -> None:
     image = torch.rand(16, 16, 3).numpy()
-    assert evaluation.scores(image, image) == (math.inf, 1.0)
+    assert evaluation.scores(image, image) == (100.0, 1.0)
+    first, *others = evaluation.evaluate(find_examples("kodak24", kodak), restorer, Oracle(Degradation.CLEAN))
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(evaluation.table("kodak24", [replace(first, psnr_input_db=100.0), *others]))
+    text = console.export_text()
+    assert "inf" not in text
+    assert "nan" not in text
+
+
+def test_files_of_all_sets_have_the_same_columns(kodak: Path, restorer: Restorer, tmp_path: Path) -> None:
+    found = list(evaluation.evaluate(find_examples("kodak24", kodak), restorer, Oracle(Degradation.NOISE, 20.0)))
+    without = [replace(result, sigma_255=None, predicted_prompt=None) for result in found]
+    for name, rows in (("a", found), ("b", without)):
+        evaluation.write(rows, tmp_path / f"{name}.parquet", {})
+    schemas = [pq.read_schema(tmp_path / f"{name}.parquet") for name in "ab"]
+    assert schemas[0].equals(schemas[1])
+    assert schemas[0].names == [field.name for field in fields(evaluation.Result)]
+    assert str(schemas[0].field("sigma_255").type) == "double"
 
 
 def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
@@ -160,6 +178,25 @@ def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
     psnr, ssim = evaluation.scores(image, 1 - image)
     assert math.isfinite(psnr)
     assert math.isnan(ssim)
+
+
+def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    for name in ("degraded", "reference"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (32, 32), (number, 90, 90)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "degraded" / "2.png").write_bytes(b"no image")
+    weights = ["--model", str(write_tiny_model(tmp_path / "m.safetensors")), "--device", "cpu"]
+    weights += ["--classifier", str(write_tiny_classifier(tmp_path / "c.safetensors"))]
+    out = tmp_path / "rows.parquet"
+    command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path), "--out", str(out)]
+    result = runner.invoke(app, [*command, *weights])
+    assert result.exit_code == 2
+    assert "cannot read" in result.stderr
+    assert "2 of 3 images, a row each" in result.stdout
+    rows = pq.read_table(out)
+    assert rows.column("name").to_pylist() == ["degraded/0", "degraded/1"]
+    assert rows.schema.metadata[b"rows"] == b"2 of 3 images"
 
 
 def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:

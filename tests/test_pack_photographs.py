@@ -27,7 +27,7 @@ def test_a_packed_folder_fits_and_is_what_it_was(folder: Path, tmp_path: Path) -
     assert target.stat().st_size <= 1.5e6
     zipfile.ZipFile(target).extractall(unpacked)
     for validation in (False, True):
-        before, after = (Photographs.clean([place], validation=validation) for place in (folder, unpacked))
+        before, after = (Photographs.clean([place]).part(validation=validation) for place in (folder, unpacked))
         assert before.names == after.names
         for (one,), (other,) in zip(before.scenes, after.scenes, strict=True):
             assert one.shape == other.shape

@@ -11,7 +11,8 @@ from test_train_restorer import averages, photographs, tiny
 from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
 from jobs.ray_train import train_on_ray
 from jobs.train_restorer import Training, train
-from jobs.training_config import Data, Phase
+from jobs.training_config import ConfigError, Data, Phase
+from jobs.training_group import Group
 
 __all__ = ["photographs"]
 
@@ -20,7 +21,10 @@ __all__ = ["photographs"]
 def test_two_workers_learn_what_one_process_does(
     ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(photographs, steps=2)
+    """Though one of them has two of three samples."""
+    phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
+    config = tiny(photographs, steps=2, phases=(phase,))
+    (photographs / "broken.png").write_bytes(b"no image")
     train(config, tmp_path / "alone", threads=1)
     monkeypatch.chdir(photographs.parent)
     relative = replace(config, data=Data(clean=(Path(photographs.name),)))
@@ -32,26 +36,55 @@ def test_two_workers_learn_what_one_process_does(
     assert float(torch.stack(close).mean()) > 0.99
     state = torch.load(tmp_path / "ray" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2
+    assert "broken.png" in (tmp_path / "ray" / "training.log").read_text()
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(
+def test_gradients_count_for_as_many_samples_as_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [torch.zeros(2, 2), torch.zeros(3)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    group = Group(torch.device("cpu"))
+    group.size = 2
+
+    def with_the_other(flat: torch.Tensor) -> None:
+        """A second process has one sample, of gradient 4."""
+        flat += torch.tensor([4.0] * 7 + [1.0])
+
+    monkeypatch.setattr("torch.distributed.all_reduce", with_the_other)
+    group.average_gradients(parameters, samples=2)
+    assert all(torch.equal(each.grad, torch.full_like(each, 2.0)) for each in parameters if each.grad is not None)
+
+
+def test_what_needs_no_worker_is_refused_before_there_are_any(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def three(self: object, device: torch.device) -> None:
-        self.rank, self.size, self.device = 0, 3, device  # type: ignore[attr-defined]
-
-    monkeypatch.setattr("jobs.training_group.Group.__init__", three)
-    with pytest.raises(UsageError, match="a batch of 2 cannot be shared among 3 workers"):
-        Training(tiny(photographs), tmp_path, torch.device("cpu"))
+    monkeypatch.setattr("jobs.ray_train.connected", None)
+    with pytest.raises(UsageError, match="a batch of 2 cannot be shared among 3 workers; use at most 2"):
+        train_on_ray(tiny(photographs), tmp_path, workers=3, device="cpu", max_minutes=60.0)
+    with pytest.raises(UsageError, match=r"prompts: .*neither a weights file nor a shipped model"):
+        train_on_ray(tiny(photographs, prompts="nowhere"), tmp_path, workers=2, device="cpu", max_minutes=60.0)
+    Training(tiny(photographs), tmp_path / "out", torch.device("cpu")).save()
+    with pytest.raises(ConfigError, match="seed: was 0, is now 1"):
+        train_on_ray(tiny(photographs, seed=1), tmp_path / "out", workers=2, device="cpu", max_minutes=60.0)
 
 
 @pytest.mark.slow
-def test_a_workers_fault_ends_the_training_with_its_message(
+def test_what_a_worker_refuses_is_told_as_one_process_would(
     ray_cluster: None, photographs: Path, tmp_path: Path
 ) -> None:
-    phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
-    with pytest.raises(TrainingError, match="a batch of 3 cannot be shared among 2 workers"):
-        train_on_ray(tiny(photographs, phases=(phase,)), tmp_path, workers=2, device="cpu", max_minutes=60.0)
+    with pytest.raises(UsageError, match=r"^.*nowhere is not a folder; paths start at the working directory"):
+        train_on_ray(tiny(photographs / "nowhere"), tmp_path, workers=2, device="cpu", max_minutes=60.0)
+
+
+def test_another_fault_of_a_worker_ends_the_training_with_its_message(
+    ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object) -> None:
+        raise RuntimeError("a worker's process is gone")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", broken)
+    with pytest.raises(TrainingError, match="training on Ray failed: a worker's process is gone"):
+        train_on_ray(tiny(photographs), tmp_path, workers=1, device="cpu", max_minutes=60.0)
 
 
 def test_ctrl_c_is_told_as_an_interruption(
@@ -64,5 +97,6 @@ def test_ctrl_c_is_told_as_an_interruption(
 
 @pytest.mark.slow
 def test_more_workers_than_there_is_room_for_are_refused(ray_cluster: None, photographs: Path, tmp_path: Path) -> None:
+    phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
     with pytest.raises(UsageError, match="room for 2 workers with 1 CPU each, not for 3"):
-        train_on_ray(tiny(photographs), tmp_path, workers=3, device="cpu", max_minutes=60.0)
+        train_on_ray(tiny(photographs, phases=(phase,)), tmp_path, workers=3, device="cpu", max_minutes=60.0)

@@ -1,4 +1,5 @@
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def small(folder, **more):
 
 
 def test_scenes_lie_within_the_sizes_promised(folder):
-    photographs = Photographs.clean([folder], validation=False)
+    photographs = Photographs.clean([folder]).part(validation=False)
     rng = np.random.default_rng(0)
     scenes = [draw_scene(photographs, rng) for _ in range(60)]
     for scene in scenes:
@@ -78,7 +79,7 @@ def test_scenes_lie_within_the_sizes_promised(folder):
 
 
 def test_a_changed_tone_keeps_the_shapes(folder):
-    scene = draw_scene(Photographs.clean([folder], validation=False), np.random.default_rng(0))
+    scene = draw_scene(Photographs.clean([folder]).part(validation=False), np.random.default_rng(0))
     versions = [vary_tone(scene, np.random.default_rng(seed)) for seed in range(30)]
     assert sum(not np.array_equal(version, scene) for version in versions) > 20
     for version in versions:
@@ -116,7 +117,7 @@ def test_calibration_sees_scenes_as_they_were_taken(dark_and_bright):
 
 
 def test_damage_too_faint_to_be_seen_is_drawn_again(folder, monkeypatch):
-    photographs = Photographs.clean([folder], validation=False)
+    photographs = Photographs.clean([folder]).part(validation=False)
     drawn = []
 
     def faint_at_first(image, label, rng):
@@ -154,7 +155,7 @@ def test_filed_images_stay_close_to_what_was_given():
 
 
 def test_a_sample_depends_on_seed_and_number_alone(folder):
-    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=3, view=SMALL_VIEW, training=True)
+    synthesis = Synthesis(Photographs.clean([folder]).part(validation=False), seed=3, view=SMALL_VIEW, training=True)
     three, second = synthesis[range(1, 4)], synthesis[[2]]
     assert three["number"].tolist() == [1, 2, 3]
     np.testing.assert_array_equal(three[1:2], second)
@@ -166,7 +167,7 @@ def test_a_sample_depends_on_seed_and_number_alone(folder):
 
 
 def test_the_pool_holds_the_newest_and_knows_what_it_lacks(folder, tmp_path):
-    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW, training=True)
+    synthesis = Synthesis(Photographs.clean([folder]).part(validation=False), seed=0, view=SMALL_VIEW, training=True)
     pool = Pool(tmp_path / "pool", 4, SMALL_VIEW)
     assert pool.missing(3) == [1, 2, 3]
     made = synthesis[range(1, 7)]
@@ -261,6 +262,14 @@ def test_a_training_goes_on_elsewhere_from_its_portable_checkpoint(folder, tmp_p
     assert train(small(folder, steps=5), elsewhere, threads=1).step == 5
 
 
+def test_a_checkpoint_that_cannot_be_taken_up_is_named(folder, stopped):
+    state = torch.load(stopped / CHECKPOINT, weights_only=True)
+    for spoilt in ({"weights": 3}, state | {"network": {}}, state | {"optimiser": {}}):
+        torch.save(spoilt, stopped / CHECKPOINT)
+        with pytest.raises(UsageError, match=r"checkpoint\.pt is damaged or no such checkpoint; move it away"):
+            train(small(folder, steps=5), stopped, threads=1)
+
+
 def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_path, stopped):
     weights = tmp_path / "own.safetensors"
     export(train(small(folder, steps=5), stopped, threads=1), weights)
@@ -277,6 +286,24 @@ def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_pa
         if key != "head.3.bias":  # holds the shares expected in use as well
             torch.testing.assert_close(value, average[key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
+
+
+def test_a_diary_names_skipped_photographs_and_tells_that_others_are_there(folder, tmp_path, stopped):
+    other = tmp_path / "photographs"
+    shutil.copytree(folder, other)
+    (other / "broken.png").write_bytes(b"no image")
+    state = torch.load(stopped / CHECKPOINT, weights_only=True)
+    state["config"]["data"]["clean"] = [str(other)]
+    torch.save(state, stopped / CHECKPOINT)
+    config = small(other, steps=5)
+    train(config, stopped, threads=1)
+    log = (stopped / "training.log").read_text()
+    assert f"skipped a photograph: cannot read {other / 'broken.png'}" in log
+    assert "are not those of the checkpoint" not in log
+    state["inventory"] = "3 (names abc)"
+    torch.save(state, stopped / CHECKPOINT)
+    train(config, stopped, threads=1)
+    assert "not those of the checkpoint: it had 3 (names abc), now" in (stopped / "training.log").read_text()
 
 
 def test_a_gradient_that_is_no_number_ends_the_training_and_spares_the_checkpoint(folder, stopped, monkeypatch):
@@ -311,7 +338,7 @@ from classifier.view import ViewSettings
 from jobs.classifier_samples import Synthesis
 from jobs.train_classifier import _as_bytes
 from jobs.training_data import Photographs
-photographs = Photographs.clean([Path({str(folder)!r})], validation=True)
+photographs = Photographs.clean([Path({str(folder)!r})]).part(validation=True)
 made = Synthesis(photographs, seed=0, view=ViewSettings(), training=True)
 loader = DataLoader(made, batch_size=None, sampler=[range(1, 9)] * 9, num_workers=1, collate_fn=_as_bytes)
 coming = iter(loader)
@@ -397,7 +424,7 @@ def test_who_agrees_with_the_teacher_has_the_labels_to_learn(folder, tmp_path):
     config = small(folder, steps=1, start_from=tmp_path / "own.safetensors", teacher=tmp_path / "own.safetensors")
     training = Training(config, tmp_path / "pupil", torch.device("cpu"))
     training.network.eval()  # without dropout, statistics of batches
-    synthesis = Synthesis(Photographs.clean([folder], validation=False), seed=0, view=SMALL_VIEW, training=True)
+    synthesis = Synthesis(Photographs.clean([folder]).part(validation=False), seed=0, view=SMALL_VIEW, training=True)
     crops, thumbnails, labels = as_batch(synthesis[range(1, 9)])
     with torch.no_grad():
         loss = training.loss(crops, thumbnails, labels, np.random.default_rng(0))

@@ -31,9 +31,11 @@ from jobs.train_restorer import (
     train,
 )
 from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
+from jobs.training_data import is_validation
+from jobs.training_loop import made_ahead
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
-from models.prompts import orthogonal_bank
+from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
 from pipeline.degradations import MotionBlur
@@ -87,7 +89,7 @@ def test_a_fresh_network_is_the_identity_and_tells_prompts_apart() -> None:
 
 
 def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs: Path) -> None:
-    sources = Sources.load(Data(clean=(photographs,)), validation=False)
+    sources = Sources.load(Data(clean=(photographs,))).part(validation=False)
     rng = np.random.default_rng(0)
     prompts = set()
     for _ in range(12):
@@ -101,7 +103,7 @@ def test_samples_are_eight_bit_and_carry_the_prompt_of_their_damage(photographs:
 
 
 def test_low_light_is_to_become_what_a_longer_exposure_shows(photographs: Path) -> None:
-    sources = Sources.load(Data(clean=(photographs,)), validation=False)
+    sources = Sources.load(Data(clean=(photographs,))).part(validation=False)
     draw = partial(sources.draw, side_px=32, jpeg_share=0.0)
     for seed in range(10):
         taken, lifted = (
@@ -113,7 +115,7 @@ def test_low_light_is_to_become_what_a_longer_exposure_shows(photographs: Path) 
 def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: Path) -> None:
     phase = Phase(start=0.0, patch_px=64, batch=40, tasks=EVERYTHING)
     config = tiny(photographs, phases=(phase,), jpeg_share=0.2)
-    sources = Sources.load(config.data, validation=False)
+    sources = Sources.load(config.data).part(validation=False)
     made, left = (Batches(sources, config, slice(None), as_recipe=flag)[3, phase] for flag in (False, True))
     assert not made.recipes
     assert 20 <= len(left.recipes) < 40  # sensor noise and JPEG are made where they are drawn
@@ -128,7 +130,7 @@ def test_what_a_gpu_makes_of_recipes_is_what_loaders_make_of_them(photographs: P
 def test_batches_come_in_order_whether_prepared_or_not(photographs: Path) -> None:
     phase = Phase(start=0.0, patch_px=32, batch=2, tasks=EVERYTHING)
     config = tiny(photographs, phases=(phase,))
-    made = Batches(Sources.load(config.data, validation=False), config, slice(None))
+    made = Batches(Sources.load(config.data).part(validation=False), config, slice(None))
     wanted = [made[step, phase].names for step in range(4)]
     ahead = Ahead((made[step, phase] for step in range(4)), CPU)
     found = [ahead.take().names]
@@ -155,7 +157,7 @@ def test_blur_comes_along_few_paths_first(photographs: Path) -> None:
     config = tiny(photographs)
 
     def recipes(paths: int) -> list[MotionBlur]:
-        sources = Sources.load(config.data, validation=False)
+        sources = Sources.load(config.data).part(validation=False)
         found = [
             sample.degraded for sample in sources.batch(config, replace(phase, blur_paths=paths), 0, as_recipe=True)
         ]
@@ -172,7 +174,7 @@ def test_blur_comes_along_few_paths_first(photographs: Path) -> None:
 def test_other_work_is_done_between_gradient_and_update(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs)
     training = Training(config, tmp_path, CPU)
-    batch = Sources.load(config.data, validation=False).batch(config, config.phases[0], 0)
+    batch = Sources.load(config.data).part(validation=False).batch(config, config.phases[0], 0)
     before = {name: p.detach().clone() for name, p in training.trained.items()}
     seen = []
 
@@ -198,7 +200,7 @@ def test_a_gpu_learns_the_same_with_and_without_loaders(photographs: Path, tmp_p
 
 
 def test_noise_may_be_of_the_published_strengths_alone(photographs: Path) -> None:
-    sources = Sources.load(Data(clean=(photographs,), noise_sigmas_255=(15.0, 50.0)), validation=False)
+    sources = Sources.load(Data(clean=(photographs,), noise_sigmas_255=(15.0, 50.0))).part(validation=False)
     rng = np.random.default_rng(0)
     for _ in range(12):
         sample = sources.draw(rng, label=Degradation.NOISE, side_px=64, jpeg_share=0.0)
@@ -218,7 +220,7 @@ def test_pairs_are_used_for_their_label_alone_in_the_share_asked_for(photographs
     rng = np.random.default_rng(0)
 
     def share_of_pairs(label: Degradation, **options: object) -> float:
-        sources = Sources.load(Data(pairs=pairs, **options), validation=False)  # type: ignore[arg-type]
+        sources = Sources.load(Data(pairs=pairs, **options)).part(validation=False)  # type: ignore[arg-type]
         drawn = [sources.draw(rng, label=label, side_px=32, jpeg_share=0.0).degraded for _ in range(60)]
         flat = [np.ptp(cast(np.ndarray, image).reshape(-1, 3), axis=0).max() == 0 for image in drawn]
         return float(np.mean(flat))
@@ -276,6 +278,20 @@ def test_samples_made_ahead_by_other_processes_change_nothing(photographs: Path,
     train(config, tmp_path / "ahead", threads=1, loaders=2)
     first, second = averages(tmp_path / "between"), averages(tmp_path / "ahead")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_loader_processes_share_the_photographs(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though Python would begin them anew and send each the photographs, as it does from 3.14 on."""
+    config = tiny(photographs)
+    samples = Batches(Sources.load(config.data), config, slice(None))
+    monkeypatch.setattr(Batches, "__reduce__", lambda self: pytest.fail("the photographs are sent"))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        (made,) = made_ahead(samples, [(0, config.phases[0])], loaders=1)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert isinstance(made, Batch)
 
 
 @pytest.mark.usefixtures("quick_validation")
@@ -353,31 +369,122 @@ def test_ctrl_c_leaves_the_processes_that_make_samples_alone(photographs: Path, 
 
 
 @pytest.mark.usefixtures("quick_validation")
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_photograph_that_cannot_be_read_any_more_ends_a_training_with_a_checkpoint(
+    photographs: Path, tmp_path: Path, loaders: int
+) -> None:
+    config = tiny(photographs, data=Data(clean=(photographs,), on_disk=True), steps=6)
+    whole, learn = {path: path.read_bytes() for path in photographs.iterdir()}, Training.learn
+
+    def learn_and_spoil(training: Training, batch: ReadyBatch, *meanwhile: Callable[[], None]) -> float:
+        for path in whole:
+            path.write_bytes(b"no image")
+        return learn(training, batch, *meanwhile)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "learn", learn_and_spoil)
+        with pytest.raises(
+            TrainingError, match=r"^cannot read .*photo-\d+\.png: .*, at step [1-5]; last good"
+        ) as caught:
+            train(config, tmp_path / "out", threads=1, loaders=loaders)
+    step = torch.load(tmp_path / "out" / CHECKPOINT, weights_only=True)["step"]
+    assert f"at step {step};" in str(caught.value)
+    lost = next(path for path in whole if not is_validation(path.name))
+    for path in whole.keys() - {lost}:
+        path.write_bytes(whole[path])
+    assert train(config, tmp_path / "out", threads=1).step == 6
+    log = (tmp_path / "out" / "training.log").read_text()
+    assert f"skipped a photograph: cannot read {lost}" in log
+    assert "the photographs are not those of the checkpoint: it had" in log
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_checkpoint_without_inventory_goes_on(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs), tmp_path, threads=1, max_minutes=0.0)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state.pop("inventory").startswith("38 (names ")
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert train(tiny(photographs), tmp_path, threads=1).step == 4
+    assert "are not those of the checkpoint" not in (tmp_path / "training.log").read_text()
+
+
+def test_a_training_that_cannot_begin_leaves_its_folder_empty(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        train(tiny(photographs / "nowhere"), tmp_path / "out", threads=1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick_validation")
 def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs)
     here, there = tmp_path / "here", tmp_path / "there"
     train(config, here, threads=1)
     there.mkdir()
     (there / PORTABLE).write_bytes((here / PORTABLE).read_bytes())
-    assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 4
-    resumed = Training(config, there, CPU)
+    # Of the tiny network most is guidance, which is in it once.
+    assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 2
+
+    def of_another_library(name: str) -> PromptBank:
+        """Which draws other random numbers on the way."""
+        torch.rand(7)
+        return prompt_bank(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_restorer, "prompt_bank", of_another_library)
+        resumed = Training(config, there, CPU)
     assert resumed.step == 4
     wanted = averages(here)
     for key, value in resumed.average.state_dict().items():
         assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
+        if "linear_layer" in key:
+            assert torch.equal(value, wanted[key]), key
+            assert torch.equal(resumed.network.state_dict()[key], wanted[key]), key
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, PORTABLE])
+def test_a_checkpoint_that_cannot_be_taken_up_is_named(photographs: Path, tmp_path: Path, name: str) -> None:
+    config = tiny(photographs)
+    Training(config, tmp_path, CPU).save()
+    if name == PORTABLE:
+        (tmp_path / CHECKPOINT).unlink()
+    whole = (tmp_path / name).read_bytes()
+    state = torch.load(tmp_path / name, weights_only=True)
+    advice = "go on from portable.pt" if name == CHECKPOINT else "begin anew"
+
+    def check() -> None:
+        with pytest.raises(UsageError, match=f"{name} is damaged or no such checkpoint; move it away to {advice}: "):
+            Training(config, tmp_path, CPU)
+
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        (tmp_path / name).write_bytes(content)
+        check()
+    other_weights = {"output.weight": torch.zeros(3)}
+    cut = {name: tensor for name, tensor in state["network"].items() if name != "output.weight"}
+    for spoilt in (
+        {"weights": 3},
+        3,
+        state | {"network": other_weights},
+        state | {"network": cut},
+        state | {"average": 3},
+    ):
+        torch.save(spoilt, tmp_path / name)
+        check()
 
 
 @pytest.mark.usefixtures("quick_validation")
 def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
     photographs: Path, tmp_path: Path
 ) -> None:
-    """With the guidance layers that it started from, which are not trained and not in it."""
+    """With the guidance layers that it started from, if they are not in it."""
     train(tiny(photographs, seed=1), tmp_path / "first", threads=1)
     config = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT)
     train(config, tmp_path / "here", threads=1)
     wanted = averages(tmp_path / "here")
     (tmp_path / "there").mkdir()
-    (tmp_path / "here" / PORTABLE).rename(tmp_path / "there" / PORTABLE)
+    state = torch.load(tmp_path / "here" / PORTABLE, weights_only=True)
+    for part in ("network", "average"):
+        state[part] = {name: tensor for name, tensor in state[part].items() if "linear_layer" not in name}
+    torch.save(state, tmp_path / "there" / PORTABLE)
     with pytest.raises(
         UsageError, match=r"lacks what is not trained: go on in its folder, which makes a checkpoint\.pt"
     ):
@@ -387,6 +494,23 @@ def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
     assert any("linear_layer" in key for key in found)
     for key, value in found.items():
         assert torch.allclose(value, wanted[key], rtol=1e-3, atol=1e-4), key
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_portable_checkpoint_is_all_that_a_training_goes_on_from(photographs: Path, tmp_path: Path) -> None:
+    train(tiny(photographs, seed=1), tmp_path / "first", threads=1)
+    config = tiny(photographs, start_from=tmp_path / "first" / CHECKPOINT)
+    begun = Training(config, tmp_path / "here", CPU)
+    begun.save()
+    (tmp_path / "here" / CHECKPOINT).unlink()
+    (tmp_path / "first" / CHECKPOINT).unlink()
+    for network in (
+        Training(config, tmp_path / "here", CPU).average,
+        Training(tiny(photographs, start_from=tmp_path / "here" / PORTABLE), tmp_path / "third", CPU).network,
+    ):
+        for key, value in network.state_dict().items():
+            wanted = begun.average.state_dict()[key]
+            assert torch.equal(value, wanted if "linear_layer" in key else wanted.half().float()), key
 
 
 @pytest.mark.usefixtures("quick_validation")
@@ -512,7 +636,7 @@ def test_a_label_is_drawn_apart_from_its_sample(photographs: Path, tmp_path: Pat
     phase = Phase(start=0.0, patch_px=32, batch=1, tasks={Degradation.NOISE: 0.5, Degradation.RAIN: 0.5})
     config = tiny(photographs, phases=(phase,))
     mixed = Data(clean=(photographs,), pairs=(Pairs(Degradation.RAIN, degraded, photographs),))
-    batches = Batches(Sources.load(mixed, validation=False), config, slice(None))
+    batches = Batches(Sources.load(mixed).part(validation=False), config, slice(None))
     rainy = [batch.degraded for step in range(80) if (batch := batches[step, phase]).prompts == ("rain",)]
     green = [len(pixels.flatten(0, 2).unique(dim=0)) == 1 for pixels in rainy]
     assert 0.2 < np.mean(green) < 0.8

@@ -62,6 +62,9 @@ def test_a_configuration_may_extend_another(tmp_path: Path) -> None:
     assert differences(as_plain(base), as_plain(config)) == [
         "model.kept_fraction: was 0.9, is now 0.5", "seed: was 0, is now 3",
     ]  # fmt: skip
+    (tmp_path / "base.toml").write_text('extends = "some.toml"')
+    with pytest.raises(ConfigError, match=r"some\.toml: extends itself, by way of some\.toml, base\.toml"):
+        read(tmp_path, 'extends = "base.toml"')
     with pytest.raises(ConfigError, match=r"nowhere\.toml, which .*some\.toml extends: No such file"):
         read(tmp_path, 'extends = "nowhere.toml"')
 
@@ -96,6 +99,29 @@ def test_phases_follow_the_progress(tmp_path: Path) -> None:
         ("start = 0.0", "start = 0.1", "the first of phases starts at 0"),
         ("num_blocks = [1, 1, 1, 1]", "num_blocks = [1, 1]", "model.num_blocks needs 4 entries, not 2"),
         ("[data]", "[data", "some.toml"),
+        ("steps = 100", "steps = -1\nminutes = 1.0", "steps is from 0 up, not -1"),
+        ("steps = 100", "minutes = inf", "minutes is from 0 up, not inf"),
+        ("steps = 100", "steps = 1\nseed = -1", "seed is a whole number from 0"),
+        ("steps = 100", "steps = 1\nlearning_rate = 0.0", "learning_rate is above 0, not 0.0"),
+        ("steps = 100", "steps = 1\nlearning_rate = inf", "learning_rate is above 0, not inf"),
+        ("steps = 100", "steps = 1\nlearning_rate = nan", "learning_rate is above 0, not nan"),
+        ("steps = 100", "steps = 1\nwarm_up = 1.0", "warm_up is from 0 to below 1, not 1.0"),
+        ("steps = 100", "steps = 1\nweight_decay = -0.1", "weight_decay is from 0 up, not -0.1"),
+        ("steps = 100", "steps = 1\naverage_decay = 1.0", "average_decay is from 0 to below 1"),
+        ("steps = 100", "steps = 1\nbetas = [0.9, 1.0]", "betas is from 0 to below 1, not 1.0"),
+        ("steps = 100", "steps = 1\nclip_norm = -2.0", "clip_norm is from 0 up"),
+        ("steps = 100", "steps = 1\njpeg_share = 1.5", "jpeg_share is from 0 to 1"),
+        ("[data]", "[data]\npair_share = 1.5", "data: pair_share is from 0 to 1"),
+        ("[data]", "[data]\nsmallest_scale = { haze = 0 }", "data: smallest_scale is above 0, up to 1, not 0.0"),
+        ("[data]", "[data]\nnoise_sigmas_255 = [15.0, -1.0]", "data: noise_sigmas_255 is from 0 up, not -1.0"),
+        ("noise = 2", "noise = nan", r"phases\[0\]: tasks is from 0 up, not nan"),
+        ("batch = 4", "batch = 0", r"phases\[0\]: patch_px is at least 16, batch at least 1"),
+        ("start = 0.5", "start = nan", r"phases\[1\]: start is from 0 to below 1, not nan"),
+        ("[model]", "[model]\ndim = 0", "model needs a dim"),
+        ("[model]", "[model]\nffn_expansion_factor = nan", "model needs a dim, and a dim x ffn_expansion_factor"),
+        ("[model]", "[model]\nnum_refinement_blocks = -1", "no negative blocks"),
+        ("haze = 1.0", "haze = 0", r"phases\[1\]: tasks needs a positive share"),
+        ("steps = 100", 'steps = 100\nextends = "some.toml"', "extends itself, by way of some.toml"),
     ],
 )
 def test_what_is_wrong_is_said_with_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -122,5 +148,7 @@ def test_a_stored_configuration_comes_back_with_defaults_for_what_is_new(tmp_pat
 def test_differences_name_the_fields(tmp_path: Path) -> None:
     old, new = (as_plain(read(tmp_path, text)) for text in (SMALL, SMALL.replace("noise = 2", "noise = 3")))
     assert differences(old, old) == []
-    assert len(lines := differences(old, new)) == 1
-    assert lines[0].startswith("phases: was")
+    assert differences(old, new) == ["phases[0].tasks.noise: was 2.0, is now 3.0"]
+    shorter = old | {"phases": old["phases"][:1]}
+    assert len(lines := differences(old, shorter)) == 1
+    assert lines[0].startswith("phases: was [{")

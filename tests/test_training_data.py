@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jobs.errors import UsageError
-from jobs.training_data import Photographs, is_validation
+from jobs.training_data import Photographs, inventory, is_validation
 
 
 def write_photographs(folder: Path, count: int = 40, *, seed: int = 0) -> None:
@@ -36,18 +36,19 @@ def pairs(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_training_and_validation_share_no_photograph_and_lose_none(folder: Path) -> None:
-    training = Photographs.clean([folder], validation=False).names
-    held_out = Photographs.clean([folder], validation=True).names
+    training = Photographs.clean([folder]).part(validation=False).names
+    held_out = Photographs.clean([folder]).part(validation=True).names
     assert set(training) | set(held_out) == {f"photo-{n}.png" for n in range(40)}
     assert not set(training) & set(held_out)
     assert all(is_validation(name) for name in held_out)
+    assert is_validation("photo-\udcff.png") in (True, False)  # a name that is no UTF-8
 
 
 def test_a_folder_without_photographs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no usable photograph"):
-        Photographs.clean([tmp_path], validation=False)
+        Photographs.clean([tmp_path])
     with pytest.raises(UsageError, match=r"nowhere is not a folder.*data\.clean"):
-        Photographs.clean([tmp_path / "nowhere"], validation=False)
+        Photographs.clean([tmp_path / "nowhere"])
 
 
 def test_unreadable_files_are_named_and_too_many_of_them_are_an_error(
@@ -55,16 +56,57 @@ def test_unreadable_files_are_named_and_too_many_of_them_are_an_error(
 ) -> None:
     for number in range(20):
         (folder / f"cut-{number}.jpg").write_bytes(b"\xff\xd8")
-    left = Photographs.clean([folder], validation=False, least_readable=0.5)
+    left = Photographs.clean([folder], least_readable=0.5).part(validation=False)
     assert "cut-3.jpg" in caplog.text
     assert not any(name.startswith("cut") for name in left.names)
     with pytest.raises(UsageError, match=r"can be read, less than 90%.*broken-0\.jpg"):
-        Photographs.clean([folder], validation=False, least_readable=0.9)
+        Photographs.clean([folder], least_readable=0.9)
+
+
+@pytest.mark.parametrize(("there", "broken", "share"), [(38, 2, 0.95), (11, 9, 0.55), (9, 1, 0.9)])
+def test_the_readable_share_is_that_of_the_whole_folder_to_the_file(
+    tmp_path: Path, there: int, broken: int, share: float
+) -> None:
+    """Whichever part the unreadable ones fall into; 0.55 x 20 is more than 11 in floating point."""
+    write_photographs(tmp_path, there)
+    for number in range(broken):
+        (tmp_path / f"broken-{number}.png").write_bytes(b"no image")
+    assert len(Photographs.clean([tmp_path], least_readable=share).names) == there
+
+
+def test_a_folder_of_which_nothing_can_be_used_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"no usable photograph in .*: none of 1 can be read and has 160 px a side"):
+        Photographs.clean([tmp_path], least_readable=0.0)
+
+
+def test_small_photographs_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Photographs.clean([folder])
+    assert "left out 1 of 42 photographs: a side has less than 160 px" in caplog.text
+
+
+def test_a_folder_too_small_for_a_held_out_part_is_told_so(tmp_path: Path) -> None:
+    write_photographs(tmp_path, 3)
+    few = Photographs.clean([tmp_path])
+    assert few.part(validation=False).names == few.names
+    with pytest.raises(
+        UsageError, match=r"none of 3 photographs \(photo-0\.png is the first\) falls into the held-out"
+    ):
+        few.part(validation=True)
+
+
+def test_an_inventory_tells_scenes_apart(folder: Path, pairs: tuple[Path, Path]) -> None:
+    clean, paired = Photographs.clean([folder]), Photographs.pairs(*pairs)
+    parts = [clean.part(validation=part) for part in (False, True)]
+    found = [inventory(each) for each in ([clean], [clean, paired], parts[:1], parts[1:])]
+    assert len(set(found)) == 4
+    assert found[0] == inventory([Photographs.clean([folder])])
+    assert found[0].startswith("40 (names ")
 
 
 @pytest.mark.parametrize("smallest_scale", [0.2, 1.0])
 def test_patches_have_the_size_asked_for_and_repeat_with_the_seed(folder: Path, smallest_scale: float) -> None:
-    photographs = Photographs.clean([folder], validation=False)
+    photographs = Photographs.clean([folder]).part(validation=False)
     (name, (first,)), (again, (second,)) = (
         photographs.patches(np.random.default_rng(3), side_px=64, smallest_scale=smallest_scale) for _ in range(2)
     )
@@ -76,7 +118,7 @@ def test_patches_have_the_size_asked_for_and_repeat_with_the_seed(folder: Path, 
 
 
 def test_patches_of_a_pair_show_the_same_place(pairs: tuple[Path, Path]) -> None:
-    photographs = Photographs.pairs(*pairs, validation=False)
+    photographs = Photographs.pairs(*pairs)
     rng = np.random.default_rng(0)
     for _ in range(20):
         _, (degraded, reference) = photographs.patches(rng, side_px=48, smallest_scale=1.0)
@@ -88,14 +130,14 @@ def test_a_pair_without_reference_or_of_two_sizes_is_named(pairs: tuple[Path, Pa
     name = next(path.name for path in sorted(degraded.iterdir()) if not is_validation(path.name))
     Image.new("RGB", (200, 200)).save(reference / name)
     with pytest.raises(UsageError, match=f"{name} is of another size"):
-        Photographs.pairs(degraded, reference, validation=False)
+        Photographs.pairs(degraded, reference)
     (reference / name).unlink()
     with pytest.raises(UsageError, match=f"{name} has no reference"):
-        Photographs.pairs(degraded, reference, validation=False)
+        Photographs.pairs(degraded, reference)
 
 
 def test_photographs_left_on_disk_give_the_same_patches(pairs: tuple[Path, Path]) -> None:
-    held, read = (Photographs.pairs(*pairs, validation=False, on_disk=on_disk) for on_disk in (False, True))
+    held, read = (Photographs.pairs(*pairs, on_disk=on_disk) for on_disk in (False, True))
     assert all(isinstance(picture, Path) for scene in read.scenes for picture in scene)
     for seed in range(5):
         first, second = (
@@ -114,7 +156,7 @@ def test_references_are_found_by_what_names_share(tmp_path: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(source.read_bytes())
     found = [
-        Photographs.pairs(tmp_path / "hazy", tmp_path / "clear", validation=part, match="number")
+        Photographs.pairs(tmp_path / "hazy", tmp_path / "clear", match="number").part(validation=part, match="number")
         for part in (False, True)
     ]
     assert sum(len(part.names) for part in found) == 24
@@ -124,4 +166,4 @@ def test_references_are_found_by_what_names_share(tmp_path: Path) -> None:
     write_photographs(tmp_path / "clear" / "twice", 1)
     (tmp_path / "clear" / "twice" / "photo-0.png").rename(tmp_path / "clear" / "again-0.png")
     with pytest.raises(UsageError, match=r"again-0\.png and .*photo-0\.png match the same"):
-        Photographs.pairs(tmp_path / "hazy", tmp_path / "clear", validation=False, match="number")
+        Photographs.pairs(tmp_path / "hazy", tmp_path / "clear", match="number")
