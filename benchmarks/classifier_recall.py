@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from classifier.base import Prediction
 from classifier.labels import Degradation
 from jobs.restore import resolve_dtype
 from pipeline.synthesis import convolve, from_uint8, to_uint8
+from pipeline.worker import WINDOW_IMAGES
 
 Pixels = NDArray[np.uint8]
 LABELLED = ("noise", "rain", "haze", "blur", "lowlight", "clean")
@@ -107,13 +109,15 @@ def rows(decided: Iterable[tuple[Case, Prediction]]) -> Iterator[list[str]]:
 def timed(
     predict: Callable[[list[Pixels]], list[Prediction]], counted: Iterable[Case]
 ) -> tuple[list[tuple[Case, Prediction]], float]:
-    """Predictions, and the seconds they took per megapixel."""
-    decided, seconds, pixels = [], 0.0, 0
-    for case in counted:
+    """Predictions, and the seconds they took per megapixel, asked for as many images at once as a worker does."""
+    decided: list[tuple[Case, Prediction]] = []
+    seconds, pixels, waiting = 0.0, 0, iter(counted)
+    while window := list(islice(waiting, WINDOW_IMAGES["cpu"])):
         started = time.perf_counter()
-        decided.append((case, predict([case.pixels])[0]))
+        found = predict([case.pixels for case in window])
         seconds += time.perf_counter() - started
-        pixels += case.pixels.shape[0] * case.pixels.shape[1]
+        decided += zip(window, found, strict=True)
+        pixels += sum(case.pixels.shape[0] * case.pixels.shape[1] for case in window)
     return decided, seconds / pixels * 1e6
 
 

@@ -23,9 +23,15 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, `unknown` outside one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """That of the checkout with this script, `-dirty` behind it if its code was changed; `unknown` outside one."""
+    name = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return (name or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]], *, add: bool = False) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import native, passes
 from models.dfpir import ChannelLayerNorm
-from models.memory import on_device
+from models.memory import is_out_of_memory, on_device
 from models.products import Product
 
 BAND_BYTES = {"cpu": 2 << 20 if native.library is None else 8 << 20, "cuda": 512 << 20}
@@ -54,6 +54,8 @@ def passes_for(device: torch.device) -> ModuleType:
         with on_device(device):
             kernels.check(device)
     except Exception as error:  # a compiler's faults have no common class
+        if is_out_of_memory(error):
+            raise  # it may be free again the next time
         warnings.warn(f"models: Triton's kernels are not used on {device}, which is slower: {error}", stacklevel=2)
         return passes
     return kernels

@@ -6,10 +6,11 @@ A network of many small kernels waits for Python to launch them; how much that i
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
+
+from models.memory import is_out_of_memory
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,8 +122,11 @@ class Recorded:
 
     def _output(self, image: Tensor, prompts: Tensor) -> Tensor:
         """The network's; if memory is full, once more without what recordings keep."""
-        with suppress(torch.OutOfMemoryError) if self._recordings else nullcontext():
+        try:
             return self._forward(image, prompts)
+        except RuntimeError as error:
+            if not (self._recordings and is_out_of_memory(error)):
+                raise
         self._recordings.clear()
         self._room = 0
         torch.cuda.empty_cache()
@@ -133,11 +137,11 @@ class Recorded:
             beside = next(iter(self._recordings.values()), None)
             recording = self._record(self._forward, image, prompts, beside)
             difference = float((recording(image, prompts) - expected).abs().max())
-        except torch.OutOfMemoryError:
-            self._room = 0  # there is some for the network, not for keeping what it needs
-            return
         except RuntimeError as error:
-            self._give_up(str(error))
+            if is_out_of_memory(error):
+                self._room = 0  # there is some for the network, not for keeping what it needs
+            else:
+                self._give_up(str(error))
             return
         if difference <= 1e-3:
             self._recordings[image.shape] = recording

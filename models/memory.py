@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from models.dfpir import DFPIRConfig
 from models.precision import fastest_dtype
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _MEMBERSHIPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.7}
 """Of the memory of a device that a batch may take. The rest of a CPU's is for decoded images and other processes, of a
@@ -50,19 +50,29 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a GPU or of the machine.
+
+    torch's CPU allocator says so in words only, and so do CUDA beside torch's allocator, cuBLAS and Triton.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = "can't allocate memory", "not enough memory", "out of memory", "alloc_failed"
+    return isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that is free to use on a device now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limit, used = _group_bytes()
-    return min(_system_bytes("MemAvailable"), max(0, limit - used))
+    return min([_system_bytes("MemAvailable"), *(max(0, limit - used) for limit, used in _group_limits())])
 
 
 def total_bytes(device: torch.device) -> int:
     """All memory of a device."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return min(_system_bytes("MemTotal"), _group_bytes()[0])
+    return min([_system_bytes("MemTotal"), *(limit for limit, _ in _group_limits())])
 
 
 def _system_bytes(name: str) -> int:
@@ -77,19 +87,34 @@ def _system_bytes(name: str) -> int:
     return installed if name == "MemTotal" else installed // 2
 
 
-def _group_bytes() -> tuple[int, int]:
-    """A container's limit and what is used of it, which /proc/meminfo does not know of.
+def _group_limits() -> list[tuple[int, int]]:
+    """What /proc/meminfo does not know of: limits of the groups that this process is in, and what is used of each.
 
     Files in the page cache are not used memory: the kernel drops them for whoever asks for more.
     """
     try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-        cached = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
-    except (OSError, ValueError):
-        return 2**63, 0
-    return (2**63, 0) if limit == "max" else (int(limit), max(0, used - cached))
+        memberships = [line.split(":", 2) for line in _MEMBERSHIPS.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in memberships:
+        if not controllers:
+            root, names, cached = _CGROUP, ("memory.max", "memory.current"), ("active_file", "inactive_file")
+        elif "memory" in controllers.split(","):  # version 1
+            root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cached = "total_active_file", "total_inactive_file"
+        else:
+            continue
+        group = root / path.strip("/")
+        # In a container the root may be this process's group already, and the path one of the host's.
+        for folder in (group, *group.parents):
+            if folder == root.parent:
+                break
+            with suppress(OSError, ValueError):  # no such group here, or no limit
+                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
+                lines = map(str.split, (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+                found.append((limit, max(0, used - sum(int(value) for name, value in lines if name in cached))))
+    return found
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

@@ -17,7 +17,8 @@
 /* Pixels. */
 #define STRETCH 32
 
-/* What models/native.py has to know. */
+/* What models/native.py has to know. Another version for every change of what it calls or hands over. */
+const int dfpir_version = 1;
 const int dfpir_lanes = LANES, dfpir_most_channels = MOST_CHANNELS, dfpir_stretch = STRETCH;
 
 typedef float floats __attribute__((vector_size(4 * LANES)));

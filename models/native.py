@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 PROCESSORS = ("AVX512", "AVX2")
 """What `native.c` is compiled for, in torch's terms."""
+_VERSION = 1
+"""Of what is called here; compiled code of another one is left alone."""
 _TILE_DEPTH, _TILE_COLUMNS = 32, 16
 """Of a matrix, as tiles hold it."""
 
@@ -48,15 +50,23 @@ class _Product(ctypes.Structure):
     )
 
 
+def _constant(loaded: ctypes.CDLL | None, name: str) -> int:
+    """One of the numbers that are fixed when the C is compiled; 0 without it. Raises ValueError for an unknown name."""
+    return 0 if loaded is None else ctypes.c_int.in_dll(loaded, name).value
+
+
 def _load(kind: str) -> ctypes.CDLL | None:
     found = find_spec(f"models._native_{kind}")
     if found is None or found.origin is None:
         return None
     try:
-        return ctypes.CDLL(found.origin)
-    except OSError as error:  # compiled elsewhere, against libraries that are not here
+        loaded = ctypes.CDLL(found.origin)
+        if (version := _constant(loaded, "dfpir_version")) != _VERSION:
+            raise ValueError(f"{found.origin} is of version {version}, not {_VERSION}; install the package again")
+    except (OSError, ValueError) as error:  # compiled elsewhere, against libraries that are not here, or for other code
         warnings.warn(f"models: what was compiled is not used, which is slower: {error}", stacklevel=2)
         return None
+    return loaded
 
 
 _capability = torch.backends.cpu.get_cpu_capability()
@@ -70,11 +80,6 @@ def _load_tiles() -> ctypes.CDLL | None:
 
 
 tiles = _load_tiles()
-
-
-def _constant(loaded: ctypes.CDLL | None, name: str) -> int:
-    """One of the numbers that are fixed when the C is compiled; 0 without it."""
-    return 0 if loaded is None else ctypes.c_int.in_dll(loaded, name).value
 
 
 _LANES = _constant(library, "dfpir_lanes")

@@ -31,6 +31,8 @@ _TORCH_DTYPE = {
 }
 _FULL_SCALE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
 _LARGEST_BATCH = 32
+_TILED_BYTES_PER_PIXEL = 2 * 3 * 4
+"""Of an image in tiles, whole: what goes in and what comes out."""
 SMALLEST_TILE_PX = 64
 
 
@@ -123,9 +125,13 @@ class Restorer:
             return self._tile if max(height, width) > self._tile else None
         if height * width * self._bytes_per_pixel <= self.memory_budget_bytes:
             return None
-        side = int((self.memory_budget_bytes / self._bytes_per_pixel) ** 0.5)
+        side = int((max(0, self._left_for_tiles(height * width)) / self._bytes_per_pixel) ** 0.5)
         side = max(side // self.size_multiple, 2) * self.size_multiple
         return side if max(height, width) > side else None
+
+    def _left_for_tiles(self, pixels: int) -> int:
+        """Of the budget, beside an image of so many pixels that is held whole, as floats, in this machine's memory."""
+        return self.memory_budget_bytes - (_TILED_BYTES_PER_PIXEL * pixels if self.device.type == "cpu" else 0)
 
     def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
         """Side of the tiles to try next when an image of this size ran out of memory: half of what was tried.
@@ -141,9 +147,11 @@ class Restorer:
         """How many images of this size (of their tiles, where they are tiled) fit in one batch; at least 1."""
         side = self.tile_px_for(height, width)
         height, width = padded_size(height, width, self.size_multiple)
+        budget = self.memory_budget_bytes
         if side is not None:
+            budget = self._left_for_tiles(height * width)
             height, width = min(height, side), min(width, side)
-        fitting = int(self.memory_budget_bytes / (height * width * self._bytes_per_pixel))
+        fitting = int(budget / (height * width * self._bytes_per_pixel))
         return max(1, min(fitting, _LARGEST_BATCH))
 
     @torch.inference_mode()

@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from models.memory import is_out_of_memory
+
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -23,14 +25,6 @@ def batches(items: Sequence[T], *, key: Callable[[T], K], limit: Callable[[K], i
         size = max(1, limit(each))
         for start in range(0, len(members), size):
             yield members[start : start + size]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of a GPU or of the machine; the CPU allocator of torch says so in words only."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 def is_device_lost(error: Exception) -> bool:

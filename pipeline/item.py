@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from classifier.view import Views
-from pipeline.batching import is_device_lost, is_out_of_memory
+from models.memory import is_out_of_memory
+from pipeline.batching import is_device_lost
 from pipeline.images import DecodedImage, ImageFault, Pixels, to_uint8
 from pipeline.records import ImageRef, Outcome, Stage, Status, printable
 

@@ -7,7 +7,8 @@ from classifier.base import Classifier
 from classifier.labels import Degradation
 from classifier.sigma import estimate_sigma
 from classifier.view import Views
-from pipeline.batching import in_halves, is_out_of_memory
+from models.memory import is_out_of_memory
+from pipeline.batching import in_halves
 from pipeline.item import Item
 from pipeline.prompting import Decision, decide, decide_forced
 from pipeline.records import Stage

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from numpy.typing import NDArray
 
+from models.memory import is_out_of_memory
 from models.prompts import PromptBank
-from pipeline.batching import batches, in_halves, is_device_lost, is_out_of_memory, padded
+from pipeline.batching import batches, in_halves, is_device_lost, padded
 from pipeline.faults import fault_point
 from pipeline.item import Item
 from pipeline.records import Stage

@@ -1,5 +1,6 @@
 """A worker: shards in, images and committed rows out. Runs in a plain loop, a child process and a Ray actor alike."""
 
+import logging
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from classifier import load_classifier
 from classifier.base import Classifier
 from models import load_restorer, parse_tile
 from models.memory import keep_freed_memory
+from models.precision import fastest_dtype
 from pipeline.faults import fault_point
 from pipeline.item import Item
 from pipeline.journal import Journal
@@ -37,6 +39,8 @@ BOOK_EVERY_S = 2.0
 """Written results wait up to this long for their rows, so that the classifier is asked about several at once."""
 
 OnOutcomes = Callable[[list[Outcome]], None]
+
+_log = logging.getLogger(__name__)
 
 
 def codec_threads(device: str, cpus: int) -> int:
@@ -318,6 +322,8 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     torch.set_num_threads(1 if context.device == "cuda" else context.threads)
     config = context.config
     dtype = getattr(torch, config.dtype)
+    if dtype is not torch.float32 and fastest_dtype(context.device) is torch.float32:
+        _log.warning("this processor only imitates %s, which is many times slower than float32", config.dtype)
     restorer = load_restorer(
         config.model, device=context.device, dtype=dtype, tile=parse_tile(config.tile), sharers=context.sharers
     )

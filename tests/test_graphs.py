@@ -150,8 +150,9 @@ def test_a_recording_that_is_wrong_or_fails_is_never_used(counted, why):
             assert torch.equal(recorded(given, PROMPT), 2 * given)
 
 
-def test_no_room_for_a_recording_is_no_fault():
-    counted = Counted(fault=torch.OutOfMemoryError())
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError(), torch.AcceleratorError("CUDA error: out of memory")])
+def test_no_room_for_a_recording_is_no_fault(fault):
+    counted = Counted(fault=fault)
     recorded = Recorded(counted, record=counted.record)
     for _ in range(graphs.RUNS_BEFORE + 3):
         recorded(image(8), PROMPT)

@@ -42,6 +42,15 @@ def test_where_there_is_a_compiler_they_are_compiled():
 
 
 @compiled
+def test_what_was_compiled_for_other_code_is_left_alone(monkeypatch):
+    kind = torch.backends.cpu.get_cpu_capability().lower()
+    assert native._load(kind) is not None
+    monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
+    with pytest.warns(UserWarning, match="is of version 1, not 2; install the package again"):
+        assert native._load(kind) is None
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [16, 20, 24, 48, 100])
 def test_layer_norm_and_product(dtype, channels):

@@ -10,10 +10,11 @@ from synthetic_weights import tiny_network, write_tiny_model
 
 from models import Restorer, load_restorer, orthogonal_bank
 from models.errors import WeightsError
-from models.memory import MEMORY_SHARE, available_bytes, bytes_needed, bytes_per_pixel, total_bytes
+from models.memory import MEMORY_SHARE, available_bytes, bytes_needed, bytes_per_pixel, is_out_of_memory, total_bytes
 from models.padding import padded_size
 from models.precision import fastest_dtype
 from models.weights import save_checkpoint
+from pipeline.batching import is_device_lost
 
 KEYS = ("noise15", "rain", "haze", "lowlight", "blur")
 
@@ -109,7 +110,8 @@ def test_auto_tiles_what_exceeds_the_memory_and_nothing_else():
     restorer = Restorer(tiny_network(), orthogonal_bank())
     assert restorer.tile_px_for(200, 200) is None
     per_pixel = bytes_per_pixel(tiny_network().config, torch.float32)
-    restorer.memory_budget_bytes = int(100 * 100 * per_pixel)
+    held_whole = 24 * padded_size(200, 200, restorer.size_multiple)[0] ** 2
+    restorer.memory_budget_bytes = int(100 * 100 * per_pixel) + held_whole
     assert restorer.tile_px_for(90, 80) is None
     assert restorer.tile_px_for(200, 200) == 96
     assert restorer.batch_limit(200, 200) == 1
@@ -230,16 +232,88 @@ def test_memory_is_known_and_grows_with_the_network():
     assert bytes_per_pixel(config, torch.bfloat16, "cuda") < bytes_per_pixel(config, torch.float32, "cuda")
 
 
-def test_files_in_the_page_cache_do_not_count_as_used_memory_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.memory._CGROUP", tmp_path)
-    limit = min(total_bytes(torch.device("cpu")), available_bytes(torch.device("cpu")) // 2)
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text(f"{limit}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1024\ninactive_file {limit // 2}\nactive_file {limit // 4}\nslab 9\n")
-    assert available_bytes(torch.device("cpu")) == limit - (limit - limit // 2 - limit // 4)
-    assert total_bytes(torch.device("cpu")) == limit
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(torch.device("cpu")) > limit
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Control groups in a folder: `groups(MEMBERSHIPS, {FOLDER: (limit, used, cached)})`, by default of version 2."""
+    monkeypatch.setattr("models.memory._CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr("models.memory._MEMBERSHIPS", tmp_path / "memberships")
+
+    def make(memberships, limits, *, files=("memory.max", "memory.current"), prefix=""):
+        (tmp_path / "memberships").write_text(memberships)
+        for name, (limit, used, cached) in limits.items():
+            folder = tmp_path / "cgroup" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, value in zip(files, (limit, used), strict=True):
+                (folder / file).write_text(f"{value}\n")
+            (folder / "memory.stat").write_text(
+                f"anon 1024\n{prefix}inactive_file {cached - 5}\n{prefix}active_file 5\nslab 9\n"
+            )
+
+    return make
+
+
+CPU = torch.device("cpu")
+
+
+def test_files_in_the_page_cache_do_not_count_as_used_memory_of_a_container(groups):
+    free = available_bytes(CPU)
+    limit = free // 2
+    groups("0::/\n", {".": (limit, limit, limit // 4)})
+    assert (available_bytes(CPU), total_bytes(CPU)) == (limit // 4, limit)
+    groups("0::/\n", {".": ("max", limit, 100)})
+    assert available_bytes(CPU) > limit
+
+
+def test_the_tightest_of_the_groups_above_a_process_counts(groups):
+    free = available_bytes(CPU)
+    inner, outer = free // 2, free // 3
+    groups("0::/jobs/one\n", {"jobs/one": (inner, 0, 10), "jobs": (outer, 0, 10), ".": ("max", 0, 10)})
+    assert (available_bytes(CPU), total_bytes(CPU)) == (outer, outer)
+
+
+@pytest.mark.parametrize("folder", ["docker/one", "."])
+def test_limits_of_the_first_version_of_groups_count(groups, folder):
+    """In a container the group lies at the root, under another path than the host's."""
+    limit = available_bytes(CPU) // 2
+    groups(
+        "5:cpu:/\n4:memory:/docker/one\n", {f"memory/{folder}": (limit, 30, 20)},
+        files=("memory.limit_in_bytes", "memory.usage_in_bytes"), prefix="total_",
+    )  # fmt: skip
+    assert (available_bytes(CPU), total_bytes(CPU)) == (limit - 10, limit)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("full"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_full_memory_is_known_by_whatever_says_so_and_is_no_lost_device(error):
+    assert is_out_of_memory(error)
+    assert not is_device_lost(error)
+
+
+def test_a_lost_device_is_no_full_memory():
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert is_device_lost(error)
+    assert not is_out_of_memory(error)
+    assert not is_out_of_memory(ValueError("a file named out of memory.png"))
+
+
+def test_tiles_leave_room_for_the_image_that_is_held_whole():
+    restorer = Restorer(tiny_network(), orthogonal_bank())
+    whole = 24 * 4096 * 4096
+    restorer.memory_budget_bytes = int(1024 * 1024 * restorer._bytes_per_pixel) + 1 + whole
+    assert 4096 * 4096 * restorer._bytes_per_pixel > restorer.memory_budget_bytes
+    assert restorer.tile_px_for(4096, 4096) == 1024
+    assert restorer.batch_limit(4096, 4096) == 1
+    restorer.memory_budget_bytes = whole // 2
+    assert restorer.tile_px_for(4096, 4096) == 2 * restorer.size_multiple
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
