@@ -94,7 +94,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['process']:<30}{row['images_done']:>8}{row['resident_bytes'] / 1e6:>10.0f} MB")
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.csv, rows, replacing="engine")
 
 
 if __name__ == "__main__":

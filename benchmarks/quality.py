@@ -169,8 +169,8 @@ def main() -> None:
                 )
         summaries.append(row)
         images += rows
-    write_csv(arguments.results / "quality.csv", summaries)
-    write_csv(arguments.results / "quality-images.csv", images)
+    write_csv(arguments.results / "quality.csv", summaries, replacing="set")
+    write_csv(arguments.results / "quality-images.csv", images, replacing="set")
 
 
 if __name__ == "__main__":

@@ -34,14 +34,26 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]], *, add: bool = False) -> None:
-    """Writes rows of the same columns; with `add` behind those that the file has, which are of the same columns too."""
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, object]], *, add: bool = False, replacing: str | None = None
+) -> None:
+    """Writes rows of the same columns instead of what the file has, or of a part of it.
+
+    With `add` they come behind those that the file has, which are of the same columns too; so they do with `replacing`,
+    the name of a column, but for rows that have a value there that one of the new rows has.
+    """
     import torch  # here, so that a process that measures its own memory need not hold it
 
     where = {"hardware": hardware(), "torch": torch.__version__, "commit": commit()}
+    kept: list[Mapping[str, object]] = []
+    if path.exists() and (add or replacing):
+        with path.open(newline="", encoding="utf-8") as file:
+            kept += csv.DictReader(file)
+    if replacing:
+        new = {str(row[replacing]) for row in rows}
+        kept = [row for row in kept if row[replacing] not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if add else "w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+        writer.writeheader()
+        writer.writerows([*kept, *({**row, **where} for row in rows)])
