@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from classifier.architecture import Architecture
@@ -60,7 +60,8 @@ def save_classifier(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     tensors = {name: _stored(tensor) for name, tensor in network.state_dict().items()}
-    save_file(tensors, partial, metadata={"format": FORMAT, "classifier": json.dumps(description, sort_keys=True)})
+    metadata = {"format": FORMAT, "classifier": json.dumps(description, sort_keys=True)}
+    partial.write_bytes(save(tensors, metadata))  # `save_file` would leave a file that its owner alone may read
     os.replace(partial, path)
 
 

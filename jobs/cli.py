@@ -260,9 +260,10 @@ def plan(
 
 @app.command()
 def preview(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="One photograph.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", parser=_named, help="One photograph.")],
     picture: Annotated[
-        Path | None, typer.Option(help="Before/after picture to write; default: IMAGE's name + .preview.png, here.")
+        Path | None,
+        typer.Option(parser=_named, help="Before/after picture to write; default: IMAGE's name + .preview.png, here."),
     ] = None,
     model: Model = None,
     classifier: ClassifierName = None,
@@ -285,9 +286,9 @@ def preview(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for the demonstration, new or of an earlier one.")] = Path(
-        "dfpir-demo"
-    ),
+    out: Annotated[
+        Path, typer.Argument(parser=_named, help="Folder for the demonstration, new or of an earlier one.")
+    ] = Path("dfpir-demo"),
     engine: Engine = None,
 ) -> None:
     """Degrades real photographs that ship with scikit-image, restores them blindly and measures the result."""
@@ -302,9 +303,13 @@ def evaluate(
     dataset: Annotated[
         str, typer.Option(help="sots, rain100l, cbsd68, gopro, lol, kodak24, urban100, or pairs: your own.")
     ],
-    root: Annotated[Path, typer.Option(help="Folder of the set as downloaded; pairs: degraded/, reference/.")],
+    root: Annotated[
+        Path, typer.Option(parser=_named, help="Folder of the set as downloaded; pairs: degraded/, reference/.")
+    ],
     label: Annotated[str | None, typer.Option(help="With pairs: noise, rain, haze, blur or lowlight.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Parquet file, a row per image; default: DATASET.parquet.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=_named, help="Parquet file, a row per image; default: DATASET.parquet.")
+    ] = None,
     model: Model = None,
     classifier: ClassifierName = None,
     device: Device = None,
@@ -326,6 +331,8 @@ def evaluate(
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
         target = (out or Path(f"{dataset}.parquet")).resolve()
+        if target.suffix != ".parquet":
+            raise UsageError(f"--out {out}: give a name that ends in .parquet")
         target.parent.mkdir(parents=True, exist_ok=True)
         is_new = not target.exists()
         target.open("ab").close()  # what cannot be written is told now, not after hours
@@ -349,10 +356,11 @@ def figures(
         Path,
         typer.Argument(
             metavar="PHOTOGRAPHS",
+            parser=_named,
             help="Folder with a folder of pictures for each label, or of clean photographs, which are then degraded.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the figures, PNG and SVG.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=_named, help="Folder for the figures, PNG and SVG.")],
     per_label: Annotated[int, typer.Option(min=1, help="Pictures of each label.")] = 30,
     model: Model = None,
     classifier: ClassifierName = None,
@@ -379,9 +387,15 @@ def figures(
 
 train = typer.Typer(help="Trains a restorer or a classifier from a configuration.", no_args_is_help=True)
 app.add_typer(train, name="train")
-RestorerConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/compact.toml.")]
-ClassifierConfig = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/classifier.toml.")]
-TrainingFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder: checkpoints, logs, samples.")]
+RestorerConfig = Annotated[
+    Path, typer.Argument(metavar="CONFIG", parser=_named, help="TOML file, such as configs/compact.toml.")
+]
+ClassifierConfig = Annotated[
+    Path, typer.Argument(metavar="CONFIG", parser=_named, help="TOML file, such as configs/classifier.toml.")
+]
+TrainingFolder = Annotated[
+    Path, typer.Argument(metavar="OUT", parser=_named, help="Folder: checkpoints, logs, samples.")
+]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
 Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead.")]
 LoadersOfEach = Annotated[
@@ -433,7 +447,9 @@ def train_classifier(
     threads: Threads = 0,
     loaders: Loaders = 0,
     max_minutes: MaxMinutes = math.inf,
-    export: Annotated[Path | None, typer.Option(help="Calibrated weights (.safetensors) to write at the end.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(parser=_named, help="Calibrated weights (.safetensors) to write at the end.")
+    ] = None,
 ) -> None:
     """Trains a classifier, or goes on with it where the last call stopped."""
     with _faults_explained(), _left_as_found(out):
@@ -442,7 +458,10 @@ def train_classifier(
         from jobs.train_classifier import export as write_weights
         from jobs.train_classifier import train as run
         from jobs.training_config import ClassifierTraining, read_config
+        from jobs.training_state import require_weights_name
 
+        if export is not None:
+            require_weights_name(export)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(read_options(None, {"device": device}).device)
         options: dict[str, Any] = {"device": chosen, "threads": threads, "loaders": loaders, "max_minutes": max_minutes}
@@ -478,6 +497,9 @@ def main() -> None:
         app()
     except SystemExit as end:
         code = end.code
+    except OSError as error:  # of printing: commands explain those of their work
+        print(f"dfpir: {error}", file=sys.stderr)
+        code = 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1

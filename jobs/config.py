@@ -1,6 +1,8 @@
 """Options of a restoration: from the command line, then from a TOML file, then the defaults."""
 
+import json
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,13 @@ class RestoreOptions(BaseModel):
     retry_failed: bool = False
     max_pixels: int = Field(400_000_000, ge=1)
 
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if value == "":
+            raise ValueError("it is empty; the working directory is `.`")
+        return value
+
     @field_validator("label")
     @classmethod
     def _known_label(cls, value: str) -> str:
@@ -61,16 +70,23 @@ def read_options(config_file: Path | None, given: dict[str, Any]) -> RestoreOpti
             raise UsageError(f"cannot read the configuration file {config_file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{config_file} is not valid TOML: {error}") from error
-        from_file = {key.replace("-", "_"): value for key, value in from_file.items()}
+    names = Counter(key.replace("-", "_") for key in from_file)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UsageError(f"{config_file}: {twice[0].replace('_', '-')} is there twice, also with _ for -; take one out")
     told = {key: value for key, value in given.items() if value is not None}
+    left = {name: value for key, value in from_file.items() if (name := key.replace("-", "_")) not in told}
     try:
-        return RestoreOptions(**(from_file | told))
+        # By way of JSON, as which a path is text: what is a number or yes and no has to be one in the file.
+        chosen = RestoreOptions.model_validate_json(json.dumps(left, default=str), strict=True)
     except ValidationError as error:
-        lines = [
-            _explain(fault) if fault["loc"][0] in told else f"{config_file}: {_explain(fault)}"
-            for fault in error.errors()
-        ]
-        raise UsageError("\n".join(lines)) from error
+        raise UsageError("\n".join(f"{config_file}: {_explain(fault)}" for fault in error.errors())) from error
+    try:
+        options = RestoreOptions(**(chosen.model_dump(exclude_unset=True) | told))
+    except ValidationError as error:
+        raise UsageError("\n".join(map(_explain, error.errors()))) from error
+    if options.engine == "local" and options.address is not None:
+        raise UsageError(f"--address {options.address}: --engine local uses no cluster; leave one of them out")
+    return options
 
 
 def _explain(fault: Any) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from jobs.errors import UsageError
 from jobs.train_restorer import prompt_bank
 from jobs.training_loop import told_plainly
-from jobs.training_state import CHECKPOINT
+from jobs.training_state import CHECKPOINT, require_weights_name
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.registry import write_card
@@ -24,6 +24,7 @@ from models.weights import save_checkpoint
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes the weights and their card; raises UsageError naming the file that cannot be read or written."""
+    require_weights_name(arguments.out)
     provenance = _read_object(arguments.provenance)
     quality = _read_object(arguments.quality) if arguments.quality else {}
     network, state = _read_training(arguments.training / CHECKPOINT)

@@ -42,6 +42,7 @@ from jobs.training_state import (
     found_state,
     halved,
     last_good,
+    require_weights_name,
     save_atomically,
     start_from,
     taken_up,
@@ -378,6 +379,8 @@ def train(
             training.inventory = now
             synthesis = Synthesis(photographs, seed=config.seed, view=VIEW, training=True)
             _run(training, synthesis, held_out, diary, begun, loaders, max_minutes, save_every_s)
+        else:
+            log.info("the training is over, at step %d", training.step)
     return Trained(
         config=config,
         network=copy.deepcopy(training.average).cpu(),
@@ -451,6 +454,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, out, target = (options.pop(name) for name in ("config", "out", "export"))
 
     def work() -> None:
+        if target is not None:
+            require_weights_name(target)
         trained = train(read_config(ClassifierTraining, config), out, **options)
         if target is not None:
             log.info("wrote %s; validation: %s", target, export(trained, target))

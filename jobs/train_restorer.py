@@ -320,8 +320,10 @@ def train(
             everything = Sources.load(config.data)
             sources, held_out = (everything.part(validation=validation) for validation in (False, True))
             _run(training, sources, held_out, diary, begun, loaders, max_minutes, save_every_s)
-    elif not (out / CHECKPOINT).exists() and training.group.rank == 0:  # it came, at its end, as a portable one
-        training.save()
+    elif training.group.rank == 0:
+        if not (out / CHECKPOINT).exists():  # it came, at its end, as a portable one
+            training.save()
+        log.info("the training is over, at step %d; jobs.export_restorer makes weights of it", training.step)
     return training
 
 

@@ -82,6 +82,12 @@ def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Map
         raise UsageError(f"start_from {source} is of another network: {shorten(str(error), 300)}") from error
 
 
+def require_weights_name(path: Path) -> None:
+    """Raises UsageError for a file that weights are not to be written to, before anything is."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: weights are written to files whose names end in .safetensors; choose another name")
+
+
 def found_state(out: Path, config: TrainingConfig) -> dict[str, Any] | None:
     """What a training in this folder goes on from: its checkpoint, or else a portable one; None if there is neither.
 

@@ -38,7 +38,8 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     """Writes tensors and metadata, whole or not at all."""
     partial = Path(path).with_name(Path(path).name + ".partial")
     contiguous = {key: value.contiguous() for key, value in tensors.items()}
-    safetensors.torch.save_file(contiguous, partial, {"format_version": str(FORMAT_VERSION), **metadata})
+    # `save_file` would leave a file that its owner alone may read.
+    partial.write_bytes(safetensors.torch.save(contiguous, {"format_version": str(FORMAT_VERSION), **metadata}))
     os.replace(partial, path)
 
 

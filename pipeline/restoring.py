@@ -99,6 +99,8 @@ class BatchRestorer:
             item.add_ms(Stage.RESTORE, each_ms)
             item.facts.setdefault("oom_retries", 0)
             item.facts.update(batch_size=len(batch), tiled=side is not None, tile_px=side)
+            if side is not None:
+                item.warnings.append(f"restored in tiles of {side} px, whose brightness may differ")
 
     def _note_full_memory(self, batch: Sequence[Item], error: Exception) -> None:
         if is_out_of_memory(error):

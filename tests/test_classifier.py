@@ -174,6 +174,11 @@ def test_saved_weights_come_back(tmp_path):
         torch.testing.assert_close(tensor, network.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
+def test_weights_may_be_read_by_whom_other_files_may(tiny, tmp_path):
+    (tmp_path / "other").touch()
+    assert tiny.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_matrices_are_stored_in_half_precision_and_vectors_in_full(tiny):
     tensors, _ = contents(tiny)
     for name, tensor in tensors.items():

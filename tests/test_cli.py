@@ -414,6 +414,45 @@ def test_folders_that_cannot_be_listed_are_part_of_the_result(
     assert "1 folders, the first holiday" in stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["preview", ""], ["demo", ""], ["evaluate", "--dataset", "pairs", "--root", ""], ["figures", "{here}", ""],
+        ["train", "restorer", "{here}/a.toml", ""],
+        ["train", "classifier", "{here}/a.toml", "{here}/out", "--export", ""],
+    ],
+)  # fmt: skip
+def test_no_commands_empty_path_is_the_working_directory(tmp_path: Path, command: list[str]) -> None:
+    code, _, stderr = invoke(*(each.format(here=tmp_path) for each in command))
+    assert code == 2
+    assert "it is empty" in stderr
+
+
+def test_results_of_an_evaluation_replace_no_picture(photographs: Path, weights: list[str]) -> None:
+    picture = photographs / "astronaut.png"
+    before = tree(photographs)
+    for name in ("reference", "degraded"):
+        (photographs / name).mkdir()
+        (photographs / name / "a.png").write_bytes(picture.read_bytes())
+    code, _, stderr = invoke(
+        "evaluate", "--dataset", "pairs", "--label", "rain", "--root", photographs, "--out", picture, *weights
+    )
+    assert code == 2
+    assert "ends in .parquet" in stderr
+    assert picture.read_bytes() == before["astronaut.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_nobody_can_take_is_one_line() -> None:
+    code = "from jobs.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "models", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "dfpir: [Errno 28] No space left on device\n"
+
+
 def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
     picture = tmp_path / "picture.png"
     code, stdout, stderr = invoke(

@@ -47,3 +47,37 @@ def test_an_unreadable_file_is_a_usage_error(tmp_path: Path, content: str | byte
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UsageError, match=r"options\.toml"):
         read_options(file, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("quality = true", "--quality True"),
+        ("min-confidence = true", "--min-confidence True"),
+        ('limit = "2"', "--limit 2"),
+        ('second-look = "yes"', "--second-look yes"),
+        ('reference = ""', "--reference : it is empty"),
+        ("second-look = true\nsecond_look = false", "second-look is there twice"),
+        ("quality = 2026-01-01", "--quality 2026"),
+    ],
+)
+def test_a_value_of_another_kind_in_the_file_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text(line)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_options(file, {})
+    assert "options.toml" in str(caught.value)
+
+
+def test_values_of_every_kind_may_stand_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('reference = "originals"\ntile = 256\nmin-confidence = 1\nsecond-look = false\nformat = "png"\n')
+    options = read_options(file, {})
+    assert options == RestoreOptions(
+        reference=Path("originals"), tile="256", min_confidence=1.0, second_look=False, format="png"
+    )
+
+
+def test_an_address_without_ray_is_refused() -> None:
+    with pytest.raises(UsageError, match="--address there: --engine local uses no cluster"):
+        read_options(None, {"engine": "local", "address": "there"})

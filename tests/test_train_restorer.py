@@ -473,7 +473,7 @@ def test_a_checkpoint_that_cannot_be_taken_up_is_named(photographs: Path, tmp_pa
 
 @pytest.mark.usefixtures("quick_validation")
 def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
-    photographs: Path, tmp_path: Path
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the guidance layers that it started from, if they are not in it."""
     train(tiny(photographs, seed=1), tmp_path / "first", threads=1)
@@ -489,7 +489,9 @@ def test_a_portable_checkpoint_of_a_training_that_is_over_becomes_a_whole_one(
         UsageError, match=r"lacks what is not trained: go on in its folder, which makes a checkpoint\.pt"
     ):
         Training(tiny(photographs, start_from=tmp_path / "there" / PORTABLE), tmp_path / "refused", CPU)
-    train(config, tmp_path / "there", threads=1)
+    with caplog.at_level("INFO"):
+        train(config, tmp_path / "there", threads=1)
+    assert "the training is over" in caplog.text
     found = averages(tmp_path / "there")
     assert any("linear_layer" in key for key in found)
     for key, value in found.items():

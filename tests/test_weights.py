@@ -77,6 +77,11 @@ def test_what_was_saved_comes_back_rounded_to_float16_with_exact_guidance(own):
         assert torch.equal(checkpoint.prompts.permutations[block], order)
 
 
+def test_weights_may_be_read_by_whom_other_files_may(own, tmp_path):
+    (tmp_path / "other").touch()
+    assert own.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_weights_take_the_room_of_their_precision(own):
     with safe_open(own, framework="pt") as stream:
         dtypes = {key: stream.get_tensor(key).dtype for key in stream.keys()}  # noqa: SIM118
@@ -403,6 +408,7 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
         ("run", None, "new.safetensors", r"cannot read .*p\.json: No such file"),
         ("run", "[", "new.safetensors", r"p\.json is not JSON"),
         ("run", "[]", "new.safetensors", r"p\.json holds no JSON object"),
+        ("run", "{}", "run/checkpoint.pt", r"names end in \.safetensors; choose another name"),
         ("run", "{}", "none/new.safetensors", r"new\.safetensors and its card cannot be written"),
         ("other", "{}", "new.safetensors", r"checkpoint\.pt is no checkpoint of a restorer's training: KeyError"),
     ],
@@ -418,5 +424,7 @@ def test_an_export_tells_wrong_inputs_without_a_traceback(tmp_path, monkeypatch,
         (tmp_path / "p.json").write_text(provenance)
     options = ["--licence", "Apache-2.0", "--provenance", tmp_path / "p.json", "--description", "new"]
     monkeypatch.setattr(sys, "argv", ["export_restorer", *map(str, [tmp_path / training, tmp_path / out, *options])])
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit, match=said):
         export_restorer.main()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before

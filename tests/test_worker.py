@@ -237,6 +237,8 @@ def test_a_gpu_without_room_for_an_image_has_it_in_tiles_and_the_run_goes_on(tmp
     assert [row["error_message"] for row in rows.values()] == [None, None]
     assert rows["large.png"]["oom_retries"] > 0
     assert rows["large.png"]["tiled"]
+    assert any("in tiles of" in warning for warning in rows["large.png"]["warnings"])
+    assert not rows["small.png"]["warnings"]
     assert not rows["small.png"]["tiled"]
 
 
