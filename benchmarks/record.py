@@ -49,6 +49,8 @@ def write_csv(
     if path.exists() and (add or replacing):
         with path.open(newline="", encoding="utf-8") as file:
             kept += csv.DictReader(file)
+    if kept and list(kept[0]) != [*rows[0], *where]:
+        raise ValueError(f"{path} has other columns; move it away, or give another file")
     if replacing:
         new = {str(row[replacing]) for row in rows}
         kept = [row for row in kept if row[replacing] not in new]

@@ -1,4 +1,4 @@
-"""The network asked about several images at once: a third of the time of one at a time, and one answer for each."""
+"""The network asked about several images at once: faster than about one at a time, and each answer its own."""
 
 import copy
 import warnings

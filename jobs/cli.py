@@ -325,29 +325,33 @@ def evaluate(
         from jobs.datasets import find_examples
         from jobs.restore import load_networks
 
+        target = (out or Path(f"{dataset}.parquet")).resolve()
+        if target.suffix != ".parquet":
+            raise UsageError(f"--out {out}: give a name that ends in .parquet")
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
         options = read_options(None, given | {"limit": limit})
         examples = find_examples(dataset, root, label=label, limit=options.limit)
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
-        target = (out or Path(f"{dataset}.parquet")).resolve()
-        if target.suffix != ".parquet":
-            raise UsageError(f"--out {out}: give a name that ends in .parquet")
         target.parent.mkdir(parents=True, exist_ok=True)
         is_new = not target.exists()
         target.open("ab").close()  # what cannot be written is told now, not after hours
         if is_new:
             target.unlink()
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
+        told = evaluation.provenance(dataset, *networks)
         try:
             for row in track(found, dataset, total=len(examples), console=messages, transient=True):
                 rows.append(row)
-            results.print(evaluation.table(dataset, rows))
-        finally:  # a file that cannot be read does not cost the results before it
+        except UsageError:  # a file that cannot be read does not cost the results before it
             if rows:
-                done = f"{len(rows)} of {len(examples)} images"
-                evaluation.write(rows, target, evaluation.provenance(dataset, *networks) | {"rows": done})
-                results.print(f"{done}, a row each: {out or target.name}", markup=False, soft_wrap=True)
+                target, done = target.with_suffix(".partial.parquet"), f"{len(rows)} of {len(examples)} images"
+                evaluation.write(rows, target, told | {"rows": done})
+                results.print(f"{done}, a row each: {target.name}", markup=False, soft_wrap=True)
+            raise
+        results.print(evaluation.table(dataset, rows))
+        evaluation.write(rows, target, told)
+        results.print(f"one row per image: {out or target.name}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -171,20 +171,19 @@ class Dispatcher:
     def failed(self, number: int, shard_id: str, fault: str, log: str) -> None:
         """The worker of this number lives, but could not go on with its shard (a full disk, for instance).
 
-        Raises RunError when no worker is of use any more; `is_of_use` says whether this one is.
+        Where others are of use, it is taken for the worker's fault and not for the shard's. Raises RunError when no
+        worker is of use any more; `is_of_use` says whether this one is.
         """
-        self._retry(shard_id, f"the worker failed over it ({fault})", log, blames_image=False, is_death=False)
         self._note_failure(number, fault, log)
-        if not any(map(self.is_of_use, range(self._workers))):
-            raise RunError(
-                f"every worker failed over {FAILURES_ALLOWED} shards in a row ({fault}). "
-                f"See {log}; when the cause is removed, the same command goes on from here."
-            )
+        others = any(self.is_of_use(each) for each in range(self._workers) if each != number)
+        fault = f"the worker failed over it ({fault})"
+        self._retry(shard_id, fault, log, is_fruitless=not others, is_death=False)
+        self._require_one_of_use(fault, log)
 
     def died(self, shard_id: str, fault: str, log: str) -> None:
         """The worker's process ended while it had the shard."""
         journal = Journal(self._directory.journal_dir, shard_id)
-        self._retry(shard_id, f"its worker died ({fault})", log, blames_image=journal.has_in_flight)
+        self._retry(shard_id, f"its worker died ({fault})", log, is_fruitless=not journal.has_in_flight)
 
     def start_failed(self, number: int, fault: str, log: str, *, others_work: bool) -> None:
         """The worker of this number ended before it was ready.
@@ -199,10 +198,18 @@ class Dispatcher:
                 f"{failures} workers in a row ended before they could take an image ({fault}). "
                 f"See {log}; when the cause is removed, the same command goes on from here."
             )
+        self._require_one_of_use(fault, log)
 
     def is_of_use(self, number: int) -> bool:
         """Whether a worker of this number may be started, or get another shard."""
         return self._failures[number] < FAILURES_ALLOWED
+
+    def _require_one_of_use(self, fault: str, log: str) -> None:
+        if not any(map(self.is_of_use, range(self._workers))):
+            raise RunError(
+                f"every worker failed {FAILURES_ALLOWED} times in a row, at last so: {fault}. "
+                f"See {log}; when the cause is removed, the same command goes on from here."
+            )
 
     def _note_failure(self, number: int, fault: str, log: str) -> None:
         self._failures[number] += 1
@@ -210,9 +217,9 @@ class Dispatcher:
             _log.warning("worker %d failed %d times in a row (%s) and gets no more: see %s",
                          number, FAILURES_ALLOWED, fault, log)  # fmt: skip
 
-    def _retry(self, shard_id: str, fault: str, log: str, *, blames_image: bool, is_death: bool = True) -> None:
+    def _retry(self, shard_id: str, fault: str, log: str, *, is_fruitless: bool, is_death: bool = True) -> None:
         assignment = self._assigned.pop(shard_id)
-        if not blames_image:
+        if is_fruitless:
             self._fruitless[shard_id] += 1
         if self._fruitless[shard_id] >= FRUITLESS_DEATHS_ALLOWED:
             raise RunError(

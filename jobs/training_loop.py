@@ -124,8 +124,8 @@ def run(
                 if diary is not None:
                     training.save()
                 raise TrainingError(
-                    f"{fault}, at step {training.step}{group}; {last_good(training.out)}; the same command goes on "
-                    "without that photograph"
+                    f"{fault}, at step {training.step}{group}; {last_good(training.out)}; take it away, with its "
+                    "partner if it has one, and the same command goes on"
                 ) from fault
             training.seconds = before + group.first_says(time.monotonic() - first)
             if diary is not None:

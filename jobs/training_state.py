@@ -15,6 +15,7 @@ from classifier.errors import ClassifierWeightsError
 from jobs.errors import TrainingError, UsageError
 from jobs.training_config import ConfigError, TrainingConfig, as_plain, differences, from_plain
 from models.errors import WeightsError
+from models.memory import is_out_of_memory
 
 CHECKPOINT = "checkpoint.pt"
 PORTABLE = "portable.pt"
@@ -113,6 +114,8 @@ def taken_up(out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _unusable(_found(out) or out, error) from error
 
 
@@ -126,6 +129,8 @@ def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         stored, _ = state["config"], [state[name] for name in ("network", "average", "step", "seconds")]
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
         raise _unusable(path, error) from error
     with suppress(ValueError):  # a field that is no more: the differences name it

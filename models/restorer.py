@@ -125,13 +125,17 @@ class Restorer:
             return self._tile if max(height, width) > self._tile else None
         if height * width * self._bytes_per_pixel <= self.memory_budget_bytes:
             return None
-        side = int((max(0, self._left_for_tiles(height * width)) / self._bytes_per_pixel) ** 0.5)
+        side = int((self._left_for_tiles(height * width) / self._bytes_per_pixel) ** 0.5)
         side = max(side // self.size_multiple, 2) * self.size_multiple
         return side if max(height, width) > side else None
 
     def _left_for_tiles(self, pixels: int) -> int:
-        """Of the budget, beside an image of so many pixels that is held whole, as floats, in this machine's memory."""
-        return self.memory_budget_bytes - (_TILED_BYTES_PER_PIXEL * pixels if self.device.type == "cpu" else 0)
+        """Of the budget, beside an image of so many pixels that is held whole, as floats, in this machine's memory.
+
+        A quarter in any case: tiles that are too small show no more of the picture than a network needs of it.
+        """
+        held = _TILED_BYTES_PER_PIXEL * pixels if self.device.type == "cpu" else 0
+        return max(self.memory_budget_bytes - held, self.memory_budget_bytes // 4)
 
     def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
         """Side of the tiles to try next when an image of this size ran out of memory: half of what was tried.

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import BinaryIO, cast
 
@@ -24,6 +25,8 @@ _LOSSLESS_EFFORT = 50
 """Of 100, which a lossless WebP's quality means."""
 _OF_SRGB = {b"gAMA": (45455,), b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)}
 """What these chunks of a PNG say of sRGB, in hundred-thousandths; a hundredth more or less is the same picture."""
+_CICP_OF_SRGB = b"\x01\x0d"
+"""Its primaries and transfer function in ITU-T H.273."""
 
 
 def encoded_format(source_format: str, option: str) -> str:
@@ -160,17 +163,22 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
                 _add_xmp(options, name, source.xmp, source.exif)
     if source.dpi is not None:
         options["dpi"] = source.dpi
-    if name != "PNG" and any(_means_another_colour(*chunk) for chunk in source.png_colour):
+    if name != "PNG" and _means_another_colour(dict(source.png_colour), has_profile=source.icc is not None):
         kinds = ", ".join(kind.decode() for kind, _ in source.png_colour)
         notes.append(f"what the PNG says of its colours beside a profile ({kinds}) was dropped")
     return options
 
 
-def _means_another_colour(kind: bytes, content: bytes) -> bool:
-    """Whether a reader that takes the numbers for sRGB would show another picture."""
-    if kind == b"sRGB":
+def _means_another_colour(chunks: Mapping[bytes, bytes], *, has_profile: bool) -> bool:
+    """Whether a reader without these chunks would show another picture; the first one counts, as PNG has it."""
+    if b"cICP" in chunks:
+        return chunks[b"cICP"][:2] != _CICP_OF_SRGB
+    if has_profile or b"sRGB" in chunks:
         return False
-    expected = _OF_SRGB.get(kind, ())
+    return any(_differs(chunks[kind], expected) for kind, expected in _OF_SRGB.items() if kind in chunks)
+
+
+def _differs(content: bytes, expected: Sequence[int]) -> bool:
     values = [int.from_bytes(content[place : place + 4], "big") for place in range(0, len(content), 4)]
     return len(values) != len(expected) or any(abs(a - b) > 1000 for a, b in zip(values, expected, strict=True))
 

@@ -36,7 +36,8 @@ WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
 BOOK_EVERY_S = 2.0
-"""Written results wait up to this long for their rows, so that the classifier is asked about several at once."""
+"""Rows are booked with the first batch that ends so long after the last ones, so that the classifier is asked about
+several results at once."""
 
 OnOutcomes = Callable[[list[Outcome]], None]
 

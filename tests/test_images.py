@@ -673,6 +673,15 @@ def test_what_the_numbers_of_a_png_mean_is_kept_or_named(kind, body):
     assert len(notes) == (body in (LINEAR, BT2020_PQ))
 
 
+@pytest.mark.parametrize(
+    "chunks", [(b"gAMA", LINEAR, b"sRGB", b"\0"), (b"gAMA", LINEAR, b"cICP", b"\x01\x0d\0\1")], ids=["sRGB", "cICP"]
+)
+def test_the_chunk_that_counts_says_what_a_png_means(chunks):
+    both = png_chunk(*chunks[:2]) + png_chunk(*chunks[2:])
+    decoded = read(raw_png(17, 23, bit_depth=8, color_type=2, rows=[r.tobytes() for r in picture()], before=both))
+    assert encode(decoded, decoded.pixels, format="jpeg", quality=95).warnings == ()
+
+
 def test_an_image_that_a_format_cannot_hold_is_a_fault_of_encoding():
     decoded = read(file_bytes(Image.new("RGB", (16_400, 1)), "PNG"))
     with pytest.raises(ImageFault) as caught:

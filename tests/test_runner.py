@@ -137,6 +137,33 @@ def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on
     assert attempts == [1] * 6, "no image was at fault, so none has to be done with care"
 
 
+def test_a_worker_that_fails_costs_no_shard_its_attempts_while_others_work(run: TinyRun) -> None:
+    """One shard is with another worker, and the failing one gets the same again and again."""
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
+    for _ in range(3):
+        dispatcher.take()
+        dispatcher.failed(1, "s000", "OSError", "log")
+    assert not dispatcher.is_of_use(1)
+    dispatcher.take()
+    dispatcher.failed(0, "s000", "OSError", "log")
+    dispatcher.take()
+    dispatcher.failed(0, "s000", "OSError", "log")
+    dispatcher.take()
+    with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
+        dispatcher.failed(0, "s000", "OSError", "log")
+
+
+def test_no_worker_of_use_ends_the_run_whichever_way_the_last_one_failed(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
+    for _ in range(3):
+        dispatcher.take()
+        dispatcher.failed(1, "s000", "OSError", "log")
+    for _ in range(2):
+        dispatcher.start_failed(0, "SIGKILL", "log", others_work=True)
+    with pytest.raises(RunError, match="every worker failed 3 times in a row, at last so: SIGKILL"):
+        dispatcher.start_failed(0, "SIGKILL", "log", others_work=True)
+
+
 def test_a_shard_in_between_makes_a_worker_trusted_again(make_run: MakeRun) -> None:
     run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
@@ -147,7 +174,7 @@ def test_a_shard_in_between_makes_a_worker_trusted_again(make_run: MakeRun) -> N
             dispatcher.done(0, assignment.shard.shard_id)
         elif number < 5:
             dispatcher.failed(0, assignment.shard.shard_id, "OSError", "log")
-    with pytest.raises(RunError, match="every worker failed over 3 shards in a row"):
+    with pytest.raises(RunError, match="every worker failed 3 times in a row"):
         dispatcher.failed(0, run.shards[5].shard_id, "OSError", "log")
 
 
