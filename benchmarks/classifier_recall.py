@@ -107,12 +107,12 @@ def rows(decided: Iterable[tuple[Case, Prediction]]) -> Iterator[list[str]]:
 
 
 def timed(
-    predict: Callable[[list[Pixels]], list[Prediction]], counted: Iterable[Case]
+    predict: Callable[[list[Pixels]], list[Prediction]], counted: Iterable[Case], *, together: int
 ) -> tuple[list[tuple[Case, Prediction]], float]:
-    """Predictions, and the seconds they took per megapixel, asked for as many images at once as a worker does."""
+    """Predictions, and the seconds they took per megapixel, asked for so many images at once."""
     decided: list[tuple[Case, Prediction]] = []
     seconds, pixels, waiting = 0.0, 0, iter(counted)
-    while window := list(islice(waiting, WINDOW_IMAGES["cpu"])):
+    while window := list(islice(waiting, together)):
         started = time.perf_counter()
         found = predict([case.pixels for case in window])
         seconds += time.perf_counter() - started
@@ -132,7 +132,9 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = resolve_dtype(arguments.dtype, arguments.device)
     classifier = load_classifier(arguments.classifier, device=arguments.device, dtype=getattr(torch, dtype))
-    decided, seconds_per_megapixel = timed(classifier.predict, cases(arguments.data / "test"))
+    decided, seconds_per_megapixel = timed(
+        classifier.predict, cases(arguments.data / "test"), together=WINDOW_IMAGES[torch.device(arguments.device).type]
+    )
     print("\n".join(table(decided)))
     print(
         f"{seconds_per_megapixel * 1e3:.0f} ms/MP on {arguments.device} in {dtype}, {torch.get_num_threads()} threads,",

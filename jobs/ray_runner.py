@@ -158,12 +158,12 @@ class RayRunner:
                 wanted=min(self._max_workers or len(shards), len(shards)) or None,
             )
             context = replace(context, threads=needs.cpus, sharers=needs.sharers)
-            workers = self._max_workers or room
-            crew = _Crew(context, needs, Dispatcher(shards, context, on_outcomes, workers=workers))
+            dispatcher = Dispatcher(shards, context, on_outcomes, workers=self._max_workers or room)
+            crew = _Crew(context, needs, dispatcher)
             # Ray has set its own handlers by now.
             with stop_on_signals() as request:
                 try:
-                    crew.work(workers, request)
+                    crew.work(request)
                 finally:
                     crew.dismiss()
 
@@ -186,10 +186,10 @@ class _Crew:
             concurrency_groups={"control": 2},
         )(WorkerActor)
 
-    def work(self, max_workers: int, request: StopRequest) -> None:
+    def work(self, request: StopRequest) -> None:
         """Until every shard is done or the run is asked to end."""
         while not self._dispatcher.is_finished and not request:
-            for number in range(max_workers):
+            for number in range(self._dispatcher.workers):
                 wanted = len(self._members) < self._dispatcher.unassigned + self._busy()
                 if wanted and number not in self._members and self._dispatcher.is_of_use(number):
                     self._hire(number)

@@ -393,14 +393,11 @@ def _check_places(src: Path, out: Path) -> None:
 
 def _check_names(listing: Listing, directory: RunDirectory) -> None:
     """Refuses a list with results of the run in it, and names that are one where the results go."""
-    within = pc.starts_with(listing.table["uri"], directory.images_dir.resolve().as_uri() + "/")
-    if directory.images_dir.absolute() != directory.images_dir.resolve():  # lists may go by way of links
-        within = pc.or_(within, pc.starts_with(listing.table["uri"], directory.images_dir.absolute().as_uri() + "/"))
-    if pc.any(within).as_py():
-        found = listing.table["relative_path"].filter(within)
-        raise UsageError(f"the list names {len(found)} results of this run, the first {found[0]}; take them out")
+    names = listing.table["relative_path"]
+    for images in {directory.images_dir.resolve(), directory.images_dir.absolute()}:  # lists may go by way of links
+        if len(found := names.filter(pc.starts_with(listing.table["uri"], f"{images.as_uri()}/"))):
+            raise UsageError(f"the list names {len(found)} results of this run, the first {found[0]}; take them out")
     if directory.folds_names():
-        names = listing.table["relative_path"]
         folded = pc.utf8_lower(pc.utf8_normalize(names, "NFC"))
         first = first_rows(folded)
         if len(first) < len(names):

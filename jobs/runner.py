@@ -92,7 +92,7 @@ class Dispatcher:
         self, shards: Sequence[Shard], context: RunContext, on_outcomes: OnOutcomes, *, workers: int = 1
     ) -> None:
         """`workers`: how many there may be, numbered from 0."""
-        self._workers = workers
+        self.workers = workers
         self._directory = RunDirectory(context.run_dir)
         self._on_outcomes = on_outcomes
         self._shards = shards
@@ -175,7 +175,7 @@ class Dispatcher:
         worker is of use any more; `is_of_use` says whether this one is.
         """
         self._note_failure(number, fault, log)
-        others = any(self.is_of_use(each) for each in range(self._workers) if each != number)
+        others = any(self.is_of_use(each) for each in range(self.workers) if each != number)
         fault = f"the worker failed over it ({fault})"
         self._retry(shard_id, fault, log, is_fruitless=not others, is_death=False)
         self._require_one_of_use(fault, log)
@@ -194,10 +194,7 @@ class Dispatcher:
         self._note_failure(number, fault, log)
         failures = sum(count for each, count in self._failures.items() if each == number or self.is_of_use(each))
         if failures >= FAILURES_ALLOWED and not others_work:
-            raise RunError(
-                f"{failures} workers in a row ended before they could take an image ({fault}). "
-                f"See {log}; when the cause is removed, the same command goes on from here."
-            )
+            raise _broken_off(f"{failures} workers in a row ended before they could take an image ({fault})", log)
         self._require_one_of_use(fault, log)
 
     def is_of_use(self, number: int) -> bool:
@@ -205,11 +202,8 @@ class Dispatcher:
         return self._failures[number] < FAILURES_ALLOWED
 
     def _require_one_of_use(self, fault: str, log: str) -> None:
-        if not any(map(self.is_of_use, range(self._workers))):
-            raise RunError(
-                f"every worker failed {FAILURES_ALLOWED} times in a row, at last so: {fault}. "
-                f"See {log}; when the cause is removed, the same command goes on from here."
-            )
+        if not any(map(self.is_of_use, range(self.workers))):
+            raise _broken_off(f"every worker failed {FAILURES_ALLOWED} times in a row, at last so: {fault}", log)
 
     def _note_failure(self, number: int, fault: str, log: str) -> None:
         self._failures[number] += 1
@@ -222,11 +216,14 @@ class Dispatcher:
         if is_fruitless:
             self._fruitless[shard_id] += 1
         if self._fruitless[shard_id] >= FRUITLESS_DEATHS_ALLOWED:
-            raise RunError(
-                f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}. "
-                f"See {log}; when the cause is removed, the same command goes on from here."
+            raise _broken_off(
+                f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}", log
             )
         self._last.append(replace(assignment, attempt=assignment.attempt + is_death))
+
+
+def _broken_off(what: str, log: str) -> RunError:
+    return RunError(f"{what}. See {log}; when the cause is removed, the same command goes on from here.")
 
 
 def note_traceback() -> None:

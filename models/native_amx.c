@@ -20,8 +20,7 @@
 #define MOST_DEPTH 2048
 #define MOST_COLUMNS 4096
 
-/* What models/native.py has to know. */
-/* See native.c. */
+/* What models/native.py has to know; the version as in native.c. */
 const int dfpir_version = 1;
 const int dfpir_amx_most_depth = MOST_DEPTH, dfpir_amx_most_columns = MOST_COLUMNS;
 

@@ -132,7 +132,7 @@ class Restorer:
     def _left_for_tiles(self, pixels: int) -> int:
         """Of the budget, beside an image of so many pixels that is held whole, as floats, in this machine's memory.
 
-        A quarter in any case: tiles that are too small show no more of the picture than a network needs of it.
+        A quarter in any case: small tiles show the network too little of the picture.
         """
         held = _TILED_BYTES_PER_PIXEL * pixels if self.device.type == "cpu" else 0
         return max(self.memory_budget_bytes - held, self.memory_budget_bytes // 4)

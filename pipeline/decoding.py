@@ -7,7 +7,7 @@ import io
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
@@ -96,6 +96,7 @@ class _Metadata:
     xmp: bytes | None
     dpi: tuple[float, float] | None
     png_colour: tuple[tuple[bytes, bytes], ...]
+    lossless_webp: bool
     warnings: tuple[str, ...]
 
 
@@ -141,8 +142,6 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
             image.load()
             _check_end(data, _format_name(image))
             decoded = _to_decoded(image, layout, metadata)
-            if image.format == "WEBP":
-                decoded = replace(decoded, lossless_webp=_is_lossless_webp(data))
         except (ImageFault, MemoryError):
             raise
         except Exception as error:
@@ -343,6 +342,7 @@ def _read_metadata(image: Image.Image, data: bytes) -> _Metadata:
         xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if xmp else None,
         dpi=_upright_dpi(image, orientation),
         png_colour=_png_colour(data) if image.format == "PNG" else (),
+        lossless_webp=image.format == "WEBP" and _is_lossless_webp(data),
         warnings=tuple(notes),
     )
 
@@ -482,6 +482,7 @@ def _to_decoded(image: Image.Image, layout: _Layout, metadata: _Metadata) -> Dec
         xmp=metadata.xmp,
         dpi=metadata.dpi,
         png_colour=metadata.png_colour,
+        lossless_webp=metadata.lossless_webp,
         warnings=tuple(notes),
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import Result
 from PIL import Image
 from rich.console import Console
 from scipy import stats
@@ -174,17 +175,22 @@ def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
     assert math.isnan(ssim)
 
 
+def evaluated(root: Path) -> tuple[Result, Path]:
+    """A call of `dfpir evaluate` over hazy pairs, and where its rows go."""
+    weights = ["--model", str(write_tiny_model(root / "m.safetensors")), "--device", "cpu"]
+    weights += ["--classifier", str(write_tiny_classifier(root / "c.safetensors"))]
+    out = root / "rows.parquet"
+    command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(root), "--out", str(out)]
+    return runner.invoke(app, [*command, *weights]), out
+
+
 def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
     for name in ("degraded", "reference"):
         (tmp_path / name).mkdir()
         for number in range(3):
             Image.new("RGB", (32, 32), (number, 90, 90)).save(tmp_path / name / f"{number}.png")
     (tmp_path / "degraded" / "2.png").write_bytes(b"no image")
-    weights = ["--model", str(write_tiny_model(tmp_path / "m.safetensors")), "--device", "cpu"]
-    weights += ["--classifier", str(write_tiny_classifier(tmp_path / "c.safetensors"))]
-    out = tmp_path / "rows.parquet"
-    command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path), "--out", str(out)]
-    result = runner.invoke(app, [*command, *weights])
+    result, out = evaluated(tmp_path)
     assert result.exit_code == 2
     assert "cannot read" in result.stderr
     assert "2 of 3 images, a row each" in result.stdout
@@ -198,11 +204,7 @@ def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
     for name, size in (("degraded", 32), ("reference", 40)):
         (tmp_path / name).mkdir()
         Image.new("RGB", (size, size)).save(tmp_path / name / "a.png")
-    weights = ["--model", str(write_tiny_model(tmp_path / "m.safetensors")), "--device", "cpu"]
-    weights += ["--classifier", str(write_tiny_classifier(tmp_path / "c.safetensors"))]
-    out = tmp_path / "rows.parquet"
-    command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path), "--out", str(out)]
-    result = runner.invoke(app, [*command, *weights])
+    result, out = evaluated(tmp_path)
     assert result.exit_code == 2
     assert "different sizes" in result.stderr
     assert not out.exists()
