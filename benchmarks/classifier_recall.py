@@ -21,13 +21,13 @@ from PIL import Image
 from classifier import load_classifier
 from classifier.base import Prediction
 from classifier.labels import Degradation
+from jobs.datasets import NOISE_SIGMAS_255, with_noise
 from jobs.restore import resolve_dtype
 from pipeline.synthesis import convolve, from_uint8, to_uint8
 from pipeline.worker import WINDOW_IMAGES
 
 Pixels = NDArray[np.uint8]
 LABELLED = ("noise", "rain", "haze", "blur", "lowlight", "clean")
-NOISE_SIGMAS = (15, 25, 50)
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,6 @@ def read(folder: Path) -> Iterator[tuple[str, Pixels]]:
     """The images of a folder by name, H x W x 3 uint8."""
     for path in sorted(folder.iterdir()):
         yield path.name, np.asarray(Image.open(path).convert("RGB"))
-
-
-def noisy(image: Pixels, sigma_255: float, seed: int) -> Pixels:
-    """The field's protocol: Gaussian noise, clipped, in eight bits."""
-    noise = np.random.default_rng(seed).normal(0, sigma_255, image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
 def blurred(image: Pixels, kernel: NDArray[np.floating]) -> Pixels:
@@ -69,9 +63,9 @@ def cases(test: Path) -> Iterator[Case]:
     for name, image in read(test / "urban"):
         for key in sorted(kernels.files):
             yield Case("urban, levin09 blur", f"{name} {key}", Degradation.BLUR, blurred(image, kernels[key]))
-    for sigma in NOISE_SIGMAS:
+    for sigma in NOISE_SIGMAS_255:
         for seed, (name, image) in enumerate(read(test / "cbsd68")):
-            yield Case(f"cbsd68, noise {sigma}", name, Degradation.NOISE, noisy(image, sigma, seed))
+            yield Case(f"cbsd68, noise {sigma}", name, Degradation.NOISE, with_noise(image, sigma, seed=seed))
     for label in ("rain", "haze", "lowlight"):
         for name, image in read(test / label / "degraded"):
             yield Case(f"{label} pairs", name, Degradation(label), image)

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from benchmarks.classifier_recall import noisy
 from benchmarks.process_memory import resident_bytes
 from benchmarks.record import RESULTS, write_csv
+from jobs.datasets import with_noise
 
 COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()"]
 POLL_S = 0.5
@@ -32,7 +32,7 @@ def make_photographs(folder: Path, count: int, side_px: int) -> None:
         piece = photograph[top : top + side_px, left : left + side_px]
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noisy(piece, 25, seed=number)).save(path)
+        Image.fromarray(with_noise(piece, 25, seed=number)).save(path)
 
 
 def family(pid: int) -> list[int]:

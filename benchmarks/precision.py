@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.classifier_recall import noisy
 from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.record import RESULTS, write_csv
+from jobs.datasets import with_noise
 from models import inference
 from models.dfpir import keep_largest
 from models.inference import InferenceDFPIR
@@ -42,7 +42,7 @@ def photographs(folder: Path, most: int, multiple: int) -> Iterator[Tensor]:
     """Noisy photographs, 1 x 3 x H x W float32 in [0, 1], padded."""
     for number, path in enumerate(sorted(folder.glob("*.png"))[:most]):
         clean = np.asarray(Image.open(path).convert("RGB"))
-        yield padded_tensor(noisy(clean, 25, seed=number), multiple)
+        yield padded_tensor(with_noise(clean, 25, seed=number), multiple)
 
 
 def orders_agree(exact: InferenceDFPIR, rounded: InferenceDFPIR) -> bool:

@@ -20,10 +20,9 @@ from PIL import Image
 
 from benchmarks.record import RESULTS, write_csv
 from classifier.labels import Degradation
-from jobs.datasets import read_rgb, with_noise
+from jobs.datasets import NOISE_SIGMAS_255, read_rgb, with_noise
 from pipeline.synthesis import convolve, from_uint8, to_uint8
 
-NOISE_SIGMAS = (15, 25, 50)
 IMAGE_COLUMNS = (
     "relative_path", "status", "label", "confidence", "prompt", "noise_sigma_255",
     "psnr_input_db", "psnr_db", "ssim_input", "ssim",
@@ -70,7 +69,7 @@ def sets(data: Path, work: Path, wanted: list[str]) -> Iterator[Set]:
     def asked(name: str) -> bool:
         return not wanted or any(name.startswith(beginning) for beginning in wanted)
 
-    for sigma_255 in NOISE_SIGMAS:
+    for sigma_255 in NOISE_SIGMAS_255:
         if asked(f"cbsd68-sigma{sigma_255}"):
             yield noisy(data, work, sigma_255)
     for name, label in (("rain", "rain"), ("haze", "haze"), ("lowlight", "lowlight"), ("real_noise", "noise")):
@@ -86,44 +85,39 @@ def sets(data: Path, work: Path, wanted: list[str]) -> Iterator[Set]:
             yield Set(f"labelled-{folder.name}", folder, Degradation(folder.name), None)
 
 
-def restore(source: Path, out: Path, *options: str) -> dict[str, dict[str, object]]:
-    """Runs the command and returns its manifest's rows by relative path."""
+def restore(source: Path, out: Path, *options: str) -> tuple[dict[str, float | None], dict[str, dict[str, object]]]:
+    """Runs the command and returns its summary, and its manifest's rows by relative path."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-c", "from jobs.cli import main; main()", "restore", str(source), str(out)]
     done = subprocess.run([*command, "--engine", "local", "--json", *options], capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    json.loads(done.stdout)
     rows = pq.read_table(out / "manifest").to_pylist()
-    return {row["relative_path"]: row for row in rows}
-
-
-def mean(rows: list[dict[str, object]], name: str, fallback: str) -> float | None:
-    """Mean of a column, with `fallback` where it is empty; None if both are everywhere."""
-    found = (row[fallback] if row[name] is None else row[name] for row in rows)
-    values = [float(value) for value in found if value is not None]  # type: ignore[arg-type]
-    return float(np.mean(values)) if values else None
+    return json.loads(done.stdout), {row["relative_path"]: row for row in rows}
 
 
 def measure(one: Set, work: Path, model: list[str]) -> tuple[dict[str, object], list[dict[str, object]]]:
     """One row for the set and one for each of its images."""
     reference = ["--reference", str(one.reference)] if one.reference else []
-    blind = restore(one.source, work / "runs" / one.name, "--clean", "skip", *reference, *model)
+    means, blind = restore(one.source, work / "runs" / one.name, "--clean", "skip", *reference, *model)
+    means_told: dict[str, float | None] = {}
     told: dict[str, dict[str, object]] = {}
     if one.reference:
-        told = restore(one.source, work / "runs" / f"{one.name}-told", "--label", str(one.label), *reference, *model)
+        means_told, told = restore(
+            one.source, work / "runs" / f"{one.name}-told", "--label", str(one.label), *reference, *model
+        )
     right = sum(row["label"] == one.label and row["status"] in ("restored", "copied") for row in blind.values())
     summary: dict[str, object] = {
         "set": one.name,
         "images": len(blind),
         "label": str(one.label),
         "recognised": right / len(blind),
-        "psnr_input_db": mean(list(blind.values()), "psnr_input_db", "psnr_input_db"),
-        "psnr_db": mean(list(blind.values()), "psnr_db", "psnr_input_db"),
-        "psnr_told_db": mean(list(told.values()), "psnr_db", "psnr_input_db"),
-        "ssim_input": mean(list(blind.values()), "ssim_input", "ssim_input"),
-        "ssim": mean(list(blind.values()), "ssim", "ssim_input"),
-        "ssim_told": mean(list(told.values()), "ssim", "ssim_input"),
+        "psnr_input_db": means["psnr_input_db"],
+        "psnr_db": means["psnr_db"],
+        "psnr_told_db": means_told.get("psnr_db"),
+        "ssim_input": means["ssim_input"],
+        "ssim": means["ssim"],
+        "ssim_told": means_told.get("ssim"),
     }
     images = [
         {"set": one.name}

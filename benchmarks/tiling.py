@@ -19,16 +19,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.classifier_recall import noisy
 from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.process_memory import peak_bytes
 from benchmarks.record import RESULTS, write_csv
+from jobs.datasets import with_noise
 from models import bands
 from models.inference import InferenceDFPIR
 from models.padding import padded_size
 from models.tiling import run_tiled
+from pipeline.degradations import Haze
 from pipeline.metrics import psnr_db
-from pipeline.synthesis import add_haze, from_uint8, to_uint8
+from pipeline.synthesis import damaged as with_recipe
+from pipeline.synthesis import from_uint8, to_uint8
 
 VARIANTS = ("bands", "tiles 512", "tiles 256", "tiles 512, thumbnail's attention", "tiles 512, middle tile's attention")
 BASELINE = VARIANTS[0]
@@ -90,8 +92,8 @@ def restored(variant: str, run: Callable[[Tensor], Tensor], image: Tensor, multi
 def damaged(clean: np.ndarray[Any, Any], damage: str, number: int) -> np.ndarray[Any, Any]:
     """H x W x 3 uint8 with noise or haze."""
     if damage == "noise":
-        return noisy(clean, 25, seed=number)
-    return to_uint8(add_haze(from_uint8(clean), np.random.default_rng(number)))
+        return with_noise(clean, 25, seed=number)
+    return to_uint8(with_recipe(from_uint8(clean), Haze.draw(np.random.default_rng(number), *clean.shape[:2])))
 
 
 def runner(arguments: argparse.Namespace, damage: str) -> tuple[Callable[[Tensor], Tensor], int]:

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.classifier_recall import noisy
 from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.record import RESULTS, write_csv
 from classifier import load_classifier
 from classifier.base import Classifier
 from jobs.config import RestoreOptions
+from jobs.datasets import with_noise
 from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, run, sole_driver
 from models import Restorer, load_restorer
 from models.graphs import RUNS_BEFORE
@@ -52,7 +52,7 @@ def make_noisy(folders: list[Path], most: int, out: Path, *, suffix: str, copies
         for number, path in enumerate(sorted(folder.glob("*.png"))[:most]):
             clean = np.asarray(Image.open(path).convert("RGB"))
             first = out / f"{path.stem}{suffix}"
-            Image.fromarray(noisy(clean, 25, seed=number)).save(first, quality=95, subsampling=0)
+            Image.fromarray(with_noise(clean, 25, seed=number)).save(first, quality=95, subsampling=0)
             for copy in range(1, copies):
                 shutil.copy(first, out / f"{path.stem}-{copy}{suffix}")
             made.append(first)

@@ -1,7 +1,6 @@
 """The shape of the shipped classifier's network, apart from it: a configuration needs no timm, which takes seconds."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 STAGES = 4
 """Of a ResNet."""
@@ -29,7 +28,3 @@ class Architecture:
         channels = (*self.crop_channels, *self.thumbnail_channels, *self.spectrum_channels)
         if min(self.stem_width, self.hidden, *channels) < 1:
             raise ValueError("widths are at least 1")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The architecture as JSON-ready keyword arguments of `Architecture`."""
-        return asdict(self)

@@ -1,14 +1,15 @@
 """What a classifier is to the rest of the project."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from classifier.labels import Degradation
-from classifier.view import Views
+from classifier.sigma import estimate_sigma
+from classifier.view import Views, ViewSettings, take_views
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Prediction:
     noise_sigma_255: float
 
 
-class Classifier(Protocol):
+class Classifier(ABC):
     """Images in, one prediction each out, in the same order.
 
     A pipeline does the same in parts: views are taken in any thread, probabilities are those of many images at once.
@@ -37,19 +38,45 @@ class Classifier(Protocol):
     name: str
     sha256: str
     """Of the weights file; part of a run's configuration."""
+    view: ViewSettings
+    thresholds: Mapping[Degradation, float]
+    """The probability below which a label is not sure."""
 
-    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
-        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up."""
-        ...
+    @abstractmethod
+    def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+        """Calibrated probabilities of each image; never depend, not even in the last digit, on those beside it.
+
+        Called from one thread at a time.
+        """
 
     def take_views(self, image: NDArray[np.uint8]) -> Views:
-        """What is looked at of an image, a small part of its pixels; may be called from many threads."""
-        ...
+        """The views of one H x W x 3 uint8 RGB image of any size from 1 x 1 up; may be called from many threads.
 
-    def probabilities(self, views: Sequence[Views]) -> Sequence[Mapping[Degradation, float]]:
-        """Those of each image; called from one thread at a time."""
-        ...
+        Raises:
+            ValueError: the array has another shape or type.
+        """
+        return take_views(image, self.view)
 
     def prediction(self, probabilities: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
         """What follows from an image's probabilities and the noise in it."""
-        ...
+        second, label = sorted(probabilities, key=probabilities.__getitem__)[-2:]
+        return Prediction(
+            label=label,
+            confidence=probabilities[label],
+            margin=probabilities[label] - probabilities[second],
+            confident=probabilities[label] >= self.thresholds[label],
+            probabilities=probabilities,
+            noise_sigma_255=noise_sigma_255,
+        )
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
+        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
+
+        Raises:
+            ValueError: an array has another shape or type.
+        """
+        found = self.probabilities([self.take_views(image) for image in images])
+        return [
+            self.prediction(probability, noise_sigma_255=estimate_sigma(image))
+            for probability, image in zip(found, images, strict=True)
+        ]

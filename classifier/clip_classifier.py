@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from classifier import CLIP_PREFIX
-from classifier.backend import Backend
+from classifier.base import Classifier
 from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
@@ -100,7 +100,7 @@ class ClipCalibration:
             ) from error
 
 
-class ClipClassifier(Backend):
+class ClipClassifier(Classifier):
     """`name` is `clip:` and the file's name, `sha256` that of weights and calibration together."""
 
     def __init__(
@@ -167,6 +167,6 @@ class ClipClassifier(Backend):
         return likeness
 
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
-        """See `Backend.probabilities`."""
+        """See `Classifier.probabilities`."""
         bias = np.array([self.calibration.bias[label] for label in LABELS])
         return [label_probabilities(self.logits(each) + bias, self.calibration.temperature) for each in views]

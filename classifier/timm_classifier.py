@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from classifier.backend import Backend
+from classifier.base import Classifier
 from classifier.calibration import label_probabilities
 from classifier.grouped import GroupedNetwork
 from classifier.labels import Degradation
@@ -13,7 +13,7 @@ from classifier.view import Views
 from classifier.weights import ClassifierWeights
 
 
-class TimmClassifier(Backend):
+class TimmClassifier(Classifier):
     """`name` and `sha256` are those of the weights file."""
 
     def __init__(self, weights: ClassifierWeights, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -27,5 +27,5 @@ class TimmClassifier(Backend):
         self._logits = GroupedNetwork(self.network, weights.view, self.device)
 
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
-        """See `Backend.probabilities`."""
+        """See `Classifier.probabilities`."""
         return [label_probabilities(logits, self.weights.temperature) for logits in self._logits(views)]

@@ -4,7 +4,7 @@ Noise, blur and rain live in the finest pixels, haze and low light in the whole 
 alone has lost the first, a crop alone the second).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -30,10 +30,6 @@ class ViewSettings:
     def __post_init__(self) -> None:
         if min(self.crop_px, self.crops, self.thumbnail_px) < 1:
             raise ValueError(f"sizes and number of crops must be at least 1: {self}")
-
-    def as_dict(self) -> dict[str, int]:
-        """The settings as JSON-ready keyword arguments of `ViewSettings`."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

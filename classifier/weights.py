@@ -8,8 +8,9 @@ size and measured quality.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def save_classifier(
     """Writes a weights file; a failure leaves a previous one whole."""
     description = {
         "labels": [str(label) for label in LABELS],
-        "architecture": network.architecture.as_dict(),
-        "view": view.as_dict(),
+        "architecture": asdict(network.architecture),
+        "view": asdict(view),
         "temperature": temperature,
         "thresholds": {str(label): thresholds[label] for label in LABELS},
         "licence": licence,
@@ -81,25 +82,6 @@ def write_card(path: Path, *, quality: Mapping[str, Any]) -> Path:
     return card_path
 
 
-def _checked_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = [
-        f"{name}: {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    faults = [
-        f"{what} {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for what, names in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
-        if names
-    ]
-    if faults:
-        raise ClassifierWeightsError(
-            f"{path} does not fit the architecture it names: {'; '.join(faults)}; use a file as it was written"
-        )
-    return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
-
-
 def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> ClassifierWeights:
     """Loads a weights file strictly; nothing is downloaded.
 
@@ -118,5 +100,11 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ClassifierWeightsError(f"{file.path} describes a network that cannot be built: {error}") from error
-    network.load_state_dict(_checked_tensors(file.path, tensors, network.state_dict()))
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:  # names every key
+        said = shorten(str(error), 400)
+        raise ClassifierWeightsError(
+            f"{file.path} does not fit the architecture it names; use a file as it was written: {said}"
+        ) from error
     return ClassifierWeights(network=network.eval().requires_grad_(False), **vars(file))

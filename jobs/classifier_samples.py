@@ -17,22 +17,18 @@ from classifier.network import to_input
 from classifier.view import ViewSettings, take_views
 from jobs.errors import TrainingError
 from jobs.training_data import Photographs
-from pipeline.degradations import FAINTEST_STREAKS
-from pipeline.synthesis import (
-    FloatImage,
-    add_camera_noise,
-    add_deep_shadow,
-    add_haze,
-    add_lowlight,
-    add_motion_blur,
-    add_noise,
-    add_other,
-    add_rain,
-    from_uint8,
-    resize,
-    to_uint8,
-    vary_clean,
+from pipeline.degradations import (
+    FAINTEST_STREAKS,
+    CameraNoise,
+    DeepShadow,
+    Haze,
+    LowLight,
+    MotionBlur,
+    Noise,
+    Rain,
+    Recipe,
 )
+from pipeline.synthesis import FloatImage, add_other, damaged, from_uint8, resize, to_uint8, vary_clean
 
 SHARES: dict[Degradation, float] = {
     Degradation.NOISE: 0.1,
@@ -109,8 +105,8 @@ SHRINKABLE = {Degradation.RAIN, Degradation.HAZE, Degradation.LOWLIGHT, Degradat
 """What stays what it is when a photograph is made smaller; noise and blur fade."""
 
 
-def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> FloatImage:
-    """The image under a label, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
+def draw_wide_recipe(label: Degradation, rng: np.random.Generator, height: int, width: int) -> Recipe:
+    """As `draw_recipe`, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
 
     Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
     """
@@ -118,22 +114,29 @@ def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> F
         case Degradation.NOISE:
             lowest = 1.2 * CLEAN_LIMITS.noise_sigma_255
             if rng.random() < 0.5:
-                return add_noise(image, rng, sigma_255=float(rng.uniform(lowest, 60)))
-            return add_camera_noise(image, rng, sigma_255=float(rng.uniform(lowest, 40)), coarsest_px=1.3)
+                return Noise.draw(rng, sigma_255=float(rng.uniform(lowest, 60)))
+            return CameraNoise.draw(rng, sigma_255=float(rng.uniform(lowest, 40)), coarsest_px=1.3)
         case Degradation.RAIN:
-            return add_rain(image, rng, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)
+            return Rain.draw(rng, height, width, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)
         case Degradation.HAZE:
-            return add_haze(image, rng, tint=float(rng.choice([0.04, 0.12])), clear_foregrounds=True)
+            return Haze.draw(rng, height, width, tint=float(rng.choice([0.04, 0.12])), clear_foregrounds=True)
         case Degradation.BLUR:
-            return add_motion_blur(image, rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
+            return MotionBlur.draw(rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
         case Degradation.LOWLIGHT:
-            if rng.random() < 0.55:
-                return add_deep_shadow(image, rng)
-            return add_lowlight(image, rng, lowest_gain=0.05)
+            return DeepShadow.draw(rng) if rng.random() < 0.55 else LowLight.draw(rng, lowest_gain=0.05)
+        case _:
+            raise ValueError(f"{label} has no prompt")
+
+
+def damage(image: FloatImage, label: Degradation, rng: np.random.Generator) -> FloatImage:
+    """The image under a label."""
+    match label:
         case Degradation.CLEAN:
             return vary_clean(image, rng)
         case Degradation.OTHER:
             return add_other(image, rng)
+        case _:
+            return damaged(image, draw_wide_recipe(label, rng, *image.shape[:2]))
 
 
 def draw_training_scene(photographs: Photographs, label: Degradation, rng: np.random.Generator) -> FloatImage:
@@ -162,13 +165,13 @@ def draw_damaged(
         scene = draw_training_scene(photographs, label, rng) if training else draw_scene(photographs, rng)
         if label is not Degradation.CLEAN and rng.random() < 0.5:
             scene = vary_clean(scene, rng)
-        damaged = damage(scene, label, rng)
-        if float(np.abs(damaged - scene).mean()) < FAINTEST.get(label, 0.0):
+        seen = damage(scene, label, rng)
+        if float(np.abs(seen - scene).mean()) < FAINTEST.get(label, 0.0):
             continue
         if label in SHRINKABLE and rng.random() < 0.3:
             scale = rng.uniform(0.6, 1)
-            damaged = resize(damaged, *(max(160, round(side * scale)) for side in damaged.shape[:2]))
-        return damaged
+            seen = resize(seen, *(max(160, round(side * scale)) for side in seen.shape[:2]))
+        return seen
     raise ValueError(f"{label} shows on none of the photographs; are they blank?")
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -15,7 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
 from jobs.terminal import harmless
 
 app = typer.Typer(
@@ -128,13 +129,11 @@ def _before_commands(
 @contextmanager
 def _faults_explained() -> Iterator[None]:
     """Wrong usage, unusable places: exit code 2; a run that broke off: 1; a signal: 128 and its number."""
-    from jobs.runner import RunError, RunInterruptedError
-
     try:
         yield
     except UsageError as error:
         code, fault = 2, cast(Exception, error)
-    except (RunInterruptedError, TrainingInterruptedError) as error:
+    except InterruptedBySignalError as error:
         code, fault = 128 + error.signal_number, error
     except (RunError, TrainingError) as error:
         code, fault = 1, error
@@ -206,7 +205,7 @@ def restore(
             with ProgressView(messages, total=job.planned, done=job.planned - job.images_left) as progress:
                 summary = run(job, make_runner(options), on_outcomes=progress)
     if as_json:
-        print(json.dumps(summary.as_dict(), allow_nan=False))
+        print(json.dumps(asdict(summary), allow_nan=False))
     else:
         display.after(results, summary)
     if summary.failed_fraction > options.max_failed_fraction:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from classifier.labels import Degradation
 from jobs.errors import UsageError
@@ -19,10 +19,10 @@ NOISE_SIGMAS_255 = (15, 25, 50)
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """An image as H x W x 3 uint8; raises UsageError naming the file and the fault."""
+    """An image as H x W x 3 uint8, the way up that EXIF tells; raises UsageError naming the file and the fault."""
     try:
         with Image.open(path) as image:
-            return np.asarray(_eight_bits(image).convert("RGB"))
+            return np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except Exception as error:  # on damaged files Pillow raises nearly anything, SyntaxError for one
         raise UsageError(f"cannot read {path}: {error}") from error
 

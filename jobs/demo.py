@@ -21,17 +21,9 @@ from jobs.errors import UsageError
 from jobs.progress import ProgressView
 from jobs.restore import make_runner, prepare, run, sole_driver
 from jobs.sheets import side_by_side
+from pipeline.degradations import Haze, LowLight, MotionBlur, Noise, Rain
 from pipeline.sink import read_manifest
-from pipeline.synthesis import (
-    FloatImage,
-    add_haze,
-    add_lowlight,
-    add_motion_blur,
-    add_noise,
-    add_rain,
-    from_uint8,
-    to_uint8,
-)
+from pipeline.synthesis import FloatImage, damaged, from_uint8, to_uint8
 
 MARKER = "dfpir-demo.json"
 LABELS = (
@@ -71,15 +63,15 @@ def degrade_for_demo(image: FloatImage, damage: Degradation, rng: np.random.Gene
     """One typical strength of each damage; `clean` comes back as it is."""
     match damage:
         case Degradation.NOISE:
-            return add_noise(image, rng, sigma_255=25.0)
+            return damaged(image, Noise.draw(rng, sigma_255=25.0))
         case Degradation.RAIN:
-            return add_rain(image, rng)
+            return damaged(image, Rain.draw(rng, *image.shape[:2]))
         case Degradation.HAZE:
-            return add_haze(image, rng)
+            return damaged(image, Haze.draw(rng, *image.shape[:2]))
         case Degradation.LOWLIGHT:
-            return add_lowlight(image, rng)
+            return damaged(image, LowLight.draw(rng))
         case Degradation.BLUR:
-            return add_motion_blur(image, rng)
+            return damaged(image, MotionBlur.draw(rng))
         case _:
             return image
 

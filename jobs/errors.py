@@ -11,8 +11,12 @@ class TrainingError(Exception):
     """A training cannot go on; the message says at which step and with what it was. Exit code 1."""
 
 
-class TrainingInterruptedError(TrainingError):
-    """SIGINT or SIGTERM: the checkpoint is of the last step, on Ray that of some minutes before."""
+class RunError(Exception):
+    """The run cannot go on; what is committed stays, and the same command resumes it. Exit code 1."""
+
+
+class InterruptedBySignalError(Exception):
+    """SIGINT or SIGTERM: what was done is committed, or in a checkpoint. Exit code 128 + its number."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"ended by {signal.Signals(signal_number).name}; the same command goes on from here")

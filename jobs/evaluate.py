@@ -28,6 +28,7 @@ from models import Restorer
 from models.registry import list_models
 from pipeline.metrics import PSNR_CAP_DB
 from pipeline.prompting import decide, noise_prompt, prompts_for
+from pipeline.records import arrow_schema
 from pipeline.synthesis import from_uint8
 
 SSIM_WINDOW_PX = 7
@@ -54,24 +55,7 @@ class Result:
     ssim_predicted: float
 
 
-SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("label", pa.string()),
-        ("sigma_255", pa.float64()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("predicted_label", pa.string()),
-        ("predicted_prompt", pa.string()),
-        ("given_prompt", pa.string()),
-        ("psnr_input_db", pa.float64()),
-        ("psnr_given_db", pa.float64()),
-        ("psnr_predicted_db", pa.float64()),
-        ("ssim_input", pa.float64()),
-        ("ssim_given", pa.float64()),
-        ("ssim_predicted", pa.float64()),
-    ]
-)
+SCHEMA = arrow_schema(Result)
 """Of the file of results: a column's type does not hang on what a set has, so that several sets can be read as one."""
 
 

@@ -14,12 +14,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.errors import InterruptedBySignalError
 from jobs.runner import (
     STOP_GRACE_S,
     Assignment,
     Dispatcher,
     OnOutcomes,
-    RunInterruptedError,
     log_to,
     note_traceback,
     workers_per_gpu,
@@ -201,7 +201,7 @@ def _wind_up(children: dict[int, _Child], dispatcher: Dispatcher, request: StopR
     while _busy(children) and time.monotonic() < deadline:
         _step(children, dispatcher, give=False)
     assert request.signal_number is not None
-    raise RunInterruptedError(request.signal_number)
+    raise InterruptedBySignalError(request.signal_number)
 
 
 def _gpu_bytes() -> list[int]:

@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from jobs.errors import UsageError
-from jobs.runner import RunError, workers_per_gpu
+from jobs.errors import RunError, UsageError
+from jobs.runner import workers_per_gpu
 
 START_TRIES = 3
 ANSWER_WITHIN_S = 10.0

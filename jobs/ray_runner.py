@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from jobs.errors import InterruptedBySignalError
 from jobs.ray_cluster import Needs, all_nodes, connected, gpu_bytes, measure_room
 from jobs.runner import (
     STOP_GRACE_S,
     Assignment,
     Dispatcher,
     OnOutcomes,
-    RunInterruptedError,
     log_to,
     note_traceback,
 )
@@ -306,7 +306,7 @@ class _Crew:
         while self._busy() and time.monotonic() < deadline:
             self._step()
         assert request.signal_number is not None
-        raise RunInterruptedError(request.signal_number)
+        raise InterruptedBySignalError(request.signal_number)
 
 
 def _node_is_gone(member: _Member, error: RayError) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 
-from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.ray_cluster import all_nodes, connected, measure_room
 from jobs.train_restorer import checked_bank, train
 from jobs.training_config import RestorerTraining
@@ -56,7 +56,7 @@ def train_on_ray(
         UsageError: there are too many workers for a batch or for the cluster, or what `jobs.train_restorer.train`
             refuses.
         TrainingError: a worker failed; the message holds its fault.
-        TrainingInterruptedError: SIGINT ended it; what came after the last checkpoint is lost.
+        InterruptedBySignalError: SIGINT ended it; what came after the last checkpoint is lost.
     """
     batch = min(phase.batch for phase in config.phases)
     if workers > batch:
@@ -93,7 +93,7 @@ def train_on_ray(
         try:
             trainer.fit()
         except SystemExit as end:  # Ray Train's own handler aborts the workers and ends the process as if all were well
-            raise TrainingInterruptedError(signal.SIGINT) from end
+            raise InterruptedBySignalError(signal.SIGINT) from end
         except Exception as error:  # Ray Train wraps a worker's fault in classes of its own
             for fault in getattr(error, "worker_failures", {}).values():
                 if isinstance(fault, UsageError | TrainingError):

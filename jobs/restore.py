@@ -25,8 +25,8 @@ from classifier.errors import ClassifierWeightsError
 from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
-from jobs.errors import UsageError
-from jobs.runner import WHOLE_PIXELS, RunError, Runner
+from jobs.errors import RunError, UsageError
+from jobs.runner import WHOLE_PIXELS, Runner
 from models import Restorer, load_restorer, parse_tile
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
@@ -318,7 +318,7 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
         ignored=job.ignored,
         unreadable_directories=job.unreadable_directories,
     )
-    job.directory.write_json(job.directory.summary_path, summary.as_dict())
+    job.directory.write_json(job.directory.summary_path, asdict(summary))
     return summary
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections import Counter, deque
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from jobs.errors import RunError
 from pipeline.journal import Journal
 from pipeline.records import Outcome, Shard
 from pipeline.run_config import RunContext
@@ -44,18 +44,6 @@ def workers_per_gpu(cpus: int, gpu_bytes: int, *, least_bytes: int) -> int:
     process can do, however many threads it has.
     """
     return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER, gpu_bytes // max(1, least_bytes)))
-
-
-class RunError(Exception):
-    """The run cannot go on; what is committed stays, and the same command resumes it. The message says why."""
-
-
-class RunInterruptedError(RunError):
-    """SIGINT or SIGTERM: workers have committed what they had."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signal_number).name}; the same command goes on from here")
-        self.signal_number = signal_number
 
 
 class Runner(Protocol):

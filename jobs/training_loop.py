@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.signals import StopRequest, leave_interrupts_to_parent, stop_on_signals
 from jobs.training_diary import Diary
 from jobs.training_group import Group
@@ -106,7 +106,7 @@ def run(
         save_every_s: seconds between checkpoints.
 
     Raises:
-        TrainingInterruptedError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
+        InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
         TrainingError: a photograph that is read again and again cannot be read any more. The first of several processes
             writes a checkpoint before that, if the photograph is one of its own.
     """
@@ -138,7 +138,7 @@ def run(
     how = "over" if training.progress >= 1 else "stopped"
     log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
     if request.signal_number is not None:
-        raise TrainingInterruptedError(request.signal_number)
+        raise InterruptedBySignalError(request.signal_number)
 
 
 def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[str, Any]) -> dict[str, Any]:
@@ -163,3 +163,6 @@ def told_plainly(work: Callable[[], object]) -> None:
         work()
     except (UsageError, TrainingError) as error:
         sys.exit(str(error))
+    except InterruptedBySignalError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal_number)

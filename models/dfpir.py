@@ -4,7 +4,7 @@ Tian et al., "Degradation-Aware Feature Perturbation for All-in-One Image Restor
 arXiv 2505.12630. State-dict keys are those of the released checkpoints.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +63,6 @@ class DFPIRConfig:
     def size_multiple(self) -> int:
         """Both sides of an input must be multiples of this many pixels."""
         return 8 * self.unshuffle_factor
-
-    def as_dict(self) -> dict[str, object]:
-        """The configuration as JSON-ready keyword arguments of `DFPIRConfig`."""
-        return asdict(self)
 
 
 def channel_order(guidance: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def save_checkpoint(
     metadata = {
         "format": FORMAT,
         "architecture": ARCHITECTURE,
-        "config": json.dumps(network.config.as_dict()),
+        "config": json.dumps(asdict(network.config)),
         "licence": licence,
         "provenance": json.dumps(provenance),
         **_describe_prompts(prompts),
@@ -230,7 +230,7 @@ def _build(path: Path, config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPI
     ]:
         faults.append(f"wrong shapes: {listed(wrong)}")
     if faults:
-        raise WeightsError(f"{path} does not fit DFPIR of {config.as_dict()}: {'; '.join(faults)}")
+        raise WeightsError(f"{path} does not fit DFPIR of {asdict(config)}: {'; '.join(faults)}")
     require_finite(path, state)
     network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return network.eval()

@@ -11,11 +11,6 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 
-def padded(side: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that holds `side` pixels."""
-    return -(-side // multiple) * multiple
-
-
 def batches(items: Sequence[T], *, key: Callable[[T], K], limit: Callable[[K], int]) -> Iterator[list[T]]:
     """Cuts items into batches of one key and at most `limit(key)` items; order is kept within a key."""
     groups: dict[K, list[T]] = {}

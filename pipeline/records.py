@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,25 @@ def printable(text: str) -> str:
     return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
 
 
+_COLUMN_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    Status: pa.string(),
+    Stage: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    datetime: pa.timestamp("us", tz="UTC"),
+    tuple[str, ...]: pa.list_(pa.string()),
+    dict[str, float]: pa.struct([pa.field(str(label), pa.float32()) for label in LABELS]),
+}
+
+
+def arrow_schema(record: type) -> pa.Schema:
+    """A dataclass's fields as columns, in their order; every column may be null."""
+    kinds = ((f.name, f.type.__args__[0] if isinstance(f.type, UnionType) else f.type) for f in fields(record))
+    return pa.schema([(name, _COLUMN_TYPES[kind]) for name, kind in kinds])
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """A source image without its pixels."""
@@ -66,16 +86,7 @@ class ImageRef:
     """Raised by one each time a re-run finds the file changed."""
 
 
-IMAGE_REF_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("relative_path", pa.string()),
-        ("uri", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("modified", pa.timestamp("us", tz="UTC")),
-        ("revision", pa.int64()),
-    ]
-)
+IMAGE_REF_SCHEMA = arrow_schema(ImageRef)
 """`ImageRef`'s fields as columns."""
 
 
@@ -90,42 +101,6 @@ class Shard:
 
     shard_id: str
     images: tuple[ImageRef, ...]
-
-
-_text, _real, _whole = pa.string(), pa.float64(), pa.int64()
-_time = pa.timestamp("us", tz="UTC")
-_probabilities = pa.struct([pa.field(str(label), pa.float32()) for label in LABELS])
-
-MANIFEST_FIELDS: dict[str, pa.DataType] = {
-    # identity
-    "image_id": _text, "shard_id": _text, "source_uri": _text, "source_member": _text, "frame": _whole,
-    "relative_path": _text, "source_sha256": _text, "source_bytes": _whole, "source_modified": _time,
-    "source_etag": _text, "source_format": _text, "width": _whole, "height": _whole, "mode": _text,
-    "bit_depth": _whole, "has_alpha": pa.bool_(), "exif_orientation": _whole,
-    # decision
-    "label": _text, "confidence": _real, "margin": _real, "probabilities": _probabilities,
-    "noise_sigma_255": _real, "classifier": _text, "label_source": _text, "true_label": _text,
-    "decision_reason": _text, "prompt": _text,
-    # execution
-    "status": _text, "stage": _text, "error_class": _text, "error_message": _text,
-    "warnings": pa.list_(_text), "attempt": _whole, "tiled": pa.bool_(), "tile_px": _whole,
-    "batch_size": _whole, "dtype": _text, "oom_retries": _whole, "worker_id": _text, "host": _text,
-    "device": _text, "started_at": _time, "fetch_ms": _real, "decode_ms": _real, "classify_ms": _real,
-    "restore_ms": _real, "measure_ms": _real, "encode_ms": _real, "write_ms": _real,
-    # output
-    "output_uri": _text, "output_sha256": _text, "output_bytes": _whole, "output_format": _text,
-    "output_mode": _text, "output_width": _whole, "output_height": _whole,
-    # quality
-    "reference_uri": _text, "psnr_input_db": _real, "psnr_db": _real, "ssim_input": _real, "ssim": _real,
-    "clean_probability_before": _real, "clean_probability_after": _real, "change_rmse_255": _real,
-    "clipped_fraction": _real, "suspicious": pa.bool_(),
-    # provenance
-    "run_id": _text, "revision": _whole, "config_digest": _text, "model": _text, "weights_sha256": _text,
-    "code_version": _text, "schema_version": _whole, "finished_at": _time,
-}  # fmt: skip
-"""Column by column; `docs/manifest.md` says what each holds."""
-
-MANIFEST_SCHEMA = pa.schema(list(MANIFEST_FIELDS.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +189,10 @@ class Outcome:
     code_version: str
     schema_version: int = SCHEMA_VERSION
     finished_at: datetime | None = None
+
+
+MANIFEST_SCHEMA = arrow_schema(Outcome)
+"""`docs/manifest.md` says what each column holds."""
 
 
 def to_table(outcomes: list[Outcome]) -> pa.Table:

@@ -1,9 +1,8 @@
 """The end of a run in figures, all of them read from the manifest."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,10 +50,6 @@ class Summary:
     """Files of the source that are no candidates."""
     unreadable_directories: tuple[str, ...] = ()
     """Folders of the source that could not be listed: what lies in them is not part of the run."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 SUMMARY_COLUMNS = (

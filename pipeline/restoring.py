@@ -2,47 +2,16 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
-from numpy.typing import NDArray
 
 from models.memory import is_out_of_memory
-from models.prompts import PromptBank
-from pipeline.batching import batches, in_halves, is_device_lost, padded
+from models.padding import padded_size
+from models.restorer import Restorer
+from pipeline.batching import batches, in_halves, is_device_lost
 from pipeline.faults import fault_point
 from pipeline.item import Item
 from pipeline.records import Stage
-
-
-class ImageRestorer(Protocol):
-    """What the pipeline needs of `models.Restorer`."""
-
-    name: str
-    prompts: PromptBank
-
-    @property
-    def size_multiple(self) -> int:
-        """Sides are padded to multiples of this many pixels."""
-        ...
-
-    def restore(
-        self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str], *, tile_px: int | None = None
-    ) -> list[NDArray[Any]]:
-        """H x W x 3 images and one prompt key each; the same sizes and dtypes come back."""
-        ...
-
-    def batch_limit(self, height: int, width: int) -> int:
-        """Images of that size that fit in one batch."""
-        ...
-
-    def tile_px_for(self, height: int, width: int) -> int | None:
-        """Side of the tiles that an image of that size is cut into; None where it goes whole."""
-        ...
-
-    def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
-        """Side of the tiles to try after others (None: the whole image) ran out of memory; None: give up."""
-        ...
 
 
 class BatchRestorer:
@@ -51,7 +20,7 @@ class BatchRestorer:
     Full memory halves a batch, then cuts an image that is alone into ever smaller tiles, and only then fails it.
     """
 
-    def __init__(self, restorer: ImageRestorer, *, device: str) -> None:
+    def __init__(self, restorer: Restorer, *, device: str) -> None:
         self._restorer, self._device = restorer, device
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -60,7 +29,7 @@ class BatchRestorer:
 
         def shape(item: Item) -> tuple[int, int, str]:
             height, width = item.decoded().pixels.shape[:2]
-            return padded(height, multiple), padded(width, multiple), str(item.decoded().pixels.dtype)
+            return *padded_size(height, width, multiple), str(item.decoded().pixels.dtype)
 
         return batches(items, key=shape, limit=lambda key: self._restorer.batch_limit(key[0], key[1]))
 

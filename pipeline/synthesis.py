@@ -68,47 +68,9 @@ def resize(image: FloatImage, height: int, width: int) -> FloatImage:
     return _clip(np.stack(channels, axis=2))
 
 
-def add_noise(image: FloatImage, rng: np.random.Generator, *, sigma_255: float) -> FloatImage:
-    """See `Noise`."""
-    return damaged(image, Noise.draw(rng, sigma_255=sigma_255))
-
-
-def add_camera_noise(
-    image: FloatImage, rng: np.random.Generator, *, sigma_255: float, coarsest_px: float = 0.8
-) -> FloatImage:
-    """See `CameraNoise`."""
-    return damaged(image, CameraNoise.draw(rng, sigma_255=sigma_255, coarsest_px=coarsest_px))
-
-
 def draw_noise_sigma(rng: np.random.Generator) -> float:
     """A standard deviation for training on the 0..255 scale: uniform in 5..55."""
     return float(rng.uniform(CLEAN_LIMITS.noise_sigma_255, 55.0))
-
-
-def add_rain(
-    image: FloatImage, rng: np.random.Generator, *, spread_deg: float = 3.0, downpours: bool = False
-) -> FloatImage:
-    """See `Rain`."""
-    return damaged(image, Rain.draw(rng, *image.shape[:2], spread_deg=spread_deg, downpours=downpours))
-
-
-def add_haze(
-    image: FloatImage, rng: np.random.Generator, *, tint: float = 0.04, clear_foregrounds: bool = False
-) -> FloatImage:
-    """See `Haze`."""
-    return damaged(image, Haze.draw(rng, *image.shape[:2], tint=tint, clear_foregrounds=clear_foregrounds))
-
-
-def add_motion_blur(
-    image: FloatImage, rng: np.random.Generator, *, longest_px: float = 40.0, wander: float = 1.0
-) -> FloatImage:
-    """See `MotionBlur`."""
-    return damaged(image, MotionBlur.draw(rng, longest_px=longest_px, wander=wander))
-
-
-def add_lowlight(image: FloatImage, rng: np.random.Generator, *, lowest_gain: float = 0.12) -> FloatImage:
-    """See `LowLight`."""
-    return damaged(image, LowLight.draw(rng, lowest_gain=lowest_gain))
 
 
 def well_exposed(image: FloatImage) -> FloatImage:
@@ -127,11 +89,6 @@ def well_exposed(image: FloatImage) -> FloatImage:
     weights = torch.exp(-((exposures - 0.5) ** 2) / (2 * 0.2**2))
     wanted = (weights * exposures).sum(dim=0) / weights.sum(dim=0)
     return _clip(_single(pixels.to_srgb(light * (pixels.to_linear(wanted) / place))))
-
-
-def add_deep_shadow(image: FloatImage, rng: np.random.Generator) -> FloatImage:
-    """See `DeepShadow`."""
-    return damaged(image, DeepShadow.draw(rng))
 
 
 # Damage without a prompt
@@ -198,8 +155,9 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
         faded = depth * np.float32(rng.uniform(0, 1 - CLEAN_LIMITS.transmission) / depth.mean())
         out = out + faded * (np.float32(rng.uniform(0.65, 1)) - out)
     if rng.random() < 0.4:
-        grain = add_noise if rng.random() < 0.5 else add_camera_noise
-        out = grain(_clip(out), rng, sigma_255=float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)))
+        grain = Noise if rng.random() < 0.5 else CameraNoise
+        sigma_255 = float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255))
+        out = damaged(_clip(out), grain.draw(rng, sigma_255=sigma_255))
     return _clip(out)
 
 

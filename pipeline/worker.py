@@ -15,7 +15,7 @@ import torch
 
 from classifier import load_classifier
 from classifier.base import Classifier
-from models import load_restorer, parse_tile
+from models import Restorer, load_restorer, parse_tile
 from models.memory import keep_freed_memory
 from models.precision import fastest_dtype
 from pipeline.faults import fault_point
@@ -24,7 +24,7 @@ from pipeline.journal import Journal
 from pipeline.judge import Judge
 from pipeline.outputs import ReferenceIndex
 from pipeline.records import ImageRef, Outcome, Shard, Stage, Status
-from pipeline.restoring import BatchRestorer, ImageRestorer
+from pipeline.restoring import BatchRestorer
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 from pipeline.stages import load, measure_input, measure_result, write
@@ -128,7 +128,7 @@ class Worker:
     """Classifies and restores shards with weights that are loaded once."""
 
     def __init__(
-        self, context: RunContext, *, restorer: ImageRestorer, classifier: Classifier | None, worker_id: str
+        self, context: RunContext, *, restorer: Restorer, classifier: Classifier | None, worker_id: str
     ) -> None:
         """`classifier` may be None when the run's label is forced."""
         self._context, self._config = context, context.config

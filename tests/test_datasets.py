@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from classifier.labels import Degradation
 from jobs.datasets import TEST_SETS, find_examples, read_rgb
@@ -180,3 +180,17 @@ def test_deep_greyscale_is_scaled_to_eight_bits(tmp_path: Path, name: str) -> No
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
     expected = np.rint(values / 257)[..., None].repeat(3, axis=2)
     assert np.abs(read_rgb(tmp_path / name) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_a_picture_stands_the_way_up_that_exif_tells(tmp_path, mode):
+    upright = np.zeros((20, 40), np.uint16)
+    upright[:10] = 65535
+    turned = np.rot90(upright)  # as a camera held upright writes it
+    picture = (
+        Image.fromarray(turned) if mode == "I;16" else Image.fromarray((turned >> 8).astype(np.uint8)).convert("RGB")
+    )
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_rgb(tmp_path / "turned.png")[:, :, 0], upright >> 8)

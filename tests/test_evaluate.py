@@ -165,7 +165,7 @@ def test_files_of_all_sets_have_the_same_columns(kodak: Path, restorer: Restorer
     schemas = [pq.read_schema(tmp_path / f"{name}.parquet") for name in "ab"]
     assert schemas[0].equals(schemas[1])
     assert schemas[0].names == [field.name for field in fields(evaluation.Result)]
-    assert str(schemas[0].field("sigma_255").type) == "double"
+    assert str(schemas[0].field("sigma_255").type) == "int64"
 
 
 def test_an_image_smaller_than_the_window_has_no_ssim() -> None:

@@ -12,8 +12,8 @@ from run_driver import drive
 from tiny_runs import TinyRun, check_complete, rows_of, stalled_process
 
 from jobs import local
+from jobs.errors import InterruptedBySignalError, RunError
 from jobs.local import LocalRunner, crew_size
-from jobs.runner import RunError, RunInterruptedError
 from pipeline.faults import FAULT, MARKER
 from pipeline.run_config import RunContext
 
@@ -172,7 +172,7 @@ def test_sigterm_has_workers_commit_and_the_run_can_go_on(make_run: MakeRun, mon
             os.kill(os.getpid(), signal.SIGTERM)
         seen.extend(str(row) for row in rows)
 
-    with pytest.raises(RunInterruptedError) as ended:
+    with pytest.raises(InterruptedBySignalError) as ended:
         LocalRunner().run(run.shards, run.context, on_outcomes=end_at_first)
     assert ended.value.signal_number == signal.SIGTERM
     assert len(rows_of(run)) == len(seen) > 0

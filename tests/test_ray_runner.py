@@ -15,12 +15,11 @@ from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process
 from jobs import ray_cluster as ray_cluster_module
 from jobs import ray_runner
 from jobs.config import RestoreOptions
-from jobs.errors import UsageError
+from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
-from jobs.runner import RunError, RunInterruptedError
 from pipeline.faults import FAULT, MARKER
 
 MakeRun = Callable[..., TinyRun]
@@ -197,7 +196,7 @@ def test_sigterm_has_workers_commit_and_the_run_can_go_on(ray_cluster: None, mak
             os.kill(os.getpid(), signal.SIGTERM)
         seen.extend(rows)
 
-    with pytest.raises(RunInterruptedError):
+    with pytest.raises(InterruptedBySignalError):
         RayRunner(max_workers=1).run(run.shards, run.context, on_outcomes=end_at_first)
     assert len(rows_of(run)) == len(seen)
     assert 0 < len(seen) < 200

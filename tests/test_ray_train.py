@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_train_restorer import averages, photographs, tiny
 
-from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.ray_train import train_on_ray
 from jobs.train_restorer import Training, train
 from jobs.training_config import ConfigError, Data, Phase
@@ -91,7 +91,7 @@ def test_ctrl_c_is_told_as_an_interruption(
     ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", lambda self: sys.exit(0))  # what Ray Train's handler does
-    with pytest.raises(TrainingInterruptedError, match="ended by SIGINT; the same command goes on"):
+    with pytest.raises(InterruptedBySignalError, match="ended by SIGINT; the same command goes on"):
         train_on_ray(tiny(photographs), tmp_path, workers=1, device="cpu", max_minutes=60.0)
 
 

@@ -1,5 +1,3 @@
-"""Rows and the manifest's schema are one thing in two places."""
-
 from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 
@@ -33,10 +31,6 @@ def filled():
     values = {field.name: samples.get(field.type) for field in MANIFEST_SCHEMA}
     values |= {"probabilities": {str(label): 0.125 for label in LABELS}, "stage": Stage.DECODE}
     return smallest(**(values | {"status": Status.RESTORED}))
-
-
-def test_fields_are_the_columns_in_their_order():
-    assert [field.name for field in fields(Outcome)] == MANIFEST_SCHEMA.names
 
 
 def test_a_row_needs_only_what_every_outcome_has():

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import pytest
 from tiny_runs import TinyRun
 
-from jobs.runner import Dispatcher, RunError, note_traceback
+from jobs.errors import RunError
+from jobs.runner import Dispatcher, note_traceback
 from jobs.signals import stop_on_signals
 from pipeline.journal import Journal
 from pipeline.records import ImageRef, Outcome, Shard, Status

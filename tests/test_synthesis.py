@@ -6,18 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from classifier.labels import CLEAN_LIMITS, LABELS, Degradation
-from pipeline.degradations import MotionBlur
+from pipeline.degradations import CameraNoise, DeepShadow, Haze, LowLight, MotionBlur, Noise, Rain
 from pipeline.point_spread import smooth_field, spread_px
 from pipeline.synthesis import (
-    add_camera_noise,
-    add_deep_shadow,
-    add_haze,
     add_jpeg,
-    add_lowlight,
-    add_motion_blur,
-    add_noise,
     add_other,
-    add_rain,
     damaged,
     draw_noise_sigma,
     draw_recipe,
@@ -73,7 +66,7 @@ def test_the_seed_decides_everything(label):
 def test_noise_has_the_sigma_asked_for():
     clean = np.full((200, 200, 3), 0.5, np.float32)
     for sigma_255 in (5, 25):
-        noise = add_noise(clean, np.random.default_rng(0), sigma_255=sigma_255) - clean
+        noise = damaged(clean, Noise.draw(np.random.default_rng(0), sigma_255=sigma_255)) - clean
         assert float(noise.std()) * 255 == pytest.approx(sigma_255, rel=0.02)
 
 
@@ -81,7 +74,7 @@ def test_camera_noise_has_the_sigma_asked_for_and_grows_with_the_light():
     halves = np.full((200, 200, 3), 0.2, np.float32)
     halves[:, 100:] = 0.7
     for seed in range(6):
-        noisy = add_camera_noise(halves, np.random.default_rng(seed), sigma_255=10)
+        noisy = damaged(halves, CameraNoise.draw(np.random.default_rng(seed), sigma_255=10))
         assert float((noisy - halves).std()) * 255 == pytest.approx(10, rel=0.05)
         light = np.clip(noisy, 0, 1) ** 2.2
         assert light[:, 110:].std() > 1.3 * light[:, :90].std()
@@ -96,22 +89,29 @@ def test_noise_is_drawn_beyond_the_clean_limit():
 
 def test_rain_only_brightens_a_dark_scene():
     dark = photograph() * np.float32(0.5)
-    rainy = add_rain(dark, np.random.default_rng(0))
+    rainy = damaged(dark, Rain.draw(np.random.default_rng(0), *dark.shape[:2]))
     assert float((rainy - dark).min()) >= -1e-4
     assert float((rainy - dark).max()) > 0.1
 
 
 def test_a_veil_comes_with_streaks_only():
     white = np.ones((60, 60, 3), np.float32)
-    assert min(float(add_rain(white, np.random.default_rng(seed)).min()) for seed in range(40)) > 0.99
+    assert (
+        min(float(damaged(white, Rain.draw(np.random.default_rng(seed), *white.shape[:2])).min()) for seed in range(40))
+        > 0.99
+    )
     grey = np.full((60, 60, 3), 0.3, np.float32)
-    clearest = [float(add_rain(grey, np.random.default_rng(seed)).min()) for seed in range(40)]
+    clearest = [
+        float(damaged(grey, Rain.draw(np.random.default_rng(seed), *grey.shape[:2])).min()) for seed in range(40)
+    ]
     assert 2 <= sum(least > 0.305 for least in clearest) <= 25
 
 
 def test_some_haze_leaves_the_foreground_clear():
     black = np.zeros((60, 60, 3), np.float32)
-    hazy = [add_haze(black, np.random.default_rng(seed), clear_foregrounds=True) for seed in range(600)]
+    hazy = [
+        damaged(black, Haze.draw(np.random.default_rng(seed), 60, 60, clear_foregrounds=True)) for seed in range(600)
+    ]
     clear = [image for image in hazy if image.min() < 0.1]
     assert 50 <= len(clear) <= 300
     assert any(image.max() > 0.5 for image in clear)
@@ -123,7 +123,8 @@ def test_coarser_camera_noise_joins_neighbouring_pixels():
     def likeness(coarsest_px):
         found = []
         for seed in range(20):
-            noise = add_camera_noise(grey, np.random.default_rng(seed), sigma_255=10, coarsest_px=coarsest_px) - grey
+            recipe = CameraNoise.draw(np.random.default_rng(seed), sigma_255=10, coarsest_px=coarsest_px)
+            noise = damaged(grey, recipe) - grey
             found.append(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1])
         return np.mean(found)
 
@@ -133,37 +134,37 @@ def test_coarser_camera_noise_joins_neighbouring_pixels():
 def test_haze_lies_between_the_scene_and_its_airlight():
     clean = photograph()
     for seed in range(20):
-        hazy = add_haze(clean, np.random.default_rng(seed))
+        hazy = damaged(clean, Haze.draw(np.random.default_rng(seed), *clean.shape[:2]))
         assert hazy.std() < clean.std()
         assert hazy.mean() > clean.mean()
 
 
 def test_a_tint_colours_the_airlight():
     grey = np.full((60, 60, 3), 0.4, np.float32)
-    colour = {
-        tint: max(np.ptp(add_haze(grey, np.random.default_rng(s), tint=tint).mean(axis=(0, 1))) for s in range(10))
-        for tint in (0.0, 0.12)
-    }
+    colour = {}
+    for tint in (0.0, 0.12):
+        recipes = [Haze.draw(np.random.default_rng(seed), 60, 60, tint=tint) for seed in range(10)]
+        colour[tint] = max(np.ptp(damaged(grey, recipe).mean(axis=(0, 1))) for recipe in recipes)
     assert colour[0.0] < 0.01 < 0.05 < colour[0.12]
 
 
 def test_motion_blur_removes_fine_texture():
     clean = photograph()
     for seed in range(10):
-        blurred = add_motion_blur(clean, np.random.default_rng(seed))
+        blurred = damaged(clean, MotionBlur.draw(np.random.default_rng(seed)))
         assert np.abs(np.diff(blurred, axis=1)).mean() < 0.6 * np.abs(np.diff(clean, axis=1)).mean()
 
 
 def test_low_light_is_darker_than_the_clean_limit():
     clean = photograph()
     for seed in range(20):
-        dark = add_lowlight(clean, np.random.default_rng(seed))
+        dark = damaged(clean, LowLight.draw(np.random.default_rng(seed)))
         assert dark.mean() < CLEAN_LIMITS.exposure * clean.mean()
 
 
 def test_low_light_may_shift_the_white_balance_by_a_tenth():
     grey = np.full((60, 60, 3), 0.8, np.float32)
-    colours = [add_lowlight(grey, np.random.default_rng(seed)).mean(axis=(0, 1)) for seed in range(30)]
+    colours = [damaged(grey, LowLight.draw(np.random.default_rng(seed))).mean(axis=(0, 1)) for seed in range(30)]
     ratios = np.array([red / blue for red, _, blue in colours])
     assert 0.78 < ratios.min() < 0.95
     assert 1.05 < ratios.max() < 1.28
@@ -188,7 +189,7 @@ def test_deep_shadow_keeps_the_lit_part_and_darkens_the_rest():
     window = np.full((80, 80, 3), 0.3, np.float32)
     window[30:50, 30:50] = 0.95
     for seed in range(20):
-        dark = add_deep_shadow(window, np.random.default_rng(seed))
+        dark = damaged(window, DeepShadow.draw(np.random.default_rng(seed)))
         assert dark.mean() < CLEAN_LIMITS.exposure * window.mean()
         assert dark[38:42, 38:42].mean() > 3 * dark[:8, :8].mean()
 

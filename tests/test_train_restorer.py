@@ -19,7 +19,7 @@ from skimage import data
 
 from classifier.labels import Degradation
 from jobs import train_restorer, training_state
-from jobs.errors import TrainingError, TrainingInterruptedError, UsageError
+from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
 from jobs.train_restorer import (
     PORTABLE,
@@ -343,7 +343,7 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", learn_and_interrupt)
-        with pytest.raises(TrainingInterruptedError, match="ended by SIGINT; the same command goes on"):
+        with pytest.raises(InterruptedBySignalError, match="ended by SIGINT; the same command goes on"):
             train(tiny(photographs), tmp_path / "cut", threads=1)
     assert torch.load(tmp_path / "cut" / CHECKPOINT, weights_only=True)["step"] == 3
     assert train(tiny(photographs), tmp_path / "cut", threads=1).step == 4

@@ -1,6 +1,6 @@
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -387,7 +387,7 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     training, out = tmp_path / "run", tmp_path / "shipped" / "new.safetensors"
     training.mkdir()
     out.parent.mkdir()
-    config = {"model": network.config.as_dict(), "prompts": "orthogonal"}
+    config = {"model": asdict(network.config), "prompts": "orthogonal"}
     state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
     torch.save(state, training / "checkpoint.pt")
     (tmp_path / "provenance.json").write_text('{"data": "made up"}')
@@ -415,7 +415,7 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
 )
 def test_an_export_tells_wrong_inputs_without_a_traceback(tmp_path, monkeypatch, training, provenance, out, said):
     network = tiny_network()
-    config = {"model": network.config.as_dict(), "prompts": "orthogonal"}
+    config = {"model": asdict(network.config), "prompts": "orthogonal"}
     whole = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
     for name, state in (("run", whole), ("other", {"config": {}})):
         (tmp_path / name).mkdir()

@@ -29,7 +29,6 @@ from pipeline.item import Item, SourceGoneError
 from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
 from pipeline.records import ImageRef, Outcome, Shard, Status
-from pipeline.restoring import ImageRestorer
 from pipeline.sink import done
 from pipeline.worker import ReadAhead, Worker, codec_threads
 
@@ -112,7 +111,7 @@ def red(label: Degradation) -> int:
 
 
 def work(
-    run: TinyRun, restorer: ImageRestorer | None = None, *, attempt: int = 1, worker: Worker | None = None
+    run: TinyRun, restorer: Restorer | Brightener | None = None, *, attempt: int = 1, worker: Worker | None = None
 ) -> dict[str, dict[str, Any]]:
     """Works off all shards and returns the manifest's rows by relative path."""
     worker = worker or Worker(run.context, restorer=restorer or Brightener(), classifier=Reader(), worker_id="w")
