@@ -1,3 +1,4 @@
+import csv
 import re
 from pathlib import Path
 
@@ -17,3 +18,28 @@ def test_the_lock_file_holds_no_addresses() -> None:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     assert lines
     assert [line for line in lines if "://" in line or line.startswith("-")] == []
+
+
+QUALITY_SETS = {
+    "cbsd68-sigma15": "CBSD68, sigma 15",
+    "cbsd68-sigma25": "CBSD68, sigma 25",
+    "cbsd68-sigma50": "CBSD68, sigma 50",
+    "rain": "rain, 4 synthetic pairs",
+    "haze": "haze, 4 RESIDE indoor pairs",
+    "lowlight": "low light, 20 under-exposed (MEFB), fused reference",
+    "real_noise": "real camera noise, 7 pairs (Nam et al.)",
+    "urban-levin09": "10 photographs x 4 measured blur kernels (Levin et al.)",
+}
+
+
+def test_the_readme_has_the_figures_of_the_quality_benchmark() -> None:
+    with (ROOT / "benchmarks" / "results" / "quality.csv").open(encoding="utf-8", newline="") as file:
+        measured = {row["set"]: row for row in csv.DictReader(file)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name, title in QUALITY_SETS.items():
+        row = measured[name]
+        before, after, given = (float(row[column]) for column in ("psnr_input_db", "psnr_db", "psnr_told_db"))
+        assert (
+            f"| {title} | {row['images']} | {float(row['recognised']):.0%} | {before:.2f} dB | {after:.2f} dB "
+            f"| {after - before:+.2f} | {given:.2f} dB | {float(row['ssim_input']):.3f} | {float(row['ssim']):.3f} |"
+        ) in readme
