@@ -31,7 +31,6 @@ def train_on_ray(
     loaders: int = 0,
     compiled: bool = False,
     max_minutes: float,
-    save_every_s: float = 300.0,
     address: str | None = None,
 ) -> None:
     """Begins a training or goes on with it; each worker has a CUDA device, or `threads` threads of a CPU.
@@ -49,7 +48,6 @@ def train_on_ray(
         loaders: processes of each worker that make samples ahead, and CPUs for them.
         compiled: the network of each worker, see `jobs.train_restorer.train`.
         max_minutes: of this call.
-        save_every_s: seconds between checkpoints.
         address: of a running cluster; None: one is started here.
 
     Raises:
@@ -72,7 +70,6 @@ def train_on_ray(
         "loaders": loaders,
         "compiled": compiled,
         "max_minutes": max_minutes,
-        "save_every_s": save_every_s,
     }
     cpus = threads + loaders
     with connected(address, threads=workers * cpus):

@@ -31,11 +31,19 @@ from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError, UsageError
-from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
+from jobs.training_config import ClassifierTraining, ConfigError, read_config
 from jobs.training_data import Photographs, inventory, tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_group import Group
-from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run, told_plainly, usable_device
+from jobs.training_loop import (
+    TrainingRun,
+    made_ahead,
+    mixed_precision,
+    read_arguments,
+    run,
+    told_plainly,
+    usable_device,
+)
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -142,14 +150,14 @@ def blended(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tupl
     return blend(crops), blend(thumbnails)
 
 
-class Training:
+class Training(TrainingRun):
     """A network in training with its moving average and optimiser, in a folder."""
+
+    config: ClassifierTraining
 
     def __init__(self, config: ClassifierTraining, out: Path, device: torch.device) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
-        self.config, self.out, self.device = config, out, device
-        torch.manual_seed(config.seed)
-        out.mkdir(parents=True, exist_ok=True)
+        super().__init__(config, out, device)
         state = found_state(out, config)
         try:
             self.network = DegradationNetwork(config.network, crop_px=VIEW.crop_px)
@@ -163,16 +171,13 @@ class Training:
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True
         )
-        self.step, self.seconds = 0, 0.0
-        self.inventory: str | None = None
-        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
             with taken_up(out):
                 self.network.load_state_dict(state["network"])
                 self.average.load_state_dict(state["average"])
                 if "optimiser" in state:
                     self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
+                self.take_place(state)
         else:
             (out / "pool").unlink(missing_ok=True)  # another training's
         self.pool = Pool(out / "pool", config.pool, VIEW)
@@ -187,11 +192,6 @@ class Training:
         return teacher.network.to(self.device).to(memory_format=torch.channels_last)
 
     @property
-    def progress(self) -> float:
-        """How much of the training is over, 0..1."""
-        return self.config.progress(self.step, self.seconds)
-
-    @property
     def newest(self) -> int:
         """Number of the newest sample that the next step may draw."""
         return min(self.config.first_fill, self.config.pool) + self.config.fresh * self.step
@@ -204,17 +204,11 @@ class Training:
         return portions, (range(first + fresh * i, first + fresh * (i + 1)) for i in itertools.count())
 
     def save(self) -> None:
-        """Writes the checkpoint, and a portable one for other machines: matrices in float16."""
-        common = {
-            "config": as_plain(self.config),
-            "step": self.step,
-            "seconds": self.seconds,
-            "inventory": self.inventory,
-        }
+        """See `TrainingRun.save`."""
         network, average = self.network.state_dict(), self.average.state_dict()
         whole = {"network": network, "average": average, "optimiser": self.optimiser.state_dict()}
-        save_atomically(common | whole, self.out / CHECKPOINT)
-        save_atomically(common | {"network": halved(network), "average": halved(average)}, self.out / PORTABLE)
+        save_atomically(self.place() | whole, self.out / CHECKPOINT)
+        save_atomically(self.place() | {"network": halved(network), "average": halved(average)}, self.out / PORTABLE)
 
     def loss(self, crops: Tensor, thumbnails: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
         """Cross-entropy with the labels; under a teacher the divergence from its predictions has the larger part.
@@ -292,7 +286,6 @@ def _run(
     begun: float,
     loaders: int,
     max_minutes: float,
-    save_every_s: float,
 ) -> None:
     """Fills the pool, then learns."""
     if training.step:
@@ -330,7 +323,6 @@ def _run(
         group=Group(training.device),
         begun=begun,
         max_minutes=max_minutes,
-        save_every_s=save_every_s,
     )
 
 
@@ -342,7 +334,6 @@ def train(
     threads: int = 0,
     loaders: int = 0,
     max_minutes: float = math.inf,
-    save_every_s: float = 240.0,
 ) -> Trained:
     """Begins a training or goes on with it, until its end or for `max_minutes`.
 
@@ -353,7 +344,6 @@ def train(
         threads: of torch; 0 leaves its choice.
         loaders: processes that make samples ahead; 0: none, samples are made between steps.
         max_minutes: of this call.
-        save_every_s: seconds between checkpoints, each with a validation.
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration or network.
@@ -378,7 +368,7 @@ def train(
             tell_if_changed(training.inventory, now)
             training.inventory = now
             synthesis = Synthesis(photographs, seed=config.seed, view=VIEW, training=True)
-            _run(training, synthesis, held_out, diary, begun, loaders, max_minutes, save_every_s)
+            _run(training, synthesis, held_out, diary, begun, loaders, max_minutes)
         else:
             log.info("the training is over, at step %d", training.step)
     return Trained(

@@ -24,12 +24,20 @@ from torch.utils.data import DataLoader
 
 from jobs.errors import TrainingError, UsageError
 from jobs.restorer_samples import Ahead, Batch, Batches, ReadyBatch, Sources
-from jobs.training_config import Phase, RestorerTraining, as_plain, read_config
+from jobs.training_config import Phase, RestorerTraining, read_config
 from jobs.training_data import tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
-from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run, told_plainly, usable_device
+from jobs.training_loop import (
+    TrainingRun,
+    made_ahead,
+    mixed_precision,
+    read_arguments,
+    run,
+    told_plainly,
+    usable_device,
+)
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -134,16 +142,17 @@ def initialise(network: DFPIR) -> None:
             depthwise.weight[:, :, 1, 1] += 1.0
 
 
-class Training:
+class Training(TrainingRun):
     """A network in training with its moving average and optimiser, in a folder."""
+
+    config: RestorerTraining
 
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
-        self.config, self.out, self.device, self.group = config, out, device, Group(device)
-        torch.manual_seed(config.seed)
+        super().__init__(config, out, device)
+        self.group = Group(device)
         self.bank = checked_bank(config)
         self.embeddings = self.bank.embeddings.to(device)
-        out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
@@ -164,17 +173,9 @@ class Training:
         self.optimiser = torch.optim.AdamW(
             self.trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.step, self.seconds = 0, 0.0
-        self.inventory: str | None = None
-        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         if state is not None:
             with taken_up(out):
                 self._resume(state)
-
-    @property
-    def progress(self) -> float:
-        """How much of the training is over, 0..1."""
-        return self.config.progress(self.step, self.seconds)
 
     def _resume(self, state: dict[str, Any]) -> None:
         fixed = {}
@@ -184,29 +185,23 @@ class Training:
             fixed = {name: tensor for name, tensor in self.network.state_dict().items() if name not in self.trained}
         for network, stored in ((self.network, state["network"]), (self.average, state["average"])):
             network.load_state_dict(fixed | stored)
-        self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
+        self.take_place(state)
 
     def save(self) -> None:
-        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16.
+        """See `TrainingRun.save`.
 
         The guidance layers, which no gradient reaches, are in it as they are: other libraries may draw other ones from
         the same seed, and the channels would have another order.
         """
-        common = {
-            "config": as_plain(self.config),
-            "step": self.step,
-            "seconds": self.seconds,
-            "inventory": self.inventory,
-        }
         whole = {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        save_atomically(common | whole, self.out / CHECKPOINT)
+        save_atomically(self.place() | whole, self.out / CHECKPOINT)
         fixed = halved({name: tensor for name, tensor in whole["network"].items() if name not in self.trained})
         light = {"network": halved(self.trained) | fixed, "average": halved(self.averaged) | fixed}
-        save_atomically(common | light, self.out / PORTABLE)
+        save_atomically(self.place() | light, self.out / PORTABLE)
 
     def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:
         """One step; returns the loss. `meanwhile` is called once a GPU has all of the gradient's work before it.
@@ -291,7 +286,6 @@ def train(
     loaders: int = 0,
     compiled: bool = False,
     max_minutes: float = math.inf,
-    save_every_s: float = 300.0,
 ) -> Training:
     """Begins a training or goes on with it, until its end or for `max_minutes`.
 
@@ -303,7 +297,6 @@ def train(
         loaders: processes that make samples ahead; 0: none, samples are made between steps.
         compiled: by `torch.compile`, once for each patch size, which takes minutes and a C++ compiler.
         max_minutes: of this call.
-        save_every_s: seconds between checkpoints, each with a validation.
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
@@ -319,7 +312,7 @@ def train(
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
             everything = Sources.load(config.data)
             sources, held_out = (everything.part(validation=validation) for validation in (False, True))
-            _run(training, sources, held_out, diary, begun, loaders, max_minutes, save_every_s)
+            _run(training, sources, held_out, diary, begun, loaders, max_minutes)
     elif training.group.rank == 0:
         if not (out / CHECKPOINT).exists():  # it came, at its end, as a portable one
             training.save()
@@ -335,7 +328,6 @@ def _run(
     begun: float,
     loaders: int,
     max_minutes: float,
-    save_every_s: float,
 ) -> None:
     """The loop; `diary` is that of the first process."""
     config, group = training.config, training.group
@@ -370,7 +362,6 @@ def _run(
         group=group,
         begun=begun,
         max_minutes=max_minutes,
-        save_every_s=save_every_s,
     )
 
 

@@ -6,22 +6,27 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.signals import StopRequest, leave_interrupts_to_parent, stop_on_signals
+from jobs.training_config import TrainingConfig, as_plain
 from jobs.training_diary import Diary
 from jobs.training_group import Group
 from jobs.training_state import last_good
 from models.precision import fastest_dtype
 
 log = logging.getLogger("training")
+
+SAVE_EVERY_S = 300.0
+"""Between checkpoints, each with a validation."""
 
 Sample = TypeVar("Sample")
 
@@ -60,30 +65,44 @@ def made_ahead(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int,
     )
 
 
-class Trained(Protocol):
-    """A training in progress."""
+class TrainingRun(ABC):
+    """A training in progress, in a folder."""
 
-    out: Path
-    step: int
-    seconds: float
+    optimiser: torch.optim.Optimizer
 
-    @property
-    def optimiser(self) -> torch.optim.Optimizer:
-        """Whose learning rate is noted."""
-        ...
+    def __init__(self, config: TrainingConfig, out: Path, device: torch.device) -> None:
+        self.config, self.out, self.device = config, out, device
+        self.step, self.seconds = 0, 0.0
+        self.inventory: str | None = None
+        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
+        torch.manual_seed(config.seed)
+        out.mkdir(parents=True, exist_ok=True)
 
     @property
     def progress(self) -> float:
         """How much of it is over, 0..1."""
-        ...
+        return self.config.progress(self.step, self.seconds)
 
+    def place(self) -> dict[str, Any]:
+        """Where it stands, for a checkpoint."""
+        return {
+            "config": as_plain(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "inventory": self.inventory,
+        }
+
+    def take_place(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where a checkpoint stood; those of before have no inventory."""
+        self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
+
+    @abstractmethod
     def save(self) -> None:
-        """Writes its checkpoint."""
-        ...
+        """Writes the checkpoint, and a portable one for other machines: weights and their average in float16."""
 
 
 def run(
-    training: Trained,
+    training: TrainingRun,
     learn: Callable[[], float],
     keep: Callable[[bool], None],
     *,
@@ -91,7 +110,6 @@ def run(
     group: Group,
     begun: float,
     max_minutes: float,
-    save_every_s: float,
 ) -> None:
     """Learns step by step until the training is over, or until the call is.
 
@@ -103,7 +121,6 @@ def run(
         group: whose first process has the clock.
         begun: when the call began, by `time.monotonic`.
         max_minutes: of the call.
-        save_every_s: seconds between checkpoints.
 
     Raises:
         InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
@@ -131,7 +148,7 @@ def run(
             if diary is not None:
                 rate = training.optimiser.param_groups[0]["lr"]
                 diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
-            if time.monotonic() - last_save > save_every_s:
+            if time.monotonic() - last_save > SAVE_EVERY_S:
                 keep(False)
                 last_save = time.monotonic()
         keep(True)
@@ -150,7 +167,6 @@ def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[st
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--loaders", type=int, default=0, help="processes that make samples ahead")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
-    parser.add_argument("--save-every-s", type=float, default=300.0, help="seconds between checkpoints")
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
     return vars(parser.parse_args(argv))

@@ -228,8 +228,9 @@ def stopped(folder, tmp_path, tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", until_the_fifth)
         patch.setattr(Training, "save", at_the_third)
+        patch.setattr("jobs.training_loop.SAVE_EVERY_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            train(small(folder, steps=5), out, threads=1, save_every_s=0.0)
+            train(small(folder, steps=5), out, threads=1)
     assert torch.load(out / CHECKPOINT, weights_only=True)["step"] == 3
     return out
 

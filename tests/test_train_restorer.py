@@ -264,8 +264,9 @@ def test_a_resumed_training_equals_an_unbroken_one(photographs: Path, tmp_path: 
     train(config, tmp_path / "whole", threads=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "learn", break_at(2))
+        patch.setattr("jobs.training_loop.SAVE_EVERY_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "parts", threads=1, save_every_s=0.0)
+            train(config, tmp_path / "parts", threads=1)
     assert train(config, tmp_path / "parts", threads=1).step == 4
     first, second = averages(tmp_path / "whole"), averages(tmp_path / "parts")
     assert all(torch.equal(first[key], second[key]) for key in first)
