@@ -1,20 +1,20 @@
-"""Image files in, upright pixels out: codecs, modes, EXIF and colour profiles on the way in.
+"""Image files in, upright pixels out: codecs, modes and faults on the way in.
 
 All functions are pure and may run in many threads at once; Pillow's codecs release the GIL.
 """
 
 import io
 import re
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, cast
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
+from pipeline.file_bytes import format_by_beginning, has_damaged_pixels, is_cut_short, states_no_pixels, unfinished_end
 from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
+from pipeline.metadata import Metadata, read_metadata, tiff_tags
 from pipeline.records import Stage
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
@@ -26,16 +26,6 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
 """Bytes of one text or profile and of all texts in a PNG; Pillow refuses a profile above 1 MiB, which others hold."""
-
-_BEGINNINGS: dict[str, tuple[bytes, ...]] = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "WEBP": (b"RIFF",),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0"),
-    "BMP": (b"BM",),
-    "GIF": (b"GIF8",),
-    "PPM": tuple(f"P{kind}{space}".encode() for kind in range(1, 7) for space in " \n"),
-}
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,30 +41,6 @@ _UPRIGHT = {
 _PNG_BITS = re.compile(r";(\d+)")
 """Bits per channel in Pillow's name of how a PNG's pixels are stored, for instance `L;4` or `RGB;16B`."""
 
-_XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
-
-_XMP_OF_MORE = re.compile(rb"Container:Directory|:MicroVideo|:MotionPhoto|hdrgm:")
-"""Of motion photos and Ultra HDR, whose further parts are not kept."""
-
-_MOST_DPI = 65_535
-"""That JPEG holds."""
-
-_DESCRIPTIVE_TIFF_TAGS = frozenset(
-    {
-        ExifTags.Base.ImageDescription,
-        ExifTags.Base.Make,
-        ExifTags.Base.Model,
-        ExifTags.Base.Orientation,
-        ExifTags.Base.Software,
-        ExifTags.Base.DateTime,
-        ExifTags.Base.Artist,
-        ExifTags.Base.Copyright,
-        ExifTags.IFD.Exif,
-        ExifTags.IFD.GPSInfo,
-    }
-)
-"""A TIFF keeps its layout (strips, compression) beside its EXIF; only these tags hold for another file too."""
-
 
 @dataclass(frozen=True)
 class _Layout:
@@ -83,20 +49,6 @@ class _Layout:
     bit_depth: int
     greyscale: bool
     white_is_zero: bool
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Metadata:
-    """What the file has beside its pixels."""
-
-    orientation: int | None
-    exif: bytes | None
-    icc: bytes | None
-    xmp: bytes | None
-    dpi: tuple[float, float] | None
-    png_colour: tuple[tuple[bytes, bytes], ...]
-    lossless_webp: bool
     warnings: tuple[str, ...]
 
 
@@ -138,9 +90,9 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
             # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
             if image.format != "TIFF":
                 image.load()
-            metadata = _read_metadata(image, data)
+            metadata = read_metadata(image, data)
             image.load()
-            _check_end(data, _format_name(image))
+            _check_whole(data, _format_name(image))
             decoded = _to_decoded(image, layout, metadata)
         except (ImageFault, MemoryError):
             raise
@@ -160,7 +112,7 @@ def _open(file: BinaryIO, beginning: bytes) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        likely = _format_by_beginning(beginning)
+        likely = format_by_beginning(beginning)
         if likely is None:
             known = ", ".join(READ_FORMATS)
             raise _fault("not_an_image", f"the content is not an image in a known format ({known})") from error
@@ -168,7 +120,7 @@ def _open(file: BinaryIO, beginning: bytes) -> Image.Image:
         raise _decoding_fault(error, file.read(), likely) from error
     except Exception as error:
         file.seek(0)
-        raise _decoding_fault(error, file.read(), _format_by_beginning(beginning) or "image") from error
+        raise _decoding_fault(error, file.read(), format_by_beginning(beginning) or "image") from error
 
 
 def _format_name(image: Image.Image) -> str:
@@ -176,83 +128,26 @@ def _format_name(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else image.format or "image"
 
 
-def _format_by_beginning(beginning: bytes) -> str | None:
-    return next((name for name, starts in _BEGINNINGS.items() if beginning.startswith(starts)), None)
-
-
-def _is_cut_short(data: bytes, name: str) -> bool:
-    """Whether a file of the format lacks the end that its beginning promises."""
-    match name:
-        case "JPEG":
-            return b"\xff\xd9" not in data
-        case "PNG":
-            return b"IEND" not in data[-4096:]
-        case "WEBP":
-            return len(data) < 12 or len(data) < int.from_bytes(data[4:8], "little") + 8
-        case "BMP":
-            return len(data) < 54 or len(data) < int.from_bytes(data[2:6], "little")
-        case "TIFF":
-            order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
-            return len(data) < int.from_bytes(data[4:8], order) + 2
-        case "GIF":
-            return not data.rstrip(b"\0").endswith(b";")
-    return False
-
-
-def _check_end(data: bytes, name: str) -> None:
-    """Refuses a PNG or JPEG file whose end was never written: its decoder takes the zeros there for pixels."""
-    if name == "PNG":
-        _check_png_data(data)
-    elif name == "JPEG" and data.endswith(bytes(16)) and data.find(b"\xff\xd9", _first_scan(data)) < 0:
-        raise _fault("truncated", f"the JPEG file ends in {len(data) - len(data.rstrip(bytes(1)))} zeros, unfinished")
-
-
-def _first_scan(data: bytes) -> int:
-    """Where a JPEG's pixels begin, behind segments that may hold a whole JPEG as a thumbnail."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
-        is_fill = data[at + 1 : at + 2] == b"\xff"  # any number of them may stand before a marker
-        at += 1 if is_fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return at
-
-
-def _check_png_data(data: bytes) -> None:
-    """Holds compressed pixels against their checksums, which Pillow does not."""
-    view, at = memoryview(data), len(_BEGINNINGS["PNG"][0])
-    while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
-        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise _fault("unreadable", "the PNG file is damaged: the checksum of its pixels is wrong")
-        at = len(data) if kind == b"IEND" else end + 4
-
-
-def _states_no_pixels(data: bytes, name: str) -> bool:
-    """Whether the header says that a side is 0; Pillow takes such a file for none of its format."""
-    match name:
-        case "PNG":
-            sides = [data[16:20], data[20:24]]
-        case "BMP":
-            sides = [data[18:22], data[22:26]]
-        case "PPM":
-            return any(int(side) == 0 for side in data[:64].split()[1:3] if side.isdigit())
-        case _:
-            return False
-    return bytes(4) in sides
+def _check_whole(data: bytes, name: str) -> None:
+    """Refuses a PNG or JPEG file whose decoder took damage, or the zeros of an end never written, for pixels."""
+    if name == "PNG" and has_damaged_pixels(data):
+        raise _fault("unreadable", "the PNG file is damaged: the checksum of its pixels is wrong")
+    if name == "JPEG" and (zeros := unfinished_end(data)):
+        raise _fault("truncated", f"the JPEG file ends in {zeros} zeros, unfinished")
 
 
 def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
     """An exception of a decoder in plain words."""
-    if isinstance(error, EOFError) or "truncated" in str(error).lower() or _is_cut_short(data, name):
+    if isinstance(error, EOFError) or "truncated" in str(error).lower() or is_cut_short(data, name):
         return _fault("truncated", f"the {name} file is cut short: it ends after {len(data):,} bytes, before its image")
-    if _states_no_pixels(data, name):
+    if states_no_pixels(data, name):
         return _fault("zero_size", f"the {name} file states an image without pixels: one of its sides is 0")
     if isinstance(error, UnidentifiedImageError):
         return _fault("unreadable", f"the file begins like a {name} file, but its header is damaged or of another kind")
     return _fault("unreadable", f"the {name} file is damaged and cannot be decoded: {error or type(error).__name__}")
 
 
-# Layout and metadata
+# Layout
 
 
 def _read_layout(image: Image.Image, data: bytes) -> _Layout:
@@ -271,14 +166,14 @@ def _read_layout(image: Image.Image, data: bytes) -> _Layout:
     return _Layout(
         bit_depth=bit_depth,
         greyscale=grey_mode or str(_storage(image)).startswith("LA"),  # Pillow's mode is RGBA at 16 bits
-        white_is_zero=_tiff_tags(image).get(ExifTags.Base.PhotometricInterpretation) == 0,
+        white_is_zero=tiff_tags(image).get(ExifTags.Base.PhotometricInterpretation) == 0,
         warnings=tuple(notes),
     )
 
 
 def _bit_depth(image: Image.Image) -> int:
     """Bits per channel in the file; 16 for each PGM beyond eight bits, since Pillow widens it."""
-    stated = _tiff_tags(image).get(ExifTags.Base.BitsPerSample)
+    stated = tiff_tags(image).get(ExifTags.Base.BitsPerSample)
     if stated:
         return int(stated[0] if isinstance(stated, tuple) else stated)
     if image.mode.startswith("I"):
@@ -297,10 +192,6 @@ def _storage(image: Image.Image) -> object:
     return tiles[0].args if tiles else None
 
 
-def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
-    return cast(Mapping[int, Any], getattr(image, "tag_v2", {}))
-
-
 def _count_frames(image: Image.Image, data: bytes) -> int | None:
     """Frames or pages; None if a TIFF's pointer to a further page is bad."""
     if image.format != "TIFF":
@@ -315,131 +206,10 @@ def _count_frames(image: Image.Image, data: bytes) -> int | None:
             return None
 
 
-def _read_metadata(image: Image.Image, data: bytes) -> _Metadata:
-    notes = []
-    for key, name in (("xmp", "XMP"), ("icc_profile", "the colour profile")):
-        if not isinstance(image.info.get(key, b""), bytes):
-            # Pillow looks for an orientation in XMP as well, and would fail here.
-            del image.info[key]
-            notes.append(f"{name} could not be read and was dropped")
-    orientation, exif = None, None
-    try:
-        orientation = _stated_orientation(image.getexif())
-        exif = _upright_exif(image)
-    except Exception:
-        # Cameras and editors write all kinds of EXIF; the picture counts for more.
-        notes.append("EXIF could not be read and was dropped")
-    xmp = image.info.get("xmp") or None
-    if xmp and _XMP_OF_MORE.search(xmp):
-        notes.append("XMP was dropped: it speaks of a video or gain map behind the picture")
-        xmp = None
-    elif xmp and b"HasExtendedXMP" in xmp:
-        notes.append("extended XMP was dropped")
-    return _Metadata(
-        orientation=orientation,
-        exif=exif,
-        icc=image.info.get("icc_profile") or None,
-        xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if xmp else None,
-        dpi=_upright_dpi(image, orientation),
-        png_colour=_png_colour(data) if image.format == "PNG" else (),
-        lossless_webp=image.format == "WEBP" and _is_lossless_webp(data),
-        warnings=tuple(notes),
-    )
-
-
-def _png_colour(data: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """Chunks before the pixels; Pillow tells of some, and then in numbers that are rounded."""
-    found, place = [], 8
-    while place + 8 <= len(data) and (kind := data[place + 4 : place + 8]) != b"IDAT":
-        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
-        if kind in (b"cHRM", b"cICP", b"gAMA", b"sRGB"):
-            found.append((kind, data[place + 8 : end]))
-        place = end + 4
-    return tuple(found)
-
-
-def _is_lossless_webp(data: bytes) -> bool:
-    """Whether the first picture in the file is stored exactly."""
-    place = 12
-    while place + 8 <= len(data):
-        match data[place : place + 4]:
-            case b"VP8L":
-                return True
-            case b"VP8 ":
-                return False
-            case b"ANMF":
-                place += 24  # into the frame, whose own chunks follow its size and place
-            case _:
-                size = int.from_bytes(data[place + 4 : place + 8], "little")
-                place += 8 + size + size % 2
-    return False
-
-
-def _stated_orientation(exif: Image.Exif) -> int | None:
-    """The orientation (1..8) as stored."""
-    value = exif.get(ExifTags.Base.Orientation)
-    return value if isinstance(value, int) and 1 <= value <= 8 else None
-
-
-def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, float] | None:
-    """Pixels per inch across and down the upright image; None if the file says nothing that could be."""
-    if image.format == "TIFF" and not {ExifTags.Base.XResolution, ExifTags.Base.YResolution} <= set(_tiff_tags(image)):
-        return None  # where Pillow says 1
-    try:
-        across, down = (float(value) for value in image.info["dpi"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    if not (1 <= across <= _MOST_DPI and 1 <= down <= _MOST_DPI):
-        return None
-    return (down, across) if orientation is not None and orientation >= 5 else (across, down)
-
-
-def _upright_exif(image: Image.Image) -> bytes | None:
-    """The EXIF with its orientation set to 1 and no thumbnail; else that of an upright image byte by byte."""
-    exif = image.getexif()
-    value = exif.get(ExifTags.Base.Orientation)
-    if image.format == "TIFF":
-        for tag in set(exif) - _DESCRIPTIVE_TIFF_TAGS:
-            del exif[tag]
-    elif value in (None, 1):
-        return _without_thumbnail(_prefixed(image.info.get("exif")))
-    if not exif:
-        return None
-    exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
-    kept = Image.Exif()
-    kept.load(exif.tobytes())
-    if value is not None:
-        kept[ExifTags.Base.Orientation] = 1
-    return kept.tobytes()
-
-
-def _without_thumbnail(exif: bytes | None) -> bytes | None:
-    """EXIF that ends its list of pictures after the first; the thumbnail would show the photograph unrestored.
-
-    Nothing moves, since makers' notes may hold offsets of their own.
-    """
-    if exif is None:
-        return None
-    tiff = bytearray(exif.removeprefix(b"Exif\0\0"))
-    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
-    first = int.from_bytes(tiff[4:8], order)
-    following = first + 2 + 12 * int.from_bytes(tiff[first : first + 2], order)
-    if following + 4 <= len(tiff):
-        tiff[following : following + 4] = bytes(4)
-    return b"Exif\0\0" + bytes(tiff)
-
-
-def _prefixed(exif: bytes | None) -> bytes | None:
-    """EXIF with the marker that JPEG wants before it and the other formats' writers take off."""
-    if not exif or exif.startswith(b"Exif\0\0"):
-        return exif or None
-    return b"Exif\0\0" + exif
-
-
 # Pixels
 
 
-def _to_decoded(image: Image.Image, layout: _Layout, metadata: _Metadata) -> DecodedImage:
+def _to_decoded(image: Image.Image, layout: _Layout, metadata: Metadata) -> DecodedImage:
     """Turns a loaded Pillow image upright and into arrays."""
     mode, source_format = image.mode, _format_name(image)
     notes = [*layout.warnings, *metadata.warnings]

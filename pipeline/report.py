@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.records import Outcome, Status
+from pipeline.records import Outcome, Stage, Status
 
-STAGES = ("fetch", "decode", "classify", "restore", "measure", "encode", "write")
+STAGES = tuple(stage.value for stage in Stage if stage is not Stage.PROCESS)
 
 
 @dataclass(frozen=True)

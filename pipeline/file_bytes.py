@@ -1,0 +1,110 @@
+"""What the bytes of an image file tell without a decoder: which format they are of, and whether they are all there."""
+
+import itertools
+import zlib
+from collections.abc import Iterator
+from typing import Literal
+
+BEGINNINGS: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "WEBP": (b"RIFF",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0"),
+    "BMP": (b"BM",),
+    "GIF": (b"GIF8",),
+    "PPM": tuple(f"P{kind}{space}".encode() for kind in range(1, 7) for space in " \n"),
+}
+
+
+def format_by_beginning(beginning: bytes) -> str | None:
+    """Pillow's name of the format that the first 16 bytes are those of."""
+    return next((name for name, starts in BEGINNINGS.items() if beginning.startswith(starts)), None)
+
+
+def is_cut_short(data: bytes, name: str) -> bool:
+    """Whether a file of the format lacks the end that its beginning promises."""
+    match name:
+        case "JPEG":
+            return b"\xff\xd9" not in data
+        case "PNG":
+            return b"IEND" not in data[-4096:]
+        case "WEBP":
+            return len(data) < 12 or len(data) < int.from_bytes(data[4:8], "little") + 8
+        case "BMP":
+            return len(data) < 54 or len(data) < int.from_bytes(data[2:6], "little")
+        case "TIFF":
+            order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+            return len(data) < int.from_bytes(data[4:8], order) + 2
+        case "GIF":
+            return not data.rstrip(b"\0").endswith(b";")
+    return False
+
+
+def unfinished_end(data: bytes) -> int:
+    """How many zeros a JPEG ends in that its decoder would take for pixels; 0: its end was written."""
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    return zeros if zeros >= 16 and data.find(b"\xff\xd9", _first_scan(data)) < 0 else 0
+
+
+def _first_scan(data: bytes) -> int:
+    """Where a JPEG's pixels begin, behind segments that may hold a whole JPEG as a thumbnail."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        is_fill = data[at + 1 : at + 2] == b"\xff"  # any number of them may stand before a marker
+        at += 1 if is_fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and end of the content of each chunk of a PNG that is there as a whole, up to the last one."""
+    kind, at = b"", len(BEGINNINGS["PNG"][0])
+    while at + 12 <= len(data) and kind != b"IEND":
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        yield kind, at + 8, end
+        at = end + 4
+
+
+def has_damaged_pixels(data: bytes) -> bool:
+    """Holds a PNG's compressed pixels against their checksums, which Pillow does not."""
+    view = memoryview(data)
+    return any(
+        kind == b"IDAT" and zlib.crc32(view[begin - 4 : end]) != int.from_bytes(data[end : end + 4], "big")
+        for kind, begin, end in png_chunks(data)
+    )
+
+
+def png_colour(data: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """A PNG's chunks about colour, which stand before its pixels; Pillow tells of some, and then in rounded numbers."""
+    before = itertools.takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
+    return tuple((kind, data[begin:end]) for kind, begin, end in before if kind in (b"cHRM", b"cICP", b"gAMA", b"sRGB"))
+
+
+def is_lossless_webp(data: bytes) -> bool:
+    """Whether the first picture in the file is stored exactly."""
+    place = 12
+    while place + 8 <= len(data):
+        match data[place : place + 4]:
+            case b"VP8L":
+                return True
+            case b"VP8 ":
+                return False
+            case b"ANMF":
+                place += 24  # into the frame, whose own chunks follow its size and place
+            case _:
+                size = int.from_bytes(data[place + 4 : place + 8], "little")
+                place += 8 + size + size % 2
+    return False
+
+
+def states_no_pixels(data: bytes, name: str) -> bool:
+    """Whether the header says that a side is 0; Pillow takes such a file for none of its format."""
+    match name:
+        case "PNG":
+            sides = [data[16:20], data[20:24]]
+        case "BMP":
+            sides = [data[18:22], data[22:26]]
+        case "PPM":
+            return any(int(side) == 0 for side in data[:64].split()[1:3] if side.isdigit())
+        case _:
+            return False
+    return bytes(4) in sides
