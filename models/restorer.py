@@ -1,7 +1,7 @@
 """The Restorer: images of any size and prompt keys in, restored images out."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class Restorer:
         size_multiple: images are padded to a multiple of this many pixels, and cropped back.
         device: where the network runs.
         dtype: of its features, float32 or bfloat16.
+        windows_px: side of the tiles that images under a prompt are best restored in, with `tile` auto.
         memory_budget_bytes: what a batch may take; lower it to get smaller batches and, with `tile` auto, tiles.
     """
 
@@ -70,6 +71,7 @@ class Restorer:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         tile: Tile = "auto",
+        windows_px: Mapping[str, int] | None = None,
         sharers: int = 1,
         sha256: str = "",
         name: str = "",
@@ -81,8 +83,9 @@ class Restorer:
             prompts: the bank that it was trained with.
             device: `cpu`, `cuda` or one CUDA device.
             dtype: float32 or bfloat16.
-            tile: `auto` tiles what does not fit into memory, `off` never does, and a number of pixels tiles whatever is
-                larger than that; it is rounded up to the size multiple.
+            tile: `auto` tiles what is larger than its prompt's window or does not fit into memory, `off` never does,
+                and a number of pixels tiles whatever is larger than that; it is rounded up to the size multiple.
+            windows_px: see `Checkpoint.windows_px`; a prompt without one attends to whole images.
             sharers: Restorers, this one included, that divide all memory of the device among them; one alone plans with
                 what is free when it is made.
             sha256: of the weights file, for records.
@@ -108,6 +111,7 @@ class Restorer:
         self.prompts = prompts
         self.dtype = dtype
         self._tile: Tile = tile
+        self.windows_px = dict(windows_px or {}) if tile == "auto" else {}
         form: Forward = InferenceDFPIR(network, prompts, dtype=dtype, device=self.device)
         self._forward = Recorded(form) if self.device.type == "cuda" else form
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype, self.device)
@@ -116,25 +120,32 @@ class Restorer:
         mine = available_bytes(self.device) if sharers == 1 else total_bytes(self.device) / sharers
         self.memory_budget_bytes = int(MEMORY_SHARE[self.device.type] * mine)
 
-    def tile_px_for(self, height: int, width: int) -> int | None:
-        """Side in pixels of the tiles that an image of this size is restored in; None: whole."""
+    def tile_px_for(self, height: int, width: int, prompt_key: str) -> int | None:
+        """Side in pixels of the tiles that an image of this size is restored in under a prompt; None: whole."""
         height, width = padded_size(height, width, self.size_multiple)
         if self._tile == "off":
             return None
         if isinstance(self._tile, int):
             return self._tile if max(height, width) > self._tile else None
-        if height * width * self._bytes_per_pixel <= self.memory_budget_bytes:
-            return None
-        side = int((self._left_for_tiles(height * width) / self._bytes_per_pixel) ** 0.5)
-        side = max(side // self.size_multiple, 2) * self.size_multiple
+        side = self.windows_px.get(prompt_key, max(height, width))
+        left = self._left_for_tiles(height * width)
+        room = self.memory_budget_bytes if side >= max(height, width) else left
+        if min(height, side) * min(width, side) * self._bytes_per_pixel > room:
+            fitting = int((left / self._bytes_per_pixel) ** 0.5)
+            side = min(side, max(fitting // self.size_multiple, 2) * self.size_multiple)
         return side if max(height, width) > side else None
 
+    def _place_of_tiled(self, pixels: int) -> torch.device:
+        """Where an image of so many pixels lies while its tiles are restored: beside the network, if it is small."""
+        small = _TILED_BYTES_PER_PIXEL * pixels <= self.memory_budget_bytes // 4
+        return self.device if small else torch.device("cpu")
+
     def _left_for_tiles(self, pixels: int) -> int:
-        """Of the budget, beside an image of so many pixels that is held whole, as floats, in this machine's memory.
+        """Of the budget, beside an image of so many pixels that is held whole, as floats, in the same memory.
 
         A quarter in any case: small tiles show the network too little of the picture.
         """
-        held = _TILED_BYTES_PER_PIXEL * pixels if self.device.type == "cpu" else 0
+        held = _TILED_BYTES_PER_PIXEL * pixels if self._place_of_tiled(pixels).type == self.device.type else 0
         return max(self.memory_budget_bytes - held, self.memory_budget_bytes // 4)
 
     def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
@@ -147,14 +158,13 @@ class Restorer:
         side = tried // 2 // self.size_multiple * self.size_multiple
         return side if self._tile != "off" and side >= max(SMALLEST_TILE_PX, 2 * self.size_multiple) else None
 
-    def batch_limit(self, height: int, width: int) -> int:
+    def batch_limit(self, height: int, width: int, *, tile_px: int | None) -> int:
         """How many images of this size (of their tiles, where they are tiled) fit in one batch; at least 1."""
-        side = self.tile_px_for(height, width)
         height, width = padded_size(height, width, self.size_multiple)
         budget = self.memory_budget_bytes
-        if side is not None:
+        if tile_px is not None:
             budget = self._left_for_tiles(height * width)
-            height, width = min(height, side), min(width, side)
+            height, width = min(height, tile_px), min(width, tile_px)
         fitting = int(budget / (height * width * self._bytes_per_pixel))
         return max(1, min(fitting, _LARGEST_BATCH))
 
@@ -182,19 +192,17 @@ class Restorer:
             if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _TORCH_DTYPE:
                 raise ValueError(f"expected H x W x 3 uint8, uint16 or float32, found {image.shape} {image.dtype}")
         prompts = self.prompts.indices(prompt_keys)
-        groups: dict[tuple[int, int, np.dtype[Any]], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            groups[*padded_size(image.shape[0], image.shape[1], self.size_multiple), image.dtype].append(i)
+        groups: dict[tuple[int, int, np.dtype[Any], int | None], list[int]] = defaultdict(list)
+        for i, (image, key) in enumerate(zip(images, prompt_keys, strict=True)):
+            height, width = padded_size(image.shape[0], image.shape[1], self.size_multiple)
+            groups[height, width, image.dtype, tile_px or self.tile_px_for(height, width, key)].append(i)
         restored: dict[int, Image] = {}
-        for (height, width, dtype), members in groups.items():
-            limit, side = self.batch_limit(height, width), self.tile_px_for(height, width)
-            if tile_px is not None:
-                limit, side = 1, tile_px
+        for (height, width, dtype, side), members in groups.items():
+            limit = 1 if tile_px is not None else self.batch_limit(height, width, tile_px=side)
             step = limit if side is None else 1
             for first in range(0, len(members), step):
                 chunk = members[first : first + step]
-                # What is cut into tiles may not fit on the device.
-                place = self.device if side is None else torch.device("cpu")
+                place = self.device if side is None else self._place_of_tiled(height * width)
                 batch = _as_floats(upload([images[i] for i in chunk], height, width, place))
                 keys = [prompts[i] for i in chunk]
                 out = self._run(batch, keys) if side is None else self._run_tiles(batch[0], keys[0], side, limit)[None]
@@ -210,10 +218,10 @@ class Restorer:
             return self._forward(batch, index)
 
     def _run_tiles(self, image: Tensor, prompt: int, side: int, limit: int) -> Tensor:
-        """One image, 3 x H x W float32 on the CPU, in tiles."""
+        """One image, 3 x H x W float32 on the device or the CPU, in tiles."""
         return run_tiled(
             image,
-            lambda tiles: self._run(tiles.to(self.device), [prompt] * len(tiles)).cpu(),
+            lambda tiles: self._run(tiles.to(self.device), [prompt] * len(tiles)).to(image.device),
             tile_px=side,
             multiple=self.size_multiple,
             batch_limit=limit,
@@ -242,6 +250,7 @@ def load_restorer(
         device=device,
         dtype=dtype,
         tile=tile,
+        windows_px=checkpoint.windows_px,
         sharers=sharers,
         sha256=checkpoint.sha256,
         name=found.spec.name if found.spec else found.path.name,

@@ -18,7 +18,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ class Checkpoint:
     sha256: str
     """Of the file, in hexadecimal; of a released checkpoint and its prompt bank together."""
     path: Path
+    windows_px: Mapping[str, int] = field(default_factory=dict)
+    """By prompt, the side in pixels of the tiles in which an image larger than that is best restored.
+
+    Attention over a whole photograph sees other statistics than the patches of the training showed (Chu et al.,
+    "Improving image restoration by revisiting global information aggregation", ECCV 2022). Where damage hangs on the
+    whole picture, as haze does, tiles lose more than they gain, and the prompt has none.
+    """
 
 
 def file_sha256(path: Path) -> str:
@@ -60,7 +67,13 @@ def file_sha256(path: Path) -> str:
 
 
 def save_checkpoint(
-    path: Path, network: DFPIR, prompts: PromptBank, *, licence: str, provenance: Mapping[str, Any]
+    path: Path,
+    network: DFPIR,
+    prompts: PromptBank,
+    *,
+    licence: str,
+    provenance: Mapping[str, Any],
+    windows_px: Mapping[str, int] | None = None,
 ) -> None:
     """Writes a `.safetensors` checkpoint, whole or not at all.
 
@@ -70,15 +83,17 @@ def save_checkpoint(
         prompts: the bank that the network was trained with.
         licence: SPDX identifier of the weights' licence.
         provenance: how the weights came about; JSON values only.
+        windows_px: see `Checkpoint.windows_px`.
 
     Raises:
-        WeightsError: a weight is not finite, or lies beyond float16.
+        WeightsError: a weight is not finite, or lies beyond float16, or a window is of no use.
     """
     tensors = {
         f"network.{key}": value.detach().cpu().to(torch.float32 if _is_guidance(key) else torch.float16)
         for key, value in network.state_dict().items()
     }
     require_finite(path, tensors)
+    _check_windows(path, windows_px or {}, prompts, network.config)
     tensors["prompts.embeddings"] = prompts.embeddings.cpu()
     exact = copy.deepcopy(network).cpu().float()
     for block, order in prompt_permutations(exact, prompts.embeddings.cpu()).items():
@@ -89,6 +104,7 @@ def save_checkpoint(
         "config": json.dumps(asdict(network.config)),
         "licence": licence,
         "provenance": json.dumps(provenance),
+        "windows_px": json.dumps(windows_px or {}),
         **_describe_prompts(prompts),
     }
     write_container(path, tensors, metadata)
@@ -165,6 +181,9 @@ def _load_own(path: Path, sha256: str) -> Checkpoint:
     require_finite(path, {"prompts.embeddings": extra["prompts.embeddings"]})
     bank = _bank(path, metadata, extra.pop("prompts.embeddings"))
     bank = _with_stored_permutations(path, network, bank, extra)
+    # Weights of before have no entry.
+    windows_px = metadata_json(path, metadata, "windows_px", dict) if "windows_px" in metadata else {}
+    _check_windows(path, windows_px, bank, config)
     return Checkpoint(
         network=network,
         prompts=bank,
@@ -172,7 +191,17 @@ def _load_own(path: Path, sha256: str) -> Checkpoint:
         provenance=metadata_json(path, metadata, "provenance", dict),
         sha256=sha256,
         path=path,
+        windows_px=windows_px,
     )
+
+
+def _check_windows(path: Path, windows_px: Mapping[str, Any], prompts: PromptBank, config: DFPIRConfig) -> None:
+    for key, side in windows_px.items():
+        if key not in prompts.keys or type(side) is not int or side < 64 or side % config.size_multiple:
+            raise WeightsError(
+                f"{path}: a window of {side!r} px for {key}; windows are for prompts of the bank "
+                f"({', '.join(prompts.keys)}), from 64 px up, multiples of {config.size_multiple}"
+            )
 
 
 def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Checkpoint:

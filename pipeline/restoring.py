@@ -25,13 +25,15 @@ class BatchRestorer:
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Cuts items into batches that `__call__` takes."""
-        multiple = self._restorer.size_multiple
 
-        def shape(item: Item) -> tuple[int, int, str]:
-            height, width = item.decoded().pixels.shape[:2]
-            return *padded_size(height, width, multiple), str(item.decoded().pixels.dtype)
+        def shape(item: Item) -> tuple[int, int, str, int | None]:
+            height, width = padded_size(item.decoded().height, item.decoded().width, self._restorer.size_multiple)
+            return height, width, str(item.decoded().pixels.dtype), self._tile_px(item)
 
-        return batches(items, key=shape, limit=lambda key: self._restorer.batch_limit(key[0], key[1]))
+        return batches(items, key=shape, limit=lambda key: self._restorer.batch_limit(key[0], key[1], tile_px=key[3]))
+
+    def _tile_px(self, item: Item) -> int | None:
+        return self._restorer.tile_px_for(item.decoded().height, item.decoded().width, str(item.facts["prompt"]))
 
     def __call__(self, batch: Sequence[Item]) -> None:
         """Fills in `restored`, or the fault, of each."""
@@ -41,7 +43,7 @@ class BatchRestorer:
     def _restore_in_tiles(self, item: Item, error: Exception) -> None:
         """The last resort for an image that failed alone; anything but full memory is its fault at once."""
         height, width = item.decoded().pixels.shape[:2]
-        tile_px = self._restorer.tile_px_for(height, width)
+        tile_px = self._tile_px(item)
         while is_out_of_memory(error):
             tile_px = self._restorer.smaller_tile_px(height, width, than=tile_px)
             if tile_px is None:
@@ -63,12 +65,12 @@ class BatchRestorer:
         results = self._restorer.restore(images, [str(item.facts["prompt"]) for item in batch], tile_px=tile_px)
         each_ms = (time.perf_counter() - started) * 1000 / len(batch)
         for item, result in zip(batch, results, strict=True):
-            side = tile_px or self._restorer.tile_px_for(item.decoded().height, item.decoded().width)
+            side = tile_px or self._tile_px(item)
             item.restored = result
             item.add_ms(Stage.RESTORE, each_ms)
             item.facts.setdefault("oom_retries", 0)
             item.facts.update(batch_size=len(batch), tiled=side is not None, tile_px=side)
-            if side is not None:
+            if side is not None and item.facts["prompt"] not in self._restorer.windows_px:
                 item.warnings.append(f"restored in tiles of {side} px, whose brightness may differ")
 
     def _note_full_memory(self, batch: Sequence[Item], error: Exception) -> None:

@@ -97,7 +97,7 @@ def test_batches_stay_within_the_limit_and_give_the_same(monkeypatch):
     images = photographs(*[(32, 32)] * 5)
     whole = restorer.restore(images, KEYS)
     restorer.memory_budget_bytes = int(2.5 * 32 * 32 * bytes_per_pixel(tiny_network().config, torch.float32))
-    assert restorer.batch_limit(32, 32) == 2
+    assert restorer.batch_limit(32, 32, tile_px=None) == 2
     sizes = []
     run = restorer._run
     monkeypatch.setattr(restorer, "_run", lambda batch, keys: sizes.append(len(batch)) or run(batch, keys))
@@ -108,13 +108,13 @@ def test_batches_stay_within_the_limit_and_give_the_same(monkeypatch):
 
 def test_auto_tiles_what_exceeds_the_memory_and_nothing_else():
     restorer = Restorer(tiny_network(), orthogonal_bank())
-    assert restorer.tile_px_for(200, 200) is None
+    assert restorer.tile_px_for(200, 200, "rain") is None
     per_pixel = bytes_per_pixel(tiny_network().config, torch.float32)
     held_whole = 24 * padded_size(200, 200, restorer.size_multiple)[0] ** 2
     restorer.memory_budget_bytes = int(100 * 100 * per_pixel) + held_whole
-    assert restorer.tile_px_for(90, 80) is None
-    assert restorer.tile_px_for(200, 200) == 96
-    assert restorer.batch_limit(200, 200) == 1
+    assert restorer.tile_px_for(90, 80, "rain") is None
+    assert restorer.tile_px_for(200, 200, "rain") == 96
+    assert restorer.batch_limit(200, 200, tile_px=96) == 1
     (image,) = photographs((130, 150))
     (restored,) = restorer.restore([image], ["rain"])
     assert restored.shape == image.shape
@@ -124,8 +124,8 @@ def test_memory_that_an_image_needs_restores_it_whole(monkeypatch):
     restorer = Restorer(tiny_network(), orthogonal_bank())
     needed = bytes_needed(1024 * 1024, tiny_network().config, torch.float32, "cpu")
     restorer.memory_budget_bytes = int(MEMORY_SHARE["cpu"] * needed) + 1
-    assert restorer.tile_px_for(1024, 1024) is None
-    assert restorer.tile_px_for(1024, 1040) is not None
+    assert restorer.tile_px_for(1024, 1024, "rain") is None
+    assert restorer.tile_px_for(1024, 1040, "rain") is not None
     on_gpu = bytes_needed(1024 * 1024, tiny_network().config, torch.bfloat16, "cuda")
     assert on_gpu > 2 * 2**30 + 1024 * 1024 * bytes_per_pixel(tiny_network().config, torch.bfloat16, "cuda")
 
@@ -140,11 +140,11 @@ def test_sharers_divide_the_memory(monkeypatch):
 def test_off_never_tiles_and_a_number_forces_tiles_of_its_multiple():
     off = Restorer(tiny_network(), orthogonal_bank(), tile="off")
     off.memory_budget_bytes = 1
-    assert off.tile_px_for(5000, 5000) is None
-    assert off.batch_limit(5000, 5000) == 1
+    assert off.tile_px_for(5000, 5000, "rain") is None
+    assert off.batch_limit(5000, 5000, tile_px=None) == 1
     forced = Restorer(tiny_network(), orthogonal_bank(), tile=40)
-    assert forced.tile_px_for(48, 48) is None
-    assert forced.tile_px_for(49, 10) == 48
+    assert forced.tile_px_for(48, 48, "rain") is None
+    assert forced.tile_px_for(49, 10, "rain") == 48
 
 
 def test_tiles_asked_for_are_those_of_a_restorer_that_always_cuts():
@@ -154,6 +154,33 @@ def test_tiles_asked_for_are_those_of_a_restorer_that_always_cuts():
     (always,) = Restorer(tiny_network(), orthogonal_bank(), tile=64).restore([image], ["rain"])
     assert levels_apart(asked, always) <= 1
     assert levels_apart(asked, whole) > 1
+
+
+def test_a_prompt_with_a_window_restores_larger_images_in_tiles_of_it():
+    windowed, tiled, whole = (
+        Restorer(tiny_network(), orthogonal_bank(), tile=tile, windows_px={"rain": 64}) for tile in ("auto", 64, "off")
+    )
+    images = photographs((100, 120), (64, 60))
+    for image, key, like in ((images[0], "rain", tiled), (images[0], "haze", whole), (images[1], "rain", whole)):
+        (found,), (expected,) = (restorer.restore([image], [key]) for restorer in (windowed, like))
+        assert levels_apart(found, expected) <= 1
+    assert levels_apart(windowed.restore(images[:1], ["rain"])[0], whole.restore(images[:1], ["rain"])[0]) > 1
+    assert windowed.tile_px_for(100, 120, "rain") == 64
+    assert [windowed.tile_px_for(*size, key) for size, key in (((64, 64), "rain"), ((100, 120), "haze"))] == [None] * 2
+
+
+def test_windows_and_whole_images_mix_in_a_batch():
+    restorer = Restorer(tiny_network(), orthogonal_bank(), windows_px={"rain": 64, "blur": 80})
+    images, keys = photographs((100, 120), (100, 120), (100, 120)), ["rain", "haze", "blur"]
+    for image, key, found in zip(images, keys, restorer.restore(images, keys), strict=True):
+        assert levels_apart(found, restorer.restore([image], [key])[0]) <= 1
+
+
+def test_little_memory_makes_a_window_smaller():
+    restorer = Restorer(tiny_network(), orthogonal_bank(), windows_px={"rain": 512})
+    assert restorer.tile_px_for(600, 600, "rain") == 512
+    restorer.memory_budget_bytes = int(256 * 256 * restorer._bytes_per_pixel) + 1 + 24 * 608 * 608
+    assert restorer.tile_px_for(600, 600, "rain") == 256
 
 
 def test_smaller_tiles_halve_until_they_are_too_small():
@@ -310,10 +337,10 @@ def test_tiles_leave_room_for_the_image_that_is_held_whole():
     whole = 24 * 2048 * 2048
     restorer.memory_budget_bytes = int(1024 * 1024 * restorer._bytes_per_pixel) + 1 + whole
     assert 2048 * 2048 * restorer._bytes_per_pixel > restorer.memory_budget_bytes
-    assert restorer.tile_px_for(2048, 2048) == 1024
-    assert restorer.batch_limit(2048, 2048) == 1
+    assert restorer.tile_px_for(2048, 2048, "rain") == 1024
+    assert restorer.batch_limit(2048, 2048, tile_px=1024) == 1
     restorer.memory_budget_bytes = whole // 2
-    side = restorer.tile_px_for(2048, 2048)
+    side = restorer.tile_px_for(2048, 2048, "rain")
     assert 0.2 < side * side * restorer._bytes_per_pixel / restorer.memory_budget_bytes <= 0.25
 
 

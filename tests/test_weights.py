@@ -1,6 +1,7 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_saving_does_not_touch_the_network(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", network, orthogonal_bank(), licence="MIT", provenance={})
     assert {value.dtype for value in network.state_dict().values()} == {torch.bfloat16}
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_windows_come_back_and_those_of_no_use_are_refused(tmp_path):
+    network, path = tiny_network(), tmp_path / "windowed.safetensors"
+    save = partial(save_checkpoint, path, network, orthogonal_bank(), licence="CC0-1.0", provenance={})
+    save(windows_px={"rain": 256, "noise25": 384})
+    assert load_checkpoint(path).windows_px == {"rain": 256, "noise25": 384}
+    for windows_px in ({"snow": 256}, {"rain": 32}, {"rain": 260}, {"rain": 256.0}, {"rain": None}):
+        with pytest.raises(WeightsError, match=r"a window of .* px for (snow|rain)"):
+            save(windows_px=windows_px)
+    save()
+    assert load_checkpoint(path).windows_px == {}
 
 
 def test_weights_that_float16_cannot_hold_are_not_saved(tmp_path):

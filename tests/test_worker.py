@@ -44,6 +44,7 @@ class Brightener:
         self.limit, self.memory, self.memory_px = limit, memory, memory_px
         self.batches: list[list[tuple[int, ...]]] = []
         self.prompts_seen: list[str] = []
+        self.windows_px: dict[str, int] = {}
 
     def restore(
         self, images: Sequence[NDArray[Any]], prompt_keys: Sequence[str], *, tile_px: int | None = None
@@ -55,12 +56,12 @@ class Brightener:
         step = {np.dtype(np.uint8): 10, np.dtype(np.uint16): 2570}
         return [np.minimum(i, np.iinfo(i.dtype).max - step[i.dtype]) + step[i.dtype] for i in images]
 
-    def batch_limit(self, height: int, width: int) -> int:
+    def batch_limit(self, height: int, width: int, *, tile_px: int | None) -> int:
         assert height % self.size_multiple == 0
         assert width % self.size_multiple == 0
         return self.limit
 
-    def tile_px_for(self, height: int, width: int) -> int | None:
+    def tile_px_for(self, height: int, width: int, prompt_key: str) -> int | None:
         return None
 
     def smaller_tile_px(self, height: int, width: int, *, than: int | None) -> int | None:
