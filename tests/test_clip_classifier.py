@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from skimage import data
-from synthetic_clip import small_clip
+from synthetic_clip import as_archive, small_clip
 from synthetic_weights import write_tiny_model
 from typer.testing import CliRunner
 
@@ -101,6 +101,56 @@ def test_faults_of_the_weights_are_named(tmp_path):
     card.write_text("[]")
     with pytest.raises(ClassifierWeightsError, match=r"is no calibration of clip\.pt"):
         load_classifier(f"clip:{path}")
+
+
+def test_an_archive_as_openai_publishes_them_predicts_the_same(tmp_path):
+    _, network, path = small_clip(tmp_path)
+    image = np.random.default_rng(2).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    files = (path, as_archive(network, tmp_path / "archive.pt"))
+    plain, archive = (ClipClassifier(file, calibration=SMALL).predict([image])[0] for file in files)
+    assert plain == archive
+
+
+CAPTIONS = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1, "attn_pooler_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "changes"),
+    [
+        ({"layers": [1, 1, 1, 1], "image_size": 64, "patch_size": None}, {}, {}),
+        ({}, {}, {"custom_text": True, "init_logit_bias": -10}),
+        (
+            {"attentional_pool": True, "attn_pooler_heads": 1, "output_tokens": True},
+            {"context_length": 76, "embed_cls": True, "output_tokens": True},
+            {"multimodal_cfg": CAPTIONS, "custom_text": True},
+        ),
+    ],
+    ids=["resnet", "siglip", "coca"],
+)
+def test_other_models_of_open_clip_are_asked_as_clip_is(tmp_path, vision, text, changes):
+    _, network, path = small_clip(tmp_path, "other-clip", vision, text, embed_dim=64, **changes)
+    classifier = ClipClassifier(path, calibration=ClipCalibration(architecture="other-clip"))
+    views = classifier.take_views(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.concatenate([views.thumbnail[None], views.crops])).float() / 255
+        normal = (pixels.permute(0, 3, 1, 2) - classifier._mean) / classifier._std
+        likeness = network.encode_image(normal, normalize=True) @ classifier._directions.T
+    np.testing.assert_allclose(classifier.logits(views), likeness[0] / 2 + likeness[1:].mean(0) / 2, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_asked_is_refused_before_the_run(tmp_path):
+    _, network, path = small_clip(tmp_path, "wide-clip", {"image_size": [32, 64]})
+    wide, words = ClipCalibration(architecture="wide-clip"), ClipCalibration(architecture="words-clip")
+    with pytest.raises(ClassifierWeightsError, match="sees pictures of 32 x 64 px; square ones are needed"):
+        ClipClassifier(path, calibration=wide)
+    _, _, path = small_clip(tmp_path, "words-clip", text={"hf_tokenizer_name": "nowhere/at-all"})
+    with pytest.raises(ClassifierWeightsError, match=r"CLIP words-clip"):  # for want of transformers, or the network
+        ClipClassifier(path, calibration=words)
+    _, network, path = small_clip(tmp_path)
+    torch.nn.init.constant_(network.visual.proj, torch.nan)
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ClassifierWeightsError, match="weights are not finite"):
+        ClipClassifier(path, calibration=SMALL)
 
 
 def test_scaling_recovers_the_temperature_and_bias_that_spoilt_logits():
