@@ -18,7 +18,10 @@ PUBLISHED_SENTENCES: dict[str, str] = {
     "blur": "Blur degradation with motion blur",
     "lowlight": "Lowlight degradation",
 }
-"""The seven prompts of the paper's five-task setting, by key; the first five are its three-task setting."""
+"""The seven prompts of the paper's five-task setting, by key."""
+
+THREE_TASKS = ("noise15", "noise25", "noise50", "rain", "haze")
+"""Those of the paper's three-task setting."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class PromptBank:
         if unknown:
             raise KeyError(f"no prompt for {', '.join(unknown)}; this model knows {', '.join(self.keys)}")
         return [self.keys.index(key) for key in keys]
+
+    def only(self, keys: Sequence[str]) -> "PromptBank":
+        """The prompts of these keys alone, for no network yet; raises KeyError as `indices` does."""
+        rows = self.indices(keys)
+        return PromptBank(tuple(keys), tuple(self.sentences[row] for row in rows), self.embeddings[rows])
 
 
 @torch.no_grad()

@@ -128,11 +128,10 @@ def test_a_label_that_the_model_has_no_prompt_for_is_refused(tmp_path: Path) -> 
         Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
     from synthetic_weights import tiny_network
 
-    from models.prompts import PromptBank, orthogonal_bank
+    from models.prompts import orthogonal_bank
     from models.weights import save_checkpoint
 
-    whole = orthogonal_bank()
-    bank = PromptBank(whole.keys[:3], whole.sentences[:3], whole.embeddings[:3])
+    bank = orthogonal_bank().only(["noise15", "noise25", "noise50"])
     save_checkpoint(tmp_path / "n.safetensors", tiny_network(3), bank, licence="", provenance={})
     command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path)]
     result = runner.invoke(app, [*command, "--model", str(tmp_path / "n.safetensors"), "--device", "cpu"])

@@ -387,7 +387,8 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     training, out = tmp_path / "run", tmp_path / "shipped" / "new.safetensors"
     training.mkdir()
     out.parent.mkdir()
-    config = {"model": asdict(network.config), "prompts": "orthogonal"}
+    phases = [{"tasks": {"noise": 1.0, "rain": 0.0}}, {"tasks": {"haze": 0.5}}]
+    config = {"model": asdict(network.config), "prompts": "orthogonal", "phases": phases}
     state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
     torch.save(state, training / "checkpoint.pt")
     (tmp_path / "provenance.json").write_text('{"data": "made up"}')
@@ -399,6 +400,12 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     assert torch.equal(loaded.network.output.weight, network.output.weight.half().float())
     assert loaded.provenance == {"data": "made up", "steps": 7, "training_minutes": 1.5}
     assert resolve("new", out.parent).spec.description == "new"
+    assert loaded.prompts.keys == (
+        "noise15",
+        "noise25",
+        "noise50",
+        "haze",
+    )  # what the phases never asked for is not there
 
 
 @pytest.mark.parametrize(
@@ -415,7 +422,8 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
 )
 def test_an_export_tells_wrong_inputs_without_a_traceback(tmp_path, monkeypatch, training, provenance, out, said):
     network = tiny_network()
-    config = {"model": asdict(network.config), "prompts": "orthogonal"}
+    phases = [{"tasks": {"noise": 1.0, "rain": 0.0}}, {"tasks": {"haze": 0.5}}]
+    config = {"model": asdict(network.config), "prompts": "orthogonal", "phases": phases}
     whole = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
     for name, state in (("run", whole), ("other", {"config": {}})):
         (tmp_path / name).mkdir()
