@@ -460,15 +460,16 @@ def train_classifier(
         from jobs.restore import resolve_device
         from jobs.train_classifier import export as write_weights
         from jobs.train_classifier import train as run
-        from jobs.training_config import ClassifierTraining, read_config
-        from jobs.training_state import require_weights_name
+        from jobs.training_config import ClassifierTraining, as_plain, read_config
+        from jobs.training_state import require_target
 
+        training = read_config(ClassifierTraining, config)
         if export is not None:
-            require_weights_name(export)
+            require_target(export, as_plain(training))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(read_options(None, {"device": device}).device)
         options: dict[str, Any] = {"device": chosen, "threads": threads, "loaders": loaders, "max_minutes": max_minutes}
-        trained = run(read_config(ClassifierTraining, config), out, **options)
+        trained = run(training, out, **options)
         if export is not None:
             messages.print_json(json.dumps(write_weights(trained, export)))
 

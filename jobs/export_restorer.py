@@ -18,7 +18,7 @@ from classifier.labels import Degradation
 from jobs.errors import UsageError
 from jobs.train_restorer import prompt_bank
 from jobs.training_loop import told_plainly
-from jobs.training_state import CHECKPOINT, require_weights_name
+from jobs.training_state import CHECKPOINT, config_digest, require_target
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank
@@ -29,11 +29,12 @@ from pipeline.prompting import prompts_for
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes the weights and their card; raises UsageError naming the file that cannot be read or written."""
-    require_weights_name(arguments.out)
     provenance = _read_object(arguments.provenance)
     quality = _read_object(arguments.quality) if arguments.quality else {}
     network, state = _read_training(arguments.training / CHECKPOINT)
+    require_target(arguments.out, state["config"])
     provenance |= {"steps": int(state["step"]), "training_minutes": round(float(state["seconds"]) / 60, 1)}
+    provenance["config_sha256"] = config_digest(state["config"])
     try:
         bank = _learnt(prompt_bank(state["config"]["prompts"]), state["config"]["phases"])
         save_checkpoint(arguments.out, network, bank, licence=arguments.licence, provenance=provenance)

@@ -39,10 +39,11 @@ from jobs.training_loop import made_ahead, mixed_precision, read_arguments, run,
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
+    config_digest,
     found_state,
     halved,
     last_good,
-    require_weights_name,
+    require_target,
     save_atomically,
     start_from,
     taken_up,
@@ -433,6 +434,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         "minutes": round(trained.minutes, 1),
         "steps": trained.step,
         "samples": trained.samples,
+        "config_sha256": config_digest(as_plain(trained.config)),
     }
     save_classifier(
         path,
@@ -454,9 +456,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, out, target = (options.pop(name) for name in ("config", "out", "export"))
 
     def work() -> None:
+        training = read_config(ClassifierTraining, config)
         if target is not None:
-            require_weights_name(target)
-        trained = train(read_config(ClassifierTraining, config), out, **options)
+            require_target(target, as_plain(training))
+        trained = train(training, out, **options)
         if target is not None:
             log.info("wrote %s; validation: %s", target, export(trained, target))
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from synthetic_weights import GOLDEN, TINY, golden_state, tiny_network, write_tiny_model
 
 from jobs import export_restorer
+from jobs.training_state import config_digest
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import orthogonal_bank, prompt_permutations
@@ -398,7 +399,8 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     loaded = load_checkpoint(out)
     assert loaded.network.config == network.config
     assert torch.equal(loaded.network.output.weight, network.output.weight.half().float())
-    assert loaded.provenance == {"data": "made up", "steps": 7, "training_minutes": 1.5}
+    made = {"data": "made up", "steps": 7, "training_minutes": 1.5, "config_sha256": config_digest(config)}
+    assert loaded.provenance == made
     assert resolve("new", out.parent).spec.description == "new"
     assert loaded.prompts.keys == (
         "noise15",
