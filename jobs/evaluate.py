@@ -28,7 +28,7 @@ from models import Restorer
 from models.registry import list_models
 from pipeline.metrics import PSNR_CAP_DB
 from pipeline.prompting import decide, noise_prompt, prompts_for
-from pipeline.records import arrow_schema
+from pipeline.records import Status, arrow_schema
 from pipeline.synthesis import from_uint8
 
 SSIM_WINDOW_PX = 7
@@ -44,8 +44,11 @@ class Result:
     height: int
     width: int
     predicted_label: str
+    confidence: float
+    """Of the predicted label."""
+    predicted_status: str
+    """What the pipeline would do: restored, copied or abstained. The last two score as their input."""
     predicted_prompt: str | None
-    """None: the image was left alone, and scores as its input."""
     given_prompt: str
     psnr_input_db: float
     psnr_given_db: float
@@ -53,6 +56,11 @@ class Result:
     ssim_input: float
     ssim_given: float
     ssim_predicted: float
+
+    @property
+    def recognised(self) -> bool:
+        """Whether it would be restored for what is wrong with it."""
+        return self.predicted_label == self.label and self.predicted_status == Status.RESTORED
 
 
 SCHEMA = arrow_schema(Result)
@@ -120,6 +128,8 @@ def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classi
             height=height,
             width=width,
             predicted_label=str(prediction.label),
+            confidence=prediction.confidence,
+            predicted_status=str(decision.status),
             predicted_prompt=decision.prompt,
             given_prompt=given,
             psnr_input_db=by_prompt[None][0],
@@ -147,12 +157,12 @@ def published(dataset: str, sigma_255: int | None) -> dict[str, float]:
 
 def table(dataset: str, results: Sequence[Result]) -> Table:
     """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
-    shown = Table(box=None, padding=(0, 1, 0, 0))
+    shown = Table(box=None, padding=(0, 1, 0, 0), title="recognised: predicted right, and surely enough to be restored")
     for column in ("set", "images", "", "input", "label given", "predicted", "published"):
         shown.add_column(column, justify="left" if column == "set" else "right")
     for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):
         group = [result for result in results if result.sigma_255 == sigma_255]
-        right = sum(result.predicted_label == result.label for result in group)
+        recognised = sum(result.recognised for result in group)
         name = dataset if sigma_255 is None else f"{dataset} {sigma_255}"
         reported = ", ".join(
             f"{model.removeprefix('dfpir-')} {psnr:.2f}" for model, psnr in published(dataset, sigma_255).items()
@@ -167,7 +177,7 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
             return [f"{np.mean(v):.{digits}f}{sides}" for v, sides in zip(columns, either_side, strict=True)]
 
         shown.add_row(name, str(len(group)), "PSNR", *cells("psnr", 2), reported)
-        shown.add_row("", f"{right} right", "SSIM", *cells("ssim", 3), "")
+        shown.add_row("", f"{recognised} recognised", "SSIM", *cells("ssim", 3), "")
     return shown
 
 

@@ -39,16 +39,16 @@ def kodak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Oracle:
-    """A classifier that says what it is told to, surely."""
+    """A classifier that says what it is told to, surely if not told otherwise."""
 
     name, sha256 = "oracle", ""
 
-    def __init__(self, label: Degradation, sigma_255: float = 0.0) -> None:
-        self.label, self.sigma_255 = label, sigma_255
+    def __init__(self, label: Degradation, sigma_255: float = 0.0, *, confident: bool = True) -> None:
+        self.label, self.sigma_255, self.confident = label, sigma_255, confident
 
     def predict(self, images: list[np.ndarray]) -> list[Prediction]:
         shares = {label: float(label is self.label) for label in LABELS}
-        return [Prediction(self.label, 1.0, 1.0, True, shares, self.sigma_255) for _ in images]
+        return [Prediction(self.label, 1.0, 1.0, self.confident, shares, self.sigma_255) for _ in images]
 
     def take_views(self, image: np.ndarray) -> Views:
         raise NotImplementedError
@@ -90,6 +90,26 @@ def test_what_is_taken_for_clean_scores_as_its_input(kodak: Path, restorer: Rest
         assert result.predicted_prompt is None
         assert result.psnr_predicted_db == result.psnr_input_db != result.psnr_given_db
         assert result.ssim_predicted == result.ssim_input
+
+
+def test_what_is_too_unsure_to_be_restored_is_not_recognised(kodak: Path, restorer: Restorer) -> None:
+    examples = find_examples("kodak24", kodak)
+    told = {}
+    for name, oracle in (
+        ("sure", Oracle(Degradation.NOISE, 20.0)),
+        ("unsure", Oracle(Degradation.NOISE, 20.0, confident=False)),
+        ("wrong", Oracle(Degradation.RAIN)),
+        ("clean", Oracle(Degradation.CLEAN)),
+    ):
+        first = next(iter(evaluation.evaluate(examples, restorer, oracle)))
+        told[name] = (first.predicted_status, first.recognised)
+        assert first.confidence == 1.0
+    assert told == {
+        "sure": ("restored", True),
+        "unsure": ("abstained", False),
+        "wrong": ("restored", False),
+        "clean": ("copied", False),
+    }
 
 
 def test_intervals_are_students() -> None:
@@ -145,8 +165,10 @@ def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
     console.print(evaluation.table("cbsd68", results))
     text = console.export_text()
     assert "…" not in text
-    first = text.splitlines()[1]
+    title, _, first = text.splitlines()[:3]
+    assert "recognised: predicted right, and surely enough to be restored" in title
     assert first.startswith("cbsd68 15")
+    assert "2 recognised" in text
     assert "34.14" in text
     assert "31.29" in text
 
