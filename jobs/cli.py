@@ -332,21 +332,24 @@ def evaluate(
         examples = find_examples(dataset, root, label=label, limit=options.limit)
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
+        told = evaluation.provenance(dataset, examples, *networks)
+        partial = target.with_suffix(".partial.parquet")
+        for path in (target, partial):
+            evaluation.require_own(path, told)
         target.parent.mkdir(parents=True, exist_ok=True)
         is_new = not target.exists()
         target.open("ab").close()  # what cannot be written is told now, not after hours
         if is_new:
             target.unlink()
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
-        told = evaluation.provenance(dataset, *networks)
         try:
             for row in track(found, dataset, total=len(examples), console=messages, transient=True):
                 rows.append(row)
         except UsageError:  # a file that cannot be read does not cost the results before it
             if rows:
-                target, done = target.with_suffix(".partial.parquet"), f"{len(rows)} of {len(examples)} images"
-                evaluation.write(rows, target, told | {"rows": done})
-                results.print(f"{done}, a row each: {target.name}", markup=False, soft_wrap=True)
+                done = f"{len(rows)} of {len(examples)} images"
+                evaluation.write(rows, partial, told | {"rows": done})
+                results.print(f"{done}, a row each: {partial.name}", markup=False, soft_wrap=True)
             raise
         results.print(evaluation.table(dataset, rows))
         evaluation.write(rows, target, told)

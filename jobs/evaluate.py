@@ -5,8 +5,10 @@ computes them by default (SSIM in uniform windows of 7 x 7 px), as for the publi
 twice: under the prompt of its true label, and under the one that the classifier predicts.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,10 +89,16 @@ def check_prompts(examples: Sequence[Example], restorer: Restorer) -> None:
             raise UsageError(f"{restorer.name} has no prompt for {label}, only {', '.join(restorer.prompts.keys)}")
 
 
-def provenance(dataset: str, restorer: Restorer, classifier: Classifier) -> dict[str, str]:
+WHICH = ("dataset", "images", "weights_sha256", "classifier_sha256", "dtype")
+"""What tells one evaluation from another; the same one measured again replaces its rows."""
+
+
+def provenance(dataset: str, examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> dict[str, str]:
     """What made the results: test set, weights, precision, versions."""
+    files = [(each.name, str(each.label), each.sigma_255, str(each.reference.absolute())) for each in examples]
     return {
         "dataset": dataset,
+        "images": f"{len(examples)} (files and labels {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]})",
         "model": restorer.name,
         "weights_sha256": restorer.sha256,
         "classifier": classifier.name,
@@ -100,6 +108,21 @@ def provenance(dataset: str, restorer: Restorer, classifier: Classifier) -> dict
         "torch": torch.__version__,
         "code_version": code_version(),
     }
+
+
+def require_own(path: Path, provenance: Mapping[str, str]) -> None:
+    """Raises UsageError if anything but results of the same evaluation lies where results are to go."""
+    if not path.exists():
+        return
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        raise UsageError(f"{path} is there already, and no file of results; name another with --out") from None
+    if differing := [key for key in WHICH if metadata.get(key.encode()) != provenance[key].encode()]:
+        raise UsageError(
+            f"{path} has the results of another evaluation (another {', '.join(differing)}); move it away, or name "
+            "another file with --out"
+        )
 
 
 def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> Iterator[Result]:

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -196,20 +197,28 @@ def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
     assert math.isnan(ssim)
 
 
-def evaluated(root: Path) -> tuple[Result, Path]:
+def evaluated(root: Path, *more: str, seed: int = 0) -> tuple[Result, Path]:
     """A call of `dfpir evaluate` over hazy pairs, and where its rows go."""
-    weights = ["--model", str(write_tiny_model(root / "m.safetensors")), "--device", "cpu"]
-    weights += ["--classifier", str(write_tiny_classifier(root / "c.safetensors"))]
+    model, classifier = root / f"m{seed}.safetensors", root / "c.safetensors"
+    if not model.exists():  # the same weights, written again, are another file
+        write_tiny_model(model, seed=seed)
+    if not classifier.exists():
+        write_tiny_classifier(classifier)
+    weights = ["--model", str(model), "--classifier", str(classifier), "--device", "cpu", *more]
     out = root / "rows.parquet"
     command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(root), "--out", str(out)]
     return runner.invoke(app, [*command, *weights]), out
 
 
-def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+def hazy_pairs(root: Path, count: int) -> None:
     for name in ("degraded", "reference"):
-        (tmp_path / name).mkdir()
-        for number in range(3):
-            Image.new("RGB", (32, 32), (number, 90, 90)).save(tmp_path / name / f"{number}.png")
+        (root / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (32, 32), (number, 90, 90)).save(root / name / f"{number}.png")
+
+
+def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 3)
     (tmp_path / "degraded" / "2.png").write_bytes(b"no image")
     result, out = evaluated(tmp_path)
     assert result.exit_code == 2
@@ -229,3 +238,37 @@ def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "different sizes" in result.stderr
     assert not out.exists()
+
+
+def test_only_the_same_evaluation_replaces_its_rows(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 2)
+    weights = ["--dtype", "float32"]
+    for _ in range(2):
+        result, out = evaluated(tmp_path, *weights)
+        assert result.exit_code == 0, result.output
+    before = out.read_bytes()
+    for more, seed, what in (
+        ([*weights, "--limit", "1"], 0, "images"),
+        (weights, 1, "weights_sha256"),
+        (["--dtype", "bfloat16"], 0, "dtype"),
+    ):
+        result, _ = evaluated(tmp_path, *more, seed=seed)
+        assert result.exit_code == 2
+        assert f"another evaluation (another {what}); move it away" in result.stderr
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_holds_no_results_is_left_alone(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 1)
+    for name, said in (("rows", "no file of results"), ("rows.partial", "results of another evaluation")):
+        path = tmp_path / f"{name}.parquet"
+        if name == "rows":
+            path.write_text("mine")
+        else:
+            pq.write_table(pa.table({"mine": [1]}), path)
+        before = path.read_bytes()
+        result, _ = evaluated(tmp_path)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert path.read_bytes() == before
+        path.unlink()
