@@ -46,6 +46,14 @@ def probabilities(logits: FloatArray, temperature: float) -> FloatArray:
     return cast(FloatArray, exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
+def require_usable(temperature: float, thresholds: Mapping[Degradation, float]) -> None:
+    """Raises ValueError for a temperature or a threshold under which every image would be abstained, or none."""
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"a temperature is above 0, not {temperature}")
+    if wrong := {label: threshold for label, threshold in thresholds.items() if not 0 <= threshold <= 1}:
+        raise ValueError("thresholds are from 0 to 1, not " + ", ".join(f"{key} {at}" for key, at in wrong.items()))
+
+
 def label_probabilities(logits: FloatArray, temperature: float) -> dict[Degradation, float]:
     """`probabilities` of one image, by label."""
     return dict(zip(LABELS, probabilities(logits, temperature).tolist(), strict=True))

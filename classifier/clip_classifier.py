@@ -21,7 +21,7 @@ from torch import Tensor
 
 from classifier import CLIP_PREFIX
 from classifier.base import Classifier
-from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities
+from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities, require_usable
 from classifier.clip_weights import OPENAI, Tokenizer, load_clip
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
@@ -95,11 +95,15 @@ class ClipCalibration:
                 raise ValueError("it belongs to other weights")
             for name in ("bias", "thresholds"):
                 found[name] = {label: float(found[name][label]) for label in LABELS}
-            return cls(**found)
+            calibration = cls(**found)
+            require_usable(calibration.temperature, calibration.thresholds)
+            if not np.isfinite(list(calibration.bias.values())).all():
+                raise ValueError("a bias is not finite")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ClassifierWeightsError(
                 f"{path} is no calibration of {weights.name}: {error!r}; run jobs.calibrate_clip again, or remove it"
             ) from error
+        return calibration
 
 
 class ClipClassifier(Classifier):

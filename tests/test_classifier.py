@@ -202,6 +202,13 @@ def test_missing_and_unexpected_keys_and_shapes_are_named(tiny):
         assert part in message
 
 
+def test_weights_that_are_not_finite_are_refused(tiny):
+    tensors, metadata = contents(tiny)
+    tensors["head.1.bias"][0] = float("nan")
+    with pytest.raises(ClassifierWeightsError, match=r"not finite: head\.1\.bias"):
+        load_classifier(rewritten(tiny, tensors, metadata))
+
+
 def test_another_architecture_is_refused(tiny):
     tensors, metadata = contents(tiny)
     description = json.loads(metadata["classifier"])
@@ -216,11 +223,15 @@ def test_another_architecture_is_refused(tiny):
     [
         ({"architecture": {"backbone": "no_such_model"}}, "cannot be built"),
         ({"architecture": {"depth": 3}}, "cannot be built"),
-        ({"thresholds": {"noise": 0.5}}, "cannot be built"),
-        ({"view": {"crops": 0}}, "cannot be built"),
+        ({"thresholds": {"noise": 0.5}}, "cannot be used"),
+        ({"view": {"crops": 0}}, "cannot be used"),
         ({"labels": ["noise", "clean"]}, "trained for the labels"),
+        ({"temperature": 0}, "a temperature is above 0, not 0"),
+        ({"temperature": float("nan")}, "a temperature is above 0, not nan"),
+        ({"thresholds": dict.fromkeys(LABELS, 0.5) | {"rain": 1.5}}, "from 0 to 1, not rain 1.5"),
+        ({"thresholds": dict.fromkeys(LABELS, 0.5) | {"haze": float("nan")}}, "from 0 to 1, not haze nan"),
     ],
-    ids=["backbone", "option", "thresholds", "view", "labels"],
+    ids=["backbone", "option", "thresholds", "view", "labels", "frozen", "undefined", "unreachable", "no threshold"],
 )
 def test_a_wrong_description_is_refused(tiny, change, message):
     tensors, metadata = contents(tiny)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_faults_of_the_weights_are_named(tmp_path):
     card.write_text(card.read_text().replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(ClassifierWeightsError, match="belongs to other weights"):
         load_classifier(f"clip:{path}")
+    for change, said in (
+        ({"temperature": 0.0}, "temperature is above 0"),
+        ({"temperature": float("nan")}, "temperature is above 0"),
+        ({"thresholds": dict.fromkeys(LABELS, 1.1)}, "thresholds are from 0 to 1"),
+        ({"bias": dict.fromkeys(LABELS, float("nan"))}, "bias is not finite"),
+    ):
+        card = replace(SMALL, **change).write(path)
+        with pytest.raises(ClassifierWeightsError, match=said):
+            load_classifier(f"clip:{path}")
     card.write_text("[]")
     with pytest.raises(ClassifierWeightsError, match=r"is no calibration of clip\.pt"):
         load_classifier(f"clip:{path}")
