@@ -131,6 +131,20 @@ def test_a_thumbnail_goes_through_the_crops_backbone_or_its_own():
         assert (rounded.thumbnail_backbone is None) == (not own)
 
 
+@pytest.mark.parametrize("thumbnail_channels", [(), (8, 8, 8, 8)])
+def test_bottlenecks_may_be_wider_than_their_channels(thumbnail_channels):
+    shape = replace(TINY, backbone="resnet26d", thumbnail_channels=thumbnail_channels)
+    network = DegradationNetwork(shape, crop_px=32).eval()
+    views = torch.zeros(2, 3, 3, 32, 32), torch.zeros(2, 3, 32, 32)
+    assert network(*views).shape == (2, len(LABELS))
+    torch.testing.assert_close(inference_form(network, torch.float32)(*views), network(*views), rtol=0, atol=1e-4)
+
+
+def test_a_network_without_a_spectrum_is_refused_by_its_configuration():
+    with pytest.raises(ValueError, match="spectrum_channels are one or more"):
+        Architecture(spectrum_channels=())
+
+
 def test_one_backbone_needs_views_of_one_size(tmp_path):
     path = tmp_path / "uneven.safetensors"
     view = ViewSettings(crop_px=32, crops=2, thumbnail_px=48)
