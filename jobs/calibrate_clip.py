@@ -83,12 +83,12 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("weights", type=Path, help="CLIP weights that open_clip reads")
     parser.add_argument("photographs", type=Path, nargs="+", help="folders of clean photographs")
-    parser.add_argument("--architecture", default=ClipCalibration.architecture, help="open_clip's name of it")
-    parser.add_argument("--samples", type=int, default=2800)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--architecture", default=ClipCalibration.architecture, help="open_clip's name of the model")
+    parser.add_argument("--samples", type=int, default=2800, help="degraded photographs to calibrate and measure on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     arguments = parser.parse_args(argv)
 
     def work() -> None:

@@ -17,9 +17,10 @@ from classifier.clip_classifier import CROPS, SENTENCES, ClipCalibration, ClipCl
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings, take_views
-from jobs import calibrate_clip
+from jobs import calibrate_clip, restore
 from jobs.calibrate_clip import fit_scaling
 from jobs.cli import app
+from jobs.errors import UsageError
 from jobs.restore import _absolute
 
 SMALL = ClipCalibration(architecture="small-clip")
@@ -189,6 +190,25 @@ def test_clip_is_calibrated_on_photographs_and_then_previews_a_picture(tmp_path,
     done = CliRunner().invoke(app, ["preview", str(folder / "0.png"), *options])
     assert done.exit_code == 0, done.output
     assert "estimated noise" in done.output
+
+
+def test_a_run_tells_that_clip_is_not_calibrated_before_it_starts(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise UsageError("it starts")
+
+    monkeypatch.setattr(restore, "run", stop)
+    monkeypatch.setattr(restore, "classifier_sha256", lambda _: "0" * 64)
+    path = tmp_path / "clip.pt"
+    path.touch()
+    model = write_tiny_model(tmp_path / "model.safetensors")
+    folder = pictures(tmp_path / "photographs", 1)
+    options = ["--model", str(model), "--classifier", f"clip:{path}", "--device", "cpu", "--engine", "local"]
+    for out, told in (("first", True), ("second", False)):
+        done = CliRunner().invoke(app, ["restore", str(folder), str(tmp_path / out), *options])
+        before, started, _ = done.stderr.partition("it starts")
+        assert started
+        assert ("not calibrated: most images will be left alone" in before) is told
+        SMALL.write(path)
 
 
 def test_workers_find_weights_by_absolute_paths(tmp_path, monkeypatch):
