@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,3 +126,35 @@ def calibration_error(
     places = np.minimum((top * bins).astype(int), bins - 1)
     parts = [abs(float((weights * (top - right))[places == place].sum())) for place in np.unique(places)]
     return float(sum(parts) / weights.sum())
+
+
+def measured_quality(
+    probability: FloatArray,
+    labels: NDArray[np.integer],
+    *,
+    weights: FloatArray,
+    thresholds: Mapping[Degradation, float],
+) -> dict[str, Any]:
+    """What a calibration reaches on samples that it was not fitted to, as cards have it.
+
+    Args:
+        probability: M x labels, calibrated.
+        labels: M, indices into `LABELS`.
+        weights: what a sample of each label counts, in the order of `LABELS`; see `prior_weights`.
+        thresholds: from which each label is sure.
+    """
+    predicted, weight = probability.argmax(axis=1), weights[labels]
+    right = predicted == labels
+    sure = probability.max(axis=1) >= np.array([thresholds[label] for label in LABELS])[predicted]
+    return {
+        "samples": len(labels),
+        "accuracy": round(float(np.average(right, weights=weight)), 4),
+        "confident": round(float(np.average(sure, weights=weight)), 4),
+        "right_if_confident": round(float(weight[sure & right].sum() / max(weight[sure].sum(), 1)), 4),
+        "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
+        "confident_recall": {
+            str(label): round(float((sure & right)[labels == index].mean()), 4)
+            for index, label in enumerate(LABELS)
+            if (labels == index).any()
+        },
+    }

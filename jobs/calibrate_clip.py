@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from classifier.calibration import calibration_error, fit_thresholds, prior_weights, probabilities
+from classifier.calibration import fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.clip_classifier import ClipCalibration, ClipClassifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
@@ -62,16 +62,7 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
     bias = bias + temperature * np.log(weights)
     probability = probabilities(logits + bias, temperature)
     thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
-    told, truth = probability[1::2], labels[1::2]
-    right, sure = told.argmax(axis=1) == truth, told.max(axis=1) >= [thresholds[LABELS[i]] for i in told.argmax(axis=1)]
-    quality = {
-        "samples": len(truth),
-        "accuracy": round(float(np.average(right, weights=weights[truth])), 4),
-        "calibration_error": round(calibration_error(told, truth, weights=weights[truth]), 4),
-        "confident_recall": {
-            str(name): round(float((right & sure)[truth == i].mean()), 4) for i, name in enumerate(LABELS)
-        },
-    }
+    quality = measured_quality(probability[1::2], labels[1::2], weights=weights, thresholds=thresholds)
     return replace(
         classifier.calibration,
         temperature=temperature,

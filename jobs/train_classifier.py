@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
+from classifier.calibration import fit_temperature, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from classifier.network import DegradationNetwork
@@ -408,23 +408,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
     network = copy.deepcopy(trained.network)
     with torch.no_grad():
         network.output_bias.add_(shift)
-    probability, labels = probability[1::2], labels[1::2]
-    predicted, top, weight = probability.argmax(axis=1), probability.max(axis=1), weights[labels]
-    sure = top >= np.array([thresholds[label] for label in LABELS])[predicted]
-    quality = {
-        "samples": len(labels),
-        "accuracy": round(float(np.average(predicted == labels, weights=weight)), 4),
-        "confident": round(float(np.average(sure, weights=weight)), 4),
-        "right_if_confident": round(
-            float((weight * sure)[predicted == labels].sum() / max((weight * sure).sum(), 1)), 4
-        ),
-        "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
-        "confident_recall": {
-            str(label): round(float((sure & (predicted == i))[labels == i].mean()), 4)
-            for i, label in enumerate(LABELS)
-            if (labels == i).any()
-        },
-    }
+    quality = measured_quality(probability[1::2], labels[1::2], weights=weights, thresholds=thresholds)
     provenance = {
         "training": "jobs/train_classifier.py",
         "start_from": str(trained.config.start_from or "nothing"),
