@@ -38,6 +38,9 @@ HIGHEST_THRESHOLD = 0.8
 EXPECTED_SHARES: Mapping[Degradation, float] = {label: 0.4 if label is Degradation.CLEAN else 0.1 for label in LABELS}
 """How often each label is expected in use: in a folder that nobody has sorted, most often nothing is wrong."""
 
+FEWEST_SAMPLES = 6 * len(LABELS)
+"""For a calibration: half of them are fitted, and half measure what came of it."""
+
 
 def probabilities(logits: FloatArray, temperature: float) -> FloatArray:
     """Softmax of `logits / temperature` over the last axis (Guo et al., "On Calibration", ICML 2017)."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from classifier.calibration import fit_thresholds, measured_quality, prior_weights, probabilities
+from classifier.calibration import FEWEST_SAMPLES, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.clip_classifier import ClipCalibration, ClipClassifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     def work() -> None:
+        if arguments.samples < FEWEST_SAMPLES:
+            raise UsageError(f"--samples {arguments.samples}: a calibration needs {FEWEST_SAMPLES} or more")
         uncalibrated = ClipCalibration(architecture=arguments.architecture)
         device = str(usable_device(arguments.device))
         try:

@@ -228,3 +228,15 @@ def test_calibration_tells_wrong_paths_without_a_traceback(tmp_path):
     ):
         with pytest.raises(SystemExit, match=said):
             calibrate_clip.main([*map(str, arguments), *settings])
+    for samples in ("-4", "0", "2", "41"):
+        with pytest.raises(SystemExit, match=f"--samples {samples}: a calibration needs 42 or more"):
+            calibrate_clip.main([str(path), str(tmp_path), *settings, "--samples", samples])
+
+
+def test_the_fewest_samples_give_a_calibration_that_can_be_read(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    folder = pictures(tmp_path / "photographs", 2)
+    calibrate_clip.main([str(path), str(folder), "--architecture", "small-clip", "--samples", "42", "--device", "cpu"])
+    quality = load_classifier(f"clip:{path}").calibration.quality
+    assert quality["samples"] == 21
+    assert set(quality["confident_recall"]) == {str(label) for label in LABELS}
