@@ -58,9 +58,7 @@ def load_clip(path: Path, architecture: str) -> tuple[Any, Tokenizer]:
             network.load_state_dict(state)
         return network.eval(), open_clip.get_tokenizer(architecture)
     except Exception as error:  # open_clip raises whatever its loaders raise
-        raise ClassifierWeightsError(
-            f"{path} does not hold the weights of CLIP {architecture}: {_said(error)}"
-        ) from error
+        raise ClassifierWeightsError(f"{path} cannot be loaded as CLIP {architecture}: {_said(error)}") from error
 
 
 def _archived(path: Path) -> dict[str, Tensor] | None:
@@ -89,4 +87,4 @@ def _said(error: Exception) -> str:
         reason = re.search(r"WeightsUnpickler error: (.+?)(\. |$)", str(error), re.MULTILINE)
         return "it holds more than tensors, or is cut short" + (f" ({reason[1]})" if reason else "")
     advice = "; another model of open_clip is named by `python -m jobs.calibrate_clip ... --architecture`"
-    return shorten(repr(error), 300) + (advice if isinstance(error, RuntimeError) else "")
+    return shorten(repr(error), 300) + (advice if isinstance(error, RuntimeError | AssertionError) else "")

@@ -94,7 +94,7 @@ def test_faults_of_the_weights_are_named(tmp_path):
     _, _, path = small_clip(tmp_path)
     with pytest.raises(ClassifierWeightsError, match="no such file"):
         load_classifier(f"clip:{tmp_path / 'absent.pt'}")
-    with pytest.raises(ClassifierWeightsError, match="does not hold the weights of CLIP ViT-B-32-quickgelu"):
+    with pytest.raises(ClassifierWeightsError, match="cannot be loaded as CLIP ViT-B-32-quickgelu"):
         load_classifier(f"clip:{path}")
     card = SMALL.write(path)
     card.write_text(card.read_text().replace('"sha256": "', '"sha256": "0'))

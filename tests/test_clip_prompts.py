@@ -36,7 +36,7 @@ def test_missing_or_foreign_clip_weights_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="no such file"):
         clip_bank(tmp_path / "absent.pt")
     torch.save({"text.weight": torch.zeros(3)}, path)
-    with pytest.raises(WeightsError, match="does not hold the weights of CLIP small-clip"):
+    with pytest.raises(WeightsError, match="cannot be loaded as CLIP small-clip"):
         clip_bank(path, model="small-clip")
 
 

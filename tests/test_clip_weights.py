@@ -51,9 +51,7 @@ def test_faults_are_told_in_a_line_with_what_to_do(tmp_path):
     said = {}
     for name, content in {"tensors": {"text.weight": torch.zeros(3)}, "code": {"a": Whatever()}, "empty": {}}.items():
         torch.save(content, path)
-        with pytest.raises(
-            ClassifierWeightsError, match=r"clip\.pt does not hold the weights of CLIP small-clip: ."
-        ) as found:
+        with pytest.raises(ClassifierWeightsError, match=r"clip\.pt cannot be loaded as CLIP small-clip: .") as found:
             load_clip(path, "small-clip")
         said[name] = str(found.value).split("small-clip: ")[1]
     assert "Missing key" in said["tensors"]
@@ -66,4 +64,13 @@ def test_faults_are_told_in_a_line_with_what_to_do(tmp_path):
         load_clip(path, "small-clip")
     path.write_bytes(pickle.dumps(Whatever()))
     with pytest.raises(ClassifierWeightsError, match="small-clip: it holds more than tensors"):
+        load_clip(path, "small-clip")
+
+
+@pytest.mark.parametrize("change", [{"text": {"width": 32}}, {"vision": {"width": 128}}, {"embed_dim": 64}])
+def test_weights_of_another_width_lead_to_the_name_of_their_model(tmp_path, change):
+    _, network, path = small_clip(tmp_path, "other-clip", **change)
+    small_clip(tmp_path)
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ClassifierWeightsError, match=r"another model of open_clip is named by .*--architecture`$"):
         load_clip(path, "small-clip")
