@@ -25,6 +25,8 @@ class Architecture:
         object.__setattr__(self, "spectrum_channels", tuple(self.spectrum_channels))
         if len(self.crop_channels) != STAGES or len(self.thumbnail_channels) not in (0, STAGES):
             raise ValueError(f"crop_channels are {STAGES}, thumbnail_channels as many or none")
+        if not self.spectrum_channels:
+            raise ValueError("spectrum_channels are one or more")
         channels = (*self.crop_channels, *self.thumbnail_channels, *self.spectrum_channels)
         if min(self.stem_width, self.hidden, *channels) < 1:
             raise ValueError("widths are at least 1")

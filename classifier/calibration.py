@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,23 @@ HIGHEST_THRESHOLD = 0.8
 EXPECTED_SHARES: Mapping[Degradation, float] = {label: 0.4 if label is Degradation.CLEAN else 0.1 for label in LABELS}
 """How often each label is expected in use: in a folder that nobody has sorted, most often nothing is wrong."""
 
+FEWEST_SAMPLES = 6 * len(LABELS)
+"""For a calibration: half of them are fitted, and half measure what came of it."""
+
 
 def probabilities(logits: FloatArray, temperature: float) -> FloatArray:
     """Softmax of `logits / temperature` over the last axis (Guo et al., "On Calibration", ICML 2017)."""
     scaled = logits / temperature
     exponentials = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     return cast(FloatArray, exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def require_usable(temperature: float, thresholds: Mapping[Degradation, float]) -> None:
+    """Raises ValueError for a temperature or a threshold under which every image would be abstained, or none."""
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"a temperature is above 0, not {temperature}")
+    if wrong := {label: threshold for label, threshold in thresholds.items() if not 0 <= threshold <= 1}:
+        raise ValueError("thresholds are from 0 to 1, not " + ", ".join(f"{key} {at}" for key, at in wrong.items()))
 
 
 def label_probabilities(logits: FloatArray, temperature: float) -> dict[Degradation, float]:
@@ -118,3 +129,35 @@ def calibration_error(
     places = np.minimum((top * bins).astype(int), bins - 1)
     parts = [abs(float((weights * (top - right))[places == place].sum())) for place in np.unique(places)]
     return float(sum(parts) / weights.sum())
+
+
+def measured_quality(
+    probability: FloatArray,
+    labels: NDArray[np.integer],
+    *,
+    weights: FloatArray,
+    thresholds: Mapping[Degradation, float],
+) -> dict[str, Any]:
+    """What a calibration reaches on samples that it was not fitted to, as cards have it.
+
+    Args:
+        probability: M x labels, calibrated.
+        labels: M, indices into `LABELS`.
+        weights: what a sample of each label counts, in the order of `LABELS`; see `prior_weights`.
+        thresholds: from which each label is sure.
+    """
+    predicted, weight = probability.argmax(axis=1), weights[labels]
+    right = predicted == labels
+    sure = probability.max(axis=1) >= np.array([thresholds[label] for label in LABELS])[predicted]
+    return {
+        "samples": len(labels),
+        "accuracy": round(float(np.average(right, weights=weight)), 4),
+        "confident": round(float(np.average(sure, weights=weight)), 4),
+        "right_if_confident": round(float(weight[sure & right].sum() / max(weight[sure].sum(), 1)), 4),
+        "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
+        "confident_recall": {
+            str(label): round(float((sure & right)[labels == index].mean()), 4)
+            for index, label in enumerate(LABELS)
+            if (labels == index).any()
+        },
+    }

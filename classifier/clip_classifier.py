@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from classifier import CLIP_PREFIX
 from classifier.base import Classifier
-from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities
+from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities, require_usable
+from classifier.clip_weights import OPENAI, Tokenizer, load_clip
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
@@ -52,7 +54,7 @@ class ClipCalibration:
     highest threshold there is.
     """
 
-    architecture: str = "ViT-B-32-quickgelu"
+    architecture: str = OPENAI
     """The name that open_clip has for it."""
     temperature: float = 1.0
     bias: Mapping[Degradation, float] = field(default_factory=lambda: dict.fromkeys(LABELS, 0.0))
@@ -93,11 +95,15 @@ class ClipCalibration:
                 raise ValueError("it belongs to other weights")
             for name in ("bias", "thresholds"):
                 found[name] = {label: float(found[name][label]) for label in LABELS}
-            return cls(**found)
+            calibration = cls(**found)
+            require_usable(calibration.temperature, calibration.thresholds)
+            if not np.isfinite(list(calibration.bias.values())).all():
+                raise ValueError("a bias is not finite")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ClassifierWeightsError(
                 f"{path} is no calibration of {weights.name}: {error!r}; run jobs.calibrate_clip again, or remove it"
             ) from error
+        return calibration
 
 
 class ClipClassifier(Classifier):
@@ -122,47 +128,38 @@ class ClipClassifier(Classifier):
         Raises:
             ClassifierWeightsError: open_clip is not installed, or weights or calibration are missing or at fault.
         """
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ClassifierWeightsError("CLIP needs the package open_clip_torch; install it") from error
         if not weights.is_file():
             raise ClassifierWeightsError(f"{weights}: no such file; name CLIP weights that are on this machine")
         sha256 = file_sha256(weights)
         self.calibration = calibration or ClipCalibration.read(weights, sha256)
-        architecture = self.calibration.architecture
-        try:
-            network: Any = open_clip.create_model(architecture, pretrained=str(weights), precision="fp32")
-        except Exception as error:  # open_clip raises whatever its loaders raise
-            raise ClassifierWeightsError(
-                f"{weights} does not hold the weights of CLIP {architecture}: {error}"
-            ) from error
+        network, tokenize = load_clip(weights, self.calibration.architecture)
         self.name = CLIP_PREFIX + weights.name
         described = json.dumps(asdict(self.calibration) | {"sentences": SENTENCES}, sort_keys=True)
         self.sha256 = hashlib.sha256((sha256 + described).encode()).hexdigest()
         self.thresholds = self.calibration.thresholds
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._tower = network.visual
+        try:
+            self._directions = _directions(network, tokenize)
+            self.view, self._mean, self._std = _preparation(network)
+            likeness = self.logits(self.take_views(np.zeros((1, 1, 3), np.uint8)))
+            if not np.isfinite(likeness).all():
+                raise ValueError("its weights are not finite")
+        except Exception as error:  # models of open_clip have little in common
+            raise ClassifierWeightsError(
+                f"CLIP {self.calibration.architecture} with {weights} cannot be used: {shorten(repr(error), 300)}"
+            ) from error
         self.device, self.dtype = torch.device(device), dtype
-        with torch.inference_mode():
-            tokenize = open_clip.get_tokenizer(architecture)
-            directions = [
-                network.eval().encode_text(tokenize(list(SENTENCES[label])), normalize=True).mean(dim=0)
-                for label in LABELS
-            ]
-            self._directions = F.normalize(torch.stack(directions), dim=1) * network.logit_scale.exp()
-        settings = open_clip.get_model_preprocess_cfg(network)
-        self._mean, self._std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
-        size = settings["size"]
-        side = int(size if isinstance(size, int) else size[0])
-        self.view = ViewSettings(crop_px=side, crops=CROPS, thumbnail_px=side)
-        self._tower = network.visual.to(self.device, dtype)
+        self._tower.to(self.device, dtype)
 
     @torch.inference_mode()
     def logits(self, views: Views) -> NDArray[np.float64]:
         """Likeness to each label's sentences, in the order of `LABELS`: half the whole picture, half the crops."""
         pixels = torch.from_numpy(np.concatenate([views.thumbnail[None], views.crops])).permute(0, 3, 1, 2)
         normal = (pixels.float() / 255 - self._mean) / self._std
-        features: Tensor = self._tower(normal.to(self.device, self.dtype)).float().cpu()
-        whole, *crops = F.normalize(features, dim=1) @ self._directions.T
+        found: Tensor | tuple[Tensor, Tensor] = self._tower(normal.to(self.device, self.dtype))
+        features = found[0] if isinstance(found, tuple) else found  # CoCa's tower gives what its captions need as well
+        whole, *crops = F.normalize(features.float().cpu(), dim=1) @ self._directions.T
         likeness: NDArray[np.float64] = ((whole + torch.stack(crops).mean(dim=0)) / 2).double().numpy()
         return likeness
 
@@ -170,3 +167,25 @@ class ClipClassifier(Classifier):
         """See `Classifier.probabilities`."""
         bias = np.array([self.calibration.bias[label] for label in LABELS])
         return [label_probabilities(self.logits(each) + bias, self.calibration.temperature) for each in views]
+
+
+@torch.inference_mode()
+def _directions(network: Any, tokenize: Tokenizer) -> Tensor:
+    """What a picture's direction is multiplied with to give its likeness to each label: labels x features."""
+    words = [tokenize(SENTENCES[label]) for label in LABELS]
+    means = [network.encode_text(tokens, normalize=True).mean(dim=0) for tokens in words]
+    scaled: Tensor = F.normalize(torch.stack(means), dim=1) * network.logit_scale.exp()
+    return scaled
+
+
+def _preparation(network: Any) -> tuple[ViewSettings, Tensor, Tensor]:
+    """Sizes of the views that a model sees, and the mean and deviation of each colour that it was trained with."""
+    import open_clip
+
+    settings = open_clip.get_model_preprocess_cfg(network)
+    mean, deviation = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
+    size = settings["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"it sees pictures of {height} x {width} px; square ones are needed")
+    return ViewSettings(crop_px=height, crops=CROPS, thumbnail_px=height), mean, deviation

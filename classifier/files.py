@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from classifier.calibration import require_usable
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings
@@ -121,7 +122,7 @@ def read_weights_file(name_or_path: str | Path, *, check_card: bool = True) -> W
         raise ClassifierWeightsError(f"{path} is not a readable .safetensors file: {error}") from error
     description = _described(path, metadata)
     try:
-        return WeightsFile(
+        file = WeightsFile(
             path=path,
             sha256=sha256,
             architecture=dict(description["architecture"]),
@@ -131,5 +132,7 @@ def read_weights_file(name_or_path: str | Path, *, check_card: bool = True) -> W
             licence=description["licence"],
             provenance=description.get("provenance", {}),
         )
+        require_usable(file.temperature, file.thresholds)
     except (TypeError, ValueError, KeyError) as error:
-        raise ClassifierWeightsError(f"{path} describes a network that cannot be built: {error}") from error
+        raise ClassifierWeightsError(f"{path} describes a classifier that cannot be used: {error}") from error
+    return file

@@ -89,6 +89,13 @@ class PowerSpectrum(nn.Module):
             return both.roll(crops.shape[-2] // 2, dims=-2) + self.fall
 
 
+def _width(backbone: nn.Module) -> int:
+    """The number of features that a timm model gives: more than its last channels, where it has bottlenecks."""
+    width = backbone.num_features
+    assert isinstance(width, int)
+    return width
+
+
 class DegradationNetwork(nn.Module):
     """Called as `net(crops, thumbnails)`; the crops of an image are pooled by their mean and their maximum.
 
@@ -119,8 +126,7 @@ class DegradationNetwork(nn.Module):
         self.spectrum_backbone = nn.Sequential(*stages, nn.Flatten(), nn.Dropout(0.3))
         halved = 2 ** len(architecture.spectrum_channels)
         frequencies = -(-crop_px // halved) * -(-(crop_px // 2 + 1) // halved)
-        features = 2 * architecture.crop_channels[-1]
-        features += (architecture.thumbnail_channels or architecture.crop_channels)[-1]
+        features = 2 * _width(self.crop_backbone) + _width(self.thumbnail_backbone or self.crop_backbone)
         features += architecture.spectrum_channels[-1] * frequencies
         output = nn.Linear(architecture.hidden, len(LABELS))
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(features, architecture.hidden), nn.ReLU(), output)

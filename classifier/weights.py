@@ -86,8 +86,8 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
     """Loads a weights file strictly; nothing is downloaded.
 
     Raises:
-        ClassifierWeightsError: the file is not there, is none of ours, has another hash than its card says, or
-            does not fit the architecture it names.
+        ClassifierWeightsError: the file is not there, is none of ours, has another hash than its card says,
+            does not fit the architecture it names, or has weights that are not finite.
     """
     file = read_weights_file(name_or_path, check_card=check_card)
     try:
@@ -100,6 +100,10 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ClassifierWeightsError(f"{file.path} describes a network that cannot be built: {error}") from error
+    if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ClassifierWeightsError(
+            f"{file.path} has weights that are not finite: {shorten(', '.join(infinite), 300)}"
+        )
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:  # names every key

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from classifier.calibration import calibration_error, fit_thresholds, prior_weights, probabilities
+from classifier.calibration import FEWEST_SAMPLES, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.clip_classifier import ClipCalibration, ClipClassifier
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
@@ -62,16 +62,7 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
     bias = bias + temperature * np.log(weights)
     probability = probabilities(logits + bias, temperature)
     thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
-    told, truth = probability[1::2], labels[1::2]
-    right, sure = told.argmax(axis=1) == truth, told.max(axis=1) >= [thresholds[LABELS[i]] for i in told.argmax(axis=1)]
-    quality = {
-        "samples": len(truth),
-        "accuracy": round(float(np.average(right, weights=weights[truth])), 4),
-        "calibration_error": round(calibration_error(told, truth, weights=weights[truth]), 4),
-        "confident_recall": {
-            str(name): round(float((right & sure)[truth == i].mean()), 4) for i, name in enumerate(LABELS)
-        },
-    }
+    quality = measured_quality(probability[1::2], labels[1::2], weights=weights, thresholds=thresholds)
     return replace(
         classifier.calibration,
         temperature=temperature,
@@ -83,15 +74,17 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("weights", type=Path, help="CLIP weights that open_clip reads")
     parser.add_argument("photographs", type=Path, nargs="+", help="folders of clean photographs")
-    parser.add_argument("--architecture", default=ClipCalibration.architecture, help="open_clip's name of it")
-    parser.add_argument("--samples", type=int, default=2800)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--architecture", default=ClipCalibration.architecture, help="open_clip's name of the model")
+    parser.add_argument("--samples", type=int, default=2800, help="degraded photographs to calibrate and measure on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     arguments = parser.parse_args(argv)
 
     def work() -> None:
+        if arguments.samples < FEWEST_SAMPLES:
+            raise UsageError(f"--samples {arguments.samples}: a calibration needs {FEWEST_SAMPLES} or more")
         uncalibrated = ClipCalibration(architecture=arguments.architecture)
         device = str(usable_device(arguments.device))
         try:

@@ -50,12 +50,18 @@ Source = Annotated[
 Target = Annotated[
     Path, typer.Argument(metavar="OUT", parser=_named, help="Run folder: images, manifest, plan and logs go here.")
 ]
-Model = Annotated[str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file.")]
+Model = Annotated[
+    str | None, typer.Option(help="Restoration weights: a name from `dfpir models`, or a file; default: dfpir-compact.")
+]
 ClassifierName = Annotated[
-    str | None, typer.Option("--classifier", help="Classifier weights: a name, a file, or clip:FILE.")
+    str | None,
+    typer.Option("--classifier", help="Classifier weights: a name, a file, or clip:FILE; default: degradation-small."),
 ]
 Label = Annotated[
-    str | None, typer.Option(help="auto, or the one damage of all images: noise[:SIGMA], rain, haze, blur, lowlight.")
+    str | None,
+    typer.Option(
+        help="auto, or the one damage of all images: noise[:SIGMA], rain, haze, blur, lowlight; default: auto."
+    ),
 ]
 Reference = Annotated[
     Path | None,
@@ -186,7 +192,9 @@ def restore(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Restores the photographs in SRC into OUT; the same command again goes on where it stopped.
+    """Restores the photographs in SRC into OUT.
+
+    The same command again goes on where it stopped.
 
     Exit code: 0 done; 1 more images failed than allowed, or the run broke off; 2 wrong use, or a place that cannot be
     used; 128 + N ended by signal N.
@@ -236,7 +244,10 @@ def plan(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lists SRC, samples image headers and estimates time and disk; writes the plan and job.json, no image."""
+    """Estimates time and disk; restores nothing.
+
+    Lists SRC, samples image headers, and writes the plan and job.json, but no image.
+    """
     given = _given(locals())
     with _faults_explained():
         from jobs import display
@@ -273,7 +284,10 @@ def preview(
     min_confidence: MinConfidence = None,
     config: ConfigFile = None,
 ) -> None:
-    """Shows what would become of one photograph: probabilities, the decision and its reason, before and after."""
+    """Shows what would become of one photograph, and why.
+
+    Prints probabilities, the decision and its reason, and writes a picture of before and after.
+    """
     given = _given(locals())
     with _faults_explained():
         from jobs.config import read_options
@@ -290,7 +304,10 @@ def demo(
     ] = Path("dfpir-demo"),
     engine: Engine = None,
 ) -> None:
-    """Degrades real photographs that ship with scikit-image, restores them blindly and measures the result."""
+    """Degrades real photographs, restores them blindly and measures.
+
+    They are photographs that ship with scikit-image.
+    """
     with _faults_explained():
         from jobs.demo import run_demo
 
@@ -315,7 +332,10 @@ def evaluate(
     dtype: Dtype = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
 ) -> None:
-    """Measures a model on a test set by the published protocol, with the label given and with it predicted."""
+    """Measures a model on a test set by the published protocol.
+
+    Every image is restored twice: with its label given, and with it predicted.
+    """
     with _faults_explained():
         from rich.progress import track
 
@@ -332,21 +352,24 @@ def evaluate(
         examples = find_examples(dataset, root, label=label, limit=options.limit)
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
+        told = evaluation.provenance(dataset, examples, *networks)
+        partial = target.with_suffix(".partial.parquet")
+        for path in (target, partial):
+            evaluation.require_own(path, told)
         target.parent.mkdir(parents=True, exist_ok=True)
         is_new = not target.exists()
         target.open("ab").close()  # what cannot be written is told now, not after hours
         if is_new:
             target.unlink()
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
-        told = evaluation.provenance(dataset, *networks)
         try:
             for row in track(found, dataset, total=len(examples), console=messages, transient=True):
                 rows.append(row)
         except UsageError:  # a file that cannot be read does not cost the results before it
             if rows:
-                target, done = target.with_suffix(".partial.parquet"), f"{len(rows)} of {len(examples)} images"
-                evaluation.write(rows, target, told | {"rows": done})
-                results.print(f"{done}, a row each: {target.name}", markup=False, soft_wrap=True)
+                done = f"{len(rows)} of {len(examples)} images"
+                evaluation.write(rows, partial, told | {"rows": done})
+                results.print(f"{done}, a row each: {partial.name}", markup=False, soft_wrap=True)
             raise
         results.print(evaluation.table(dataset, rows))
         evaluation.write(rows, target, told)
@@ -370,7 +393,10 @@ def figures(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Draws confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after."""
+    """Draws what model and classifier make of photographs.
+
+    Confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after.
+    """
     with _faults_explained(), _left_as_found(out):
         from jobs import figures as drawing
         from jobs.config import read_options
@@ -422,7 +448,7 @@ def train_restorer(
     workers: Annotated[int, typer.Option(min=1, help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
     address: Address = None,
 ) -> None:
-    """Trains a DFPIR restorer, or goes on with it where the last call stopped."""
+    """Trains a restorer, or goes on where the last call stopped."""
     with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.restore import resolve_device
@@ -454,28 +480,32 @@ def train_classifier(
         Path | None, typer.Option(parser=_named, help="Calibrated weights (.safetensors) to write at the end.")
     ] = None,
 ) -> None:
-    """Trains a classifier, or goes on with it where the last call stopped."""
+    """Trains a classifier, or goes on where the last call stopped."""
     with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.restore import resolve_device
         from jobs.train_classifier import export as write_weights
         from jobs.train_classifier import train as run
-        from jobs.training_config import ClassifierTraining, read_config
-        from jobs.training_state import require_weights_name
+        from jobs.training_config import ClassifierTraining, as_plain, read_config
+        from jobs.training_state import require_target
 
+        training = read_config(ClassifierTraining, config)
         if export is not None:
-            require_weights_name(export)
+            require_target(export, as_plain(training))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(read_options(None, {"device": device}).device)
         options: dict[str, Any] = {"device": chosen, "threads": threads, "loaders": loaders, "max_minutes": max_minutes}
-        trained = run(read_config(ClassifierTraining, config), out, **options)
+        trained = run(training, out, **options)
         if export is not None:
             messages.print_json(json.dumps(write_weights(trained, export)))
 
 
 @app.command()
 def models(as_json: AsJson = False) -> None:
-    """Lists shipped and known weights: size, licence, hash, measured quality."""
+    """Lists shipped and known weights.
+
+    With size, licence, hash and measured quality.
+    """
     from jobs import display
 
     if as_json:

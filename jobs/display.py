@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from classifier import CLIP_PREFIX
+from classifier.clip_classifier import ClipCalibration
 from classifier.files import SHIPPED as CLASSIFIERS_DIR
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
@@ -26,7 +29,7 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
     lines = {
         "run": f"{job.context.run_id[:12]}, configuration {config.digest[:12]}",
         "model": f"{config.model}, sha256 {config.weights_sha256[:12]}",
-        "classifier": f"{config.classifier}, sha256 {config.classifier_sha256[:12]}",
+        "classifier": f"{config.classifier}, sha256 {config.classifier_sha256[:12]}{_uncalibrated(config.classifier)}",
         "compute": f"{options.engine}, {job.context.device}, {_precision(config.dtype, job.context.device)}",
         "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
     }
@@ -148,6 +151,16 @@ def _figures(record: dict[str, Any], prefix: str = "") -> list[str]:
         full = f"{prefix}{name}"
         figures += _figures(value, f"{full}.") if isinstance(value, dict) else [f"{full} {value}"]
     return figures
+
+
+def _uncalibrated(classifier: str) -> str:
+    """A hint where CLIP is asked without a calibration."""
+    if (
+        not classifier.startswith(CLIP_PREFIX)
+        or ClipCalibration.path(Path(classifier.removeprefix(CLIP_PREFIX))).exists()
+    ):
+        return ""
+    return ", not calibrated: most images will be left alone (`python -m jobs.calibrate_clip --help`)"
 
 
 def _precision(dtype: str, device: str) -> str:

@@ -5,8 +5,10 @@ computes them by default (SSIM in uniform windows of 7 x 7 px), as for the publi
 twice: under the prompt of its true label, and under the one that the classifier predicts.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from models import Restorer
 from models.registry import list_models
 from pipeline.metrics import PSNR_CAP_DB
 from pipeline.prompting import decide, noise_prompt, prompts_for
-from pipeline.records import arrow_schema
+from pipeline.records import Status, arrow_schema
 from pipeline.synthesis import from_uint8
 
 SSIM_WINDOW_PX = 7
@@ -44,8 +46,11 @@ class Result:
     height: int
     width: int
     predicted_label: str
+    confidence: float
+    """Of the predicted label."""
+    predicted_status: str
+    """What the pipeline would do: restored, copied or abstained. The last two score as their input."""
     predicted_prompt: str | None
-    """None: the image was left alone, and scores as its input."""
     given_prompt: str
     psnr_input_db: float
     psnr_given_db: float
@@ -53,6 +58,11 @@ class Result:
     ssim_input: float
     ssim_given: float
     ssim_predicted: float
+
+    @property
+    def recognised(self) -> bool:
+        """Whether it would be restored for what is wrong with it."""
+        return self.predicted_label == self.label and self.predicted_status == Status.RESTORED
 
 
 SCHEMA = arrow_schema(Result)
@@ -79,10 +89,16 @@ def check_prompts(examples: Sequence[Example], restorer: Restorer) -> None:
             raise UsageError(f"{restorer.name} has no prompt for {label}, only {', '.join(restorer.prompts.keys)}")
 
 
-def provenance(dataset: str, restorer: Restorer, classifier: Classifier) -> dict[str, str]:
+WHICH = ("dataset", "images", "weights_sha256", "classifier_sha256", "dtype")
+"""What tells one evaluation from another; the same one measured again replaces its rows."""
+
+
+def provenance(dataset: str, examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> dict[str, str]:
     """What made the results: test set, weights, precision, versions."""
+    files = [(each.name, str(each.label), each.sigma_255, str(each.reference.absolute())) for each in examples]
     return {
         "dataset": dataset,
+        "images": f"{len(examples)} (files and labels {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]})",
         "model": restorer.name,
         "weights_sha256": restorer.sha256,
         "classifier": classifier.name,
@@ -92,6 +108,21 @@ def provenance(dataset: str, restorer: Restorer, classifier: Classifier) -> dict
         "torch": torch.__version__,
         "code_version": code_version(),
     }
+
+
+def require_own(path: Path, provenance: Mapping[str, str]) -> None:
+    """Raises UsageError if anything but results of the same evaluation lies where results are to go."""
+    if not path.exists():
+        return
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        raise UsageError(f"{path} is there already, and no file of results; name another with --out") from None
+    if differing := [key for key in WHICH if metadata.get(key.encode()) != provenance[key].encode()]:
+        raise UsageError(
+            f"{path} has the results of another evaluation (another {', '.join(differing)}); move it away, or name "
+            "another file with --out"
+        )
 
 
 def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> Iterator[Result]:
@@ -120,6 +151,8 @@ def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classi
             height=height,
             width=width,
             predicted_label=str(prediction.label),
+            confidence=prediction.confidence,
+            predicted_status=str(decision.status),
             predicted_prompt=decision.prompt,
             given_prompt=given,
             psnr_input_db=by_prompt[None][0],
@@ -147,12 +180,12 @@ def published(dataset: str, sigma_255: int | None) -> dict[str, float]:
 
 def table(dataset: str, results: Sequence[Result]) -> Table:
     """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
-    shown = Table(box=None, padding=(0, 1, 0, 0))
+    shown = Table(box=None, padding=(0, 1, 0, 0), title="recognised: predicted right, and surely enough to be restored")
     for column in ("set", "images", "", "input", "label given", "predicted", "published"):
         shown.add_column(column, justify="left" if column == "set" else "right")
     for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):
         group = [result for result in results if result.sigma_255 == sigma_255]
-        right = sum(result.predicted_label == result.label for result in group)
+        recognised = sum(result.recognised for result in group)
         name = dataset if sigma_255 is None else f"{dataset} {sigma_255}"
         reported = ", ".join(
             f"{model.removeprefix('dfpir-')} {psnr:.2f}" for model, psnr in published(dataset, sigma_255).items()
@@ -167,7 +200,7 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
             return [f"{np.mean(v):.{digits}f}{sides}" for v, sides in zip(columns, either_side, strict=True)]
 
         shown.add_row(name, str(len(group)), "PSNR", *cells("psnr", 2), reported)
-        shown.add_row("", f"{right} right", "SSIM", *cells("ssim", 3), "")
+        shown.add_row("", f"{recognised} recognised", "SSIM", *cells("ssim", 3), "")
     return shown
 
 

@@ -1,10 +1,12 @@
 """Turns a restorer's training into weights to ship: `python -m jobs.export_restorer --help`.
 
-Takes the averaged weights and writes a `.safetensors` file and, beside it, the card that the registry reads.
+Takes the averaged weights, with the prompts of what was trained on, and writes a `.safetensors` file and, beside it,
+the card that the registry reads.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,25 +14,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from classifier.labels import Degradation
 from jobs.errors import UsageError
 from jobs.train_restorer import prompt_bank
 from jobs.training_loop import told_plainly
-from jobs.training_state import CHECKPOINT, require_weights_name
+from jobs.training_state import CHECKPOINT, config_digest, require_target
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
+from models.prompts import PromptBank
 from models.registry import write_card
 from models.weights import save_checkpoint
+from pipeline.prompting import prompts_for
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes the weights and their card; raises UsageError naming the file that cannot be read or written."""
-    require_weights_name(arguments.out)
     provenance = _read_object(arguments.provenance)
     quality = _read_object(arguments.quality) if arguments.quality else {}
     network, state = _read_training(arguments.training / CHECKPOINT)
+    require_target(arguments.out, state["config"])
     provenance |= {"steps": int(state["step"]), "training_minutes": round(float(state["seconds"]) / 60, 1)}
+    provenance["config_sha256"] = config_digest(state["config"])
     try:
-        bank = prompt_bank(state["config"]["prompts"])
+        bank = _learnt(prompt_bank(state["config"]["prompts"]), state["config"]["phases"])
         save_checkpoint(arguments.out, network, bank, licence=arguments.licence, provenance=provenance)
         card = write_card(arguments.out, description=arguments.description, quality=quality)
     except WeightsError as error:
@@ -51,6 +57,13 @@ def _read_training(path: Path) -> tuple[DFPIR, dict[str, Any]]:
     except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
         raise UsageError(f"{path} is no checkpoint of a restorer's training: {shorten(repr(error), 300)}") from error
     return network, state
+
+
+def _learnt(bank: PromptBank, phases: Sequence[Mapping[str, Any]]) -> PromptBank:
+    """The prompts of the bank that stood for a damage in one of the training's phases."""
+    labels = {Degradation(label) for phase in phases for label, share in phase["tasks"].items() if share > 0}
+    learnt = {key for label in labels for key in prompts_for(label)}
+    return bank.only([key for key in bank.keys if key in learnt])
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Confusion matrix, reliability diagram, t-SNE of latent features by degradation, and a sheet of before and after.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from models import Restorer
 from models.weights import Checkpoint
 from pipeline.prompting import decide, noise_prompt
 
+log = logging.getLogger(__name__)
+
 LATENT_PX = 192
 """Side of the piece from the middle of a picture whose latent features are shown."""
 RELIABILITY_BINS = 10
@@ -39,8 +42,8 @@ class Labelled:
     label: Degradation
 
 
-def pictures(folder: Path, *, per_label: int, seed: int = 0) -> list[Labelled]:
-    """Pictures of known labels.
+def pictures(folder: Path, *, per_label: int, seed: int = 0) -> Iterator[Labelled]:
+    """Pictures of known labels, each read or made when it is asked for.
 
     Args:
         folder: with a folder for each label, whose pictures are taken as they are; or clean photographs, which are
@@ -55,21 +58,17 @@ def pictures(folder: Path, *, per_label: int, seed: int = 0) -> list[Labelled]:
         raise UsageError(f"{folder} is not a folder")
     places = {label: folder / str(label) for label in LABELS if (folder / str(label)).is_dir()}
     if places:
-        found = [
-            Labelled(read_rgb(path), label)
-            for label, place in places.items()
-            for path in photographs_in([place])[:per_label]
-        ]
-        if not found:
+        paths = [(path, label) for label, place in places.items() for path in photographs_in([place])[:per_label]]
+        if not paths:
             raise UsageError(f"the folders of labels in {folder} hold no pictures")
-        return found
+        for path, label in paths:
+            yield Labelled(read_rgb(path), label)
+        return
     photographs = Photographs.clean([folder])
     rng = np.random.default_rng(seed)
-    return [
-        Labelled(as_filed(draw_damaged(photographs, label, rng), rng), label)
-        for label in LABELS
-        for _ in range(per_label)
-    ]
+    for label in LABELS:
+        for _ in range(per_label):
+            yield Labelled(as_filed(draw_damaged(photographs, label, rng), rng), label)
 
 
 def confusion(truth: Sequence[Degradation], predictions: Sequence[Prediction]) -> Figure:
@@ -95,7 +94,10 @@ def confusion(truth: Sequence[Degradation], predictions: Sequence[Prediction]) -
 
 
 def reliability(truth: Sequence[Degradation], predictions: Sequence[Prediction]) -> Figure:
-    """How often predictions of each confidence are right, and how many there are."""
+    """How often predictions of each confidence are right, and how many there are.
+
+    All labels count alike, where a classifier's card has them as often as they are expected in use.
+    """
     confidence = np.array([prediction.confidence for prediction in predictions])
     right = np.array([label is prediction.label for label, prediction in zip(truth, predictions, strict=True)])
     edges = np.linspace(0, 1, RELIABILITY_BINS + 1)
@@ -110,7 +112,7 @@ def reliability(truth: Sequence[Degradation], predictions: Sequence[Prediction])
     probability = np.array([[prediction.probabilities[label] for label in LABELS] for prediction in predictions])
     indices = np.array([LABELS.index(label) for label in truth])
     error = calibration_error(probability, indices, weights=np.ones(len(indices)), bins=RELIABILITY_BINS)
-    axes.set_title(f"expected calibration error {error:.3f}")
+    axes.set_title(f"expected calibration error {error:.3f}, all labels alike")
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
     axes.set_xlim(0, 1)
@@ -118,9 +120,20 @@ def reliability(truth: Sequence[Degradation], predictions: Sequence[Prediction])
     return figure
 
 
+def middle(picture: Labelled, multiple: int) -> Labelled:
+    """A copy of the square from a picture's middle, of a side of a multiple of so many pixels, `LATENT_PX` at most."""
+    height, width = picture.pixels.shape[:2]
+    side = min(LATENT_PX, height, width) // multiple * multiple
+    top, left = (height - side) // 2, (width - side) // 2
+    return replace(picture, pixels=picture.pixels[top : top + side, left : left + side].copy())
+
+
 @torch.inference_mode()
 def latent_features(checkpoint: Checkpoint, chosen: Sequence[tuple[Labelled, str]]) -> dict[str, NDArray[np.float32]]:
-    """Means over pixels of the latent features, N x C, before and after the perturbation by each picture's prompt."""
+    """Means over pixels of the latent features, N x C, before and after the perturbation by each picture's prompt.
+
+    The sides of the pictures are multiples of what the network needs.
+    """
     network, bank = checkpoint.network.eval(), checkpoint.prompts
     kept: dict[str, list[Tensor]] = {"before": [], "after": []}
 
@@ -130,11 +143,8 @@ def latent_features(checkpoint: Checkpoint, chosen: Sequence[tuple[Labelled, str
 
     hook = network.latent_shuffle_channel.register_forward_hook(note)
     for picture, prompt in chosen:
-        height, width = picture.pixels.shape[:2]
-        side = min(LATENT_PX, height, width) // network.config.size_multiple * network.config.size_multiple
-        top, left = (height - side) // 2, (width - side) // 2
-        piece = torch.from_numpy(picture.pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)
-        network(piece[None].float() / 255, bank.embeddings[bank.indices([prompt])])
+        pixels = torch.from_numpy(picture.pixels).permute(2, 0, 1)[None]
+        network(pixels.float() / 255, bank.embeddings[bank.indices([prompt])])
     hook.remove()
     return {name: torch.cat(parts).numpy() for name, parts in kept.items()}
 
@@ -157,11 +167,10 @@ def latent_map(features: Mapping[str, NDArray[np.float32]], labels: Sequence[Deg
 
 
 def sheet(examples: Sequence[tuple[Labelled, Prediction]], restorer: Restorer) -> Figure:
-    """One picture of each label as it is and as `dfpir restore` would leave it, with the decision."""
-    chosen = [next(e for e in examples if e[0].label is label) for label in dict.fromkeys(e[0].label for e in examples)]
-    figure = Figure(figsize=(2.4 * len(chosen), 5), layout="constrained")
-    columns = figure.subplots(2, len(chosen), squeeze=False).T
-    for (before, after), (picture, prediction) in zip(columns, chosen, strict=True):
+    """Pictures as they are and as `dfpir restore` would leave them, with the decision."""
+    figure = Figure(figsize=(2.4 * len(examples), 5), layout="constrained")
+    columns = figure.subplots(2, len(examples), squeeze=False).T
+    for (before, after), (picture, prediction) in zip(columns, examples, strict=True):
         decision = decide(prediction, prompts=restorer.prompts.keys)
         result = picture.pixels
         if decision.prompt is not None:
@@ -175,21 +184,32 @@ def sheet(examples: Sequence[tuple[Labelled, Prediction]], restorer: Restorer) -
 
 
 def draw(
-    found: Sequence[Labelled], restorer: Restorer, classifier: Classifier, checkpoint: Checkpoint
+    found: Iterable[Labelled], restorer: Restorer, classifier: Classifier, checkpoint: Checkpoint
 ) -> dict[str, Figure]:
-    """All figures by name."""
-    predictions = [classifier.predict([picture.pixels])[0] for picture in found]
-    truth = [picture.label for picture in found]
-    usable = []
-    for picture, prediction in zip(found, predictions, strict=True):
+    """All figures by name. Only the first picture of each label is kept whole."""
+    multiple = checkpoint.network.config.size_multiple
+    truth: list[Degradation] = []
+    predictions: list[Prediction] = []
+    first: dict[Degradation, tuple[Labelled, Prediction]] = {}
+    usable: list[tuple[Labelled, str]] = []
+    small = 0
+    for picture in found:
+        prediction = classifier.predict([picture.pixels])[0]
+        truth.append(picture.label)
+        predictions.append(prediction)
+        first.setdefault(picture.label, (picture, prediction))
         noisy = picture.label is Degradation.NOISE
         prompt = noise_prompt(prediction.noise_sigma_255) if noisy else str(picture.label)
-        if prompt in checkpoint.prompts.keys:
-            usable.append((picture, prompt))
+        if min(picture.pixels.shape[:2]) < multiple:
+            small += 1
+        elif prompt in checkpoint.prompts.keys:
+            usable.append((middle(picture, multiple), prompt))
+    if small:
+        log.warning("latent features leave out %d pictures with a side of less than %d px", small, multiple)
     figures = {
         "confusion": confusion(truth, predictions),
         "reliability": reliability(truth, predictions),
-        "before-after": sheet(list(zip(found, predictions, strict=True)), restorer),
+        "before-after": sheet(list(first.values()), restorer),
     }
     if len(usable) > 3:
         figures["latent"] = latent_map(latent_features(checkpoint, usable), [picture.label for picture, _ in usable])

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier.calibration import calibration_error, fit_temperature, fit_thresholds, prior_weights, probabilities
+from classifier.calibration import fit_temperature, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from classifier.network import DegradationNetwork
@@ -31,7 +31,7 @@ from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError, UsageError
-from jobs.training_config import ClassifierTraining, ConfigError, read_config
+from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
 from jobs.training_data import Photographs, inventory, tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_group import Group
@@ -47,10 +47,11 @@ from jobs.training_loop import (
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
+    config_digest,
     found_state,
     halved,
     last_good,
-    require_weights_name,
+    require_target,
     save_atomically,
     start_from,
     taken_up,
@@ -397,23 +398,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
     network = copy.deepcopy(trained.network)
     with torch.no_grad():
         network.output_bias.add_(shift)
-    probability, labels = probability[1::2], labels[1::2]
-    predicted, top, weight = probability.argmax(axis=1), probability.max(axis=1), weights[labels]
-    sure = top >= np.array([thresholds[label] for label in LABELS])[predicted]
-    quality = {
-        "samples": len(labels),
-        "accuracy": round(float(np.average(predicted == labels, weights=weight)), 4),
-        "confident": round(float(np.average(sure, weights=weight)), 4),
-        "right_if_confident": round(
-            float((weight * sure)[predicted == labels].sum() / max((weight * sure).sum(), 1)), 4
-        ),
-        "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
-        "confident_recall": {
-            str(label): round(float((sure & (predicted == i))[labels == i].mean()), 4)
-            for i, label in enumerate(LABELS)
-            if (labels == i).any()
-        },
-    }
+    quality = measured_quality(probability[1::2], labels[1::2], weights=weights, thresholds=thresholds)
     provenance = {
         "training": "jobs/train_classifier.py",
         "start_from": str(trained.config.start_from or "nothing"),
@@ -423,6 +408,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         "minutes": round(trained.minutes, 1),
         "steps": trained.step,
         "samples": trained.samples,
+        "config_sha256": config_digest(as_plain(trained.config)),
     }
     save_classifier(
         path,
@@ -444,9 +430,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, out, target = (options.pop(name) for name in ("config", "out", "export"))
 
     def work() -> None:
+        training = read_config(ClassifierTraining, config)
         if target is not None:
-            require_weights_name(target)
-        trained = train(read_config(ClassifierTraining, config), out, **options)
+            require_target(target, as_plain(training))
+        trained = train(training, out, **options)
         if target is not None:
             log.info("wrote %s; validation: %s", target, export(trained, target))
 

@@ -51,9 +51,10 @@ from jobs.training_state import (
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
 from models.memory import on_device
-from models.prompts import PromptBank, clip_bank, orthogonal_bank
+from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
+from pipeline.clip_prompts import clip_bank
 from pipeline.prompting import prompts_for
 from pipeline.synthesis import FloatImage
 

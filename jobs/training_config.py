@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from classifier.architecture import Architecture
+from classifier.calibration import FEWEST_SAMPLES
 from classifier.labels import Degradation
 from jobs.datasets import PARTNERS
 from jobs.errors import UsageError
@@ -226,8 +227,10 @@ class ClassifierTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.batch, self.pool, self.first_fill, self.validation_samples) < 1 or self.fresh < 0:
-            raise ValueError("batch, pool, first_fill and validation_samples are at least 1, fresh at least 0")
+        if min(self.batch, self.pool, self.first_fill) < 1 or self.fresh < 0:
+            raise ValueError("batch, pool and first_fill are at least 1, fresh at least 0")
+        if self.validation_samples < FEWEST_SAMPLES:  # an export calibrates on them
+            raise ValueError(f"validation_samples are at least {FEWEST_SAMPLES}, not {self.validation_samples}")
         if not self.data.clean:
             raise ValueError("data.clean names no photographs")
         if self.data.pairs or self.data.on_disk or self.data.smallest_scale or self.data.noise_sigmas_255:

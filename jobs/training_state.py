@@ -1,5 +1,7 @@
 """Checkpoints that a failure cannot spoil, and that only the training they belong to takes up again."""
 
+import hashlib
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +11,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from classifier.errors import ClassifierWeightsError
@@ -83,10 +86,30 @@ def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Map
         raise UsageError(f"start_from {source} is of another network: {shorten(str(error), 300)}") from error
 
 
-def require_weights_name(path: Path) -> None:
-    """Raises UsageError for a file that weights are not to be written to, before anything is."""
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Of a plain configuration; part of the provenance of the weights that come of it."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def require_target(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises UsageError for a file that a training's weights and card are not to be written to, before anything is.
+
+    Files that are there are replaced only by the training, of this plain configuration, that they came of.
+    """
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are written to files whose names end in .safetensors; choose another name")
+    there = [str(each) for each in (path, path.with_suffix(".json")) if each.exists()]
+    if there and config_digest(config) not in _metadata(path):
+        raise UsageError(f"not of this training: {' and '.join(there)}; move it away, or choose another name")
+
+
+def _metadata(path: Path) -> str:
+    """All that a weights file says of itself; nothing if it is not there, or none."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return str(file.metadata())
+    except (OSError, SafetensorError):
+        return ""
 
 
 def found_state(out: Path, config: TrainingConfig) -> dict[str, Any] | None:

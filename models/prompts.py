@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.dfpir import DFPIR, TEXT_DIM, PerturbationBlock, channel_order
-from models.errors import WeightsError
 
 PUBLISHED_SENTENCES: dict[str, str] = {
     "noise15": "Gaussian noise with a standard deviation of 15",
@@ -21,7 +18,10 @@ PUBLISHED_SENTENCES: dict[str, str] = {
     "blur": "Blur degradation with motion blur",
     "lowlight": "Lowlight degradation",
 }
-"""The seven prompts of the paper's five-task setting, by key; the first five are its three-task setting."""
+"""The seven prompts of the paper's five-task setting, by key."""
+
+THREE_TASKS = ("noise15", "noise25", "noise50", "rain", "haze")
+"""Those of the paper's three-task setting."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class PromptBank:
         if unknown:
             raise KeyError(f"no prompt for {', '.join(unknown)}; this model knows {', '.join(self.keys)}")
         return [self.keys.index(key) for key in keys]
+
+    def only(self, keys: Sequence[str]) -> "PromptBank":
+        """The prompts of these keys alone, for no network yet; raises KeyError as `indices` does."""
+        rows = self.indices(keys)
+        return PromptBank(tuple(keys), tuple(self.sentences[row] for row in rows), self.embeddings[rows])
 
 
 @torch.no_grad()
@@ -95,34 +100,3 @@ def orthogonal_bank() -> PromptBank:
         sentences=tuple(PUBLISHED_SENTENCES.values()),
         embeddings=torch.from_numpy(table.astype(np.float32)),
     )
-
-
-def clip_bank(checkpoint_path: Path, *, model: str = "ViT-B-32-quickgelu") -> PromptBank:
-    """The published sentences as CLIP's text tower encodes them: float32, not normalised.
-
-    Nothing is downloaded: `checkpoint_path` must hold the weights.
-
-    Args:
-        checkpoint_path: weights of a CLIP model that `open_clip` reads.
-        model: name of its architecture there. OpenAI's ViT-B/32, which the published prompts come from, was trained
-            with the quick approximation of GELU; for weights trained with the exact one use `ViT-B-32`.
-
-    Raises:
-        WeightsError: open_clip is not installed, or the file is missing or does not fit the model.
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise WeightsError("encoding prompts with CLIP needs the package open_clip_torch; install it") from error
-    if not checkpoint_path.is_file():
-        raise WeightsError(f"{checkpoint_path}: no such file; give the path of CLIP weights already on this machine")
-    try:
-        network: Any = open_clip.create_model(model, pretrained=str(checkpoint_path), device="cpu", precision="fp32")
-    except Exception as error:
-        raise WeightsError(f"{checkpoint_path} does not hold the weights of CLIP {model}: {error}") from error
-    with torch.inference_mode():
-        tokens = open_clip.get_tokenizer(model)(list(PUBLISHED_SENTENCES.values()))
-        embeddings = network.eval().encode_text(tokens).float().clone()
-    if embeddings.shape[1] != TEXT_DIM:
-        raise WeightsError(f"CLIP {model} gives embeddings of length {embeddings.shape[1]}; DFPIR needs {TEXT_DIM}")
-    return PromptBank(tuple(PUBLISHED_SENTENCES), tuple(PUBLISHED_SENTENCES.values()), embeddings)

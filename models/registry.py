@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import WeightsError
+from models.prompts import PUBLISHED_SENTENCES, THREE_TASKS
 from models.weights import Checkpoint, load_checkpoint
 
 SHIPPED_DIR = Path(__file__).parent / "shipped"
@@ -57,7 +58,7 @@ KNOWN: tuple[ModelSpec, ...] = (
         sha256=None,
         licence=_RELEASED_LICENCE,
         parameters=31_104_761,
-        prompts=("noise15", "noise25", "noise50", "rain", "haze"),
+        prompts=THREE_TASKS,
         size_multiple=8,
         description="DFPIR as released, three tasks; not shipped: give the path of its .pth.tar",
         quality={
@@ -74,7 +75,7 @@ KNOWN: tuple[ModelSpec, ...] = (
         sha256=None,
         licence=_RELEASED_LICENCE,
         parameters=31_104_761,
-        prompts=("noise15", "noise25", "noise50", "rain", "haze", "blur", "lowlight"),
+        prompts=tuple(PUBLISHED_SENTENCES),
         size_multiple=8,
         description="DFPIR as released, five tasks; not shipped: give the path of its .pth.tar",
         quality={

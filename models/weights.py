@@ -228,8 +228,8 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
         if not beside.is_file():
             raise WeightsError(
                 f"{path} carries no prompts, as released checkpoints do not. Put the bank that it was trained with at "
-                f"{beside}: models.weights.save_prompt_bank(path, models.prompts.clip_bank(CLIP_WEIGHTS)) makes it "
-                "from CLIP ViT-B/32 weights"
+                f"{beside}: models.weights.save_prompt_bank(path, pipeline.clip_prompts.clip_bank(CLIP_WEIGHTS)) "
+                "makes it from CLIP ViT-B/32 weights"
             )
         prompts = load_prompt_bank(beside)
     return Checkpoint(

@@ -9,6 +9,7 @@ from classifier.calibration import (
     cross_entropy,
     fit_temperature,
     fit_thresholds,
+    measured_quality,
     prior_weights,
     probabilities,
 )
@@ -97,3 +98,23 @@ def test_prior_weights_turn_training_shares_into_expected_ones():
     shares = prior_weights(trained) * np.array(list(trained.values()))
     np.testing.assert_allclose(shares, list(EXPECTED_SHARES.values()))
     assert sum(EXPECTED_SHARES.values()) == pytest.approx(1)
+
+
+def test_quality_counts_labels_as_often_as_they_are_expected():
+    """Of four samples of rain three are right, two of them surely; that of noise is right and unsure."""
+    p = np.full((5, len(LABELS)), 0.01)
+    rain, noise = LABELS.index(Degradation.RAIN), LABELS.index(Degradation.NOISE)
+    labels = np.array([rain, rain, rain, rain, noise])
+    for row, (predicted, confidence) in enumerate([(rain, 0.9), (rain, 0.9), (rain, 0.5), (noise, 0.9), (noise, 0.5)]):
+        p[row, predicted] = confidence
+    weights = np.where(np.arange(len(LABELS)) == noise, 4.0, 1.0)
+    quality = measured_quality(p, labels, weights=weights, thresholds=dict.fromkeys(LABELS, 0.8))
+    error = calibration_error(p, labels, weights=weights[labels])
+    assert quality == {
+        "samples": 5,
+        "accuracy": 7 / 8,
+        "confident": 3 / 8,
+        "right_if_confident": 0.6667,
+        "calibration_error": round(error, 4),
+        "confident_recall": {"noise": 0.0, "rain": 0.5},
+    }

@@ -131,6 +131,20 @@ def test_a_thumbnail_goes_through_the_crops_backbone_or_its_own():
         assert (rounded.thumbnail_backbone is None) == (not own)
 
 
+@pytest.mark.parametrize("thumbnail_channels", [(), (8, 8, 8, 8)])
+def test_bottlenecks_may_be_wider_than_their_channels(thumbnail_channels):
+    shape = replace(TINY, backbone="resnet26d", thumbnail_channels=thumbnail_channels)
+    network = DegradationNetwork(shape, crop_px=32).eval()
+    views = torch.zeros(2, 3, 3, 32, 32), torch.zeros(2, 3, 32, 32)
+    assert network(*views).shape == (2, len(LABELS))
+    torch.testing.assert_close(inference_form(network, torch.float32)(*views), network(*views), rtol=0, atol=1e-4)
+
+
+def test_a_network_without_a_spectrum_is_refused_by_its_configuration():
+    with pytest.raises(ValueError, match="spectrum_channels are one or more"):
+        Architecture(spectrum_channels=())
+
+
 def test_one_backbone_needs_views_of_one_size(tmp_path):
     path = tmp_path / "uneven.safetensors"
     view = ViewSettings(crop_px=32, crops=2, thumbnail_px=48)
@@ -202,6 +216,13 @@ def test_missing_and_unexpected_keys_and_shapes_are_named(tiny):
         assert part in message
 
 
+def test_weights_that_are_not_finite_are_refused(tiny):
+    tensors, metadata = contents(tiny)
+    tensors["head.1.bias"][0] = float("nan")
+    with pytest.raises(ClassifierWeightsError, match=r"not finite: head\.1\.bias"):
+        load_classifier(rewritten(tiny, tensors, metadata))
+
+
 def test_another_architecture_is_refused(tiny):
     tensors, metadata = contents(tiny)
     description = json.loads(metadata["classifier"])
@@ -216,11 +237,15 @@ def test_another_architecture_is_refused(tiny):
     [
         ({"architecture": {"backbone": "no_such_model"}}, "cannot be built"),
         ({"architecture": {"depth": 3}}, "cannot be built"),
-        ({"thresholds": {"noise": 0.5}}, "cannot be built"),
-        ({"view": {"crops": 0}}, "cannot be built"),
+        ({"thresholds": {"noise": 0.5}}, "cannot be used"),
+        ({"view": {"crops": 0}}, "cannot be used"),
         ({"labels": ["noise", "clean"]}, "trained for the labels"),
+        ({"temperature": 0}, "a temperature is above 0, not 0"),
+        ({"temperature": float("nan")}, "a temperature is above 0, not nan"),
+        ({"thresholds": dict.fromkeys(LABELS, 0.5) | {"rain": 1.5}}, "from 0 to 1, not rain 1.5"),
+        ({"thresholds": dict.fromkeys(LABELS, 0.5) | {"haze": float("nan")}}, "from 0 to 1, not haze nan"),
     ],
-    ids=["backbone", "option", "thresholds", "view", "labels"],
+    ids=["backbone", "option", "thresholds", "view", "labels", "frozen", "undefined", "unreachable", "no threshold"],
 )
 def test_a_wrong_description_is_refused(tiny, change, message):
     tensors, metadata = contents(tiny)

@@ -251,7 +251,7 @@ def test_a_file_that_is_no_clip_ends_with_2(photographs: Path, tmp_path: Path, w
     (tmp_path / "clip.pt").write_text("no weights")
     code, _, stderr = restore(photographs, tmp_path / "out", [*weights, "--classifier", f"clip:{tmp_path}/clip.pt"])
     assert code == 2
-    assert "does not hold the weights of CLIP" in " ".join(stderr.split())
+    assert "cannot be loaded as CLIP" in " ".join(stderr.split())
     assert not (tmp_path / "out" / "job.json").exists()
 
 
@@ -685,10 +685,18 @@ def test_names_in_brackets_are_told_as_they_are(photographs: Path, tmp_path: Pat
 def test_the_help_tells_the_defaults() -> None:
     _, stdout, _ = invoke("restore", "--help")
     told = " ".join(stdout.split())
-    for name in ("format", "quality", "clean", "engine", "device", "dtype", "tile", "max_failed_fraction"):
+    names = ("model", "classifier", "label", "format", "quality", "clean", "engine", "device", "dtype", "tile")
+    for name in (*names, "max_failed_fraction"):
         option = told.index(f"--{name.replace('_', '-')} ")
         default = RestoreOptions.model_fields[name].default
         assert f"default: {default}." in told[option : told.index(" --", option + 1)], name
+
+
+def test_no_summary_of_a_command_is_cut_off_at_eighty_columns() -> None:
+    for command in ([], ["train"]):
+        told = runner.invoke(app, [*command, "--help"], terminal_width=78).stdout  # margins take two
+        assert "Commands:" in told
+        assert "..." not in told.split("Commands:")[1]
 
 
 def test_the_version_is_told() -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from skimage import data
-from synthetic_clip import small_clip
+from synthetic_clip import as_archive, small_clip
 from synthetic_weights import write_tiny_model
 from typer.testing import CliRunner
 
@@ -16,9 +17,10 @@ from classifier.clip_classifier import CROPS, SENTENCES, ClipCalibration, ClipCl
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings, take_views
-from jobs import calibrate_clip
+from jobs import calibrate_clip, restore
 from jobs.calibrate_clip import fit_scaling
 from jobs.cli import app
+from jobs.errors import UsageError
 from jobs.restore import _absolute
 
 SMALL = ClipCalibration(architecture="small-clip")
@@ -92,15 +94,74 @@ def test_faults_of_the_weights_are_named(tmp_path):
     _, _, path = small_clip(tmp_path)
     with pytest.raises(ClassifierWeightsError, match="no such file"):
         load_classifier(f"clip:{tmp_path / 'absent.pt'}")
-    with pytest.raises(ClassifierWeightsError, match="does not hold the weights of CLIP ViT-B-32-quickgelu"):
+    with pytest.raises(ClassifierWeightsError, match="cannot be loaded as CLIP ViT-B-32-quickgelu"):
         load_classifier(f"clip:{path}")
     card = SMALL.write(path)
     card.write_text(card.read_text().replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(ClassifierWeightsError, match="belongs to other weights"):
         load_classifier(f"clip:{path}")
+    for change, said in (
+        ({"temperature": 0.0}, "temperature is above 0"),
+        ({"temperature": float("nan")}, "temperature is above 0"),
+        ({"thresholds": dict.fromkeys(LABELS, 1.1)}, "thresholds are from 0 to 1"),
+        ({"bias": dict.fromkeys(LABELS, float("nan"))}, "bias is not finite"),
+    ):
+        card = replace(SMALL, **change).write(path)
+        with pytest.raises(ClassifierWeightsError, match=said):
+            load_classifier(f"clip:{path}")
     card.write_text("[]")
     with pytest.raises(ClassifierWeightsError, match=r"is no calibration of clip\.pt"):
         load_classifier(f"clip:{path}")
+
+
+def test_an_archive_as_openai_publishes_them_predicts_the_same(tmp_path):
+    _, network, path = small_clip(tmp_path)
+    image = np.random.default_rng(2).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    files = (path, as_archive(network, tmp_path / "archive.pt"))
+    plain, archive = (ClipClassifier(file, calibration=SMALL).predict([image])[0] for file in files)
+    assert plain == archive
+
+
+CAPTIONS = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1, "attn_pooler_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "changes"),
+    [
+        ({"layers": [1, 1, 1, 1], "image_size": 64, "patch_size": None}, {}, {}),
+        ({}, {}, {"custom_text": True, "init_logit_bias": -10}),
+        (
+            {"attentional_pool": True, "attn_pooler_heads": 1, "output_tokens": True},
+            {"context_length": 76, "embed_cls": True, "output_tokens": True},
+            {"multimodal_cfg": CAPTIONS, "custom_text": True},
+        ),
+    ],
+    ids=["resnet", "siglip", "coca"],
+)
+def test_other_models_of_open_clip_are_asked_as_clip_is(tmp_path, vision, text, changes):
+    _, network, path = small_clip(tmp_path, "other-clip", vision, text, embed_dim=64, **changes)
+    classifier = ClipClassifier(path, calibration=ClipCalibration(architecture="other-clip"))
+    views = classifier.take_views(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.concatenate([views.thumbnail[None], views.crops])).float() / 255
+        normal = (pixels.permute(0, 3, 1, 2) - classifier._mean) / classifier._std
+        likeness = network.encode_image(normal, normalize=True) @ classifier._directions.T
+    np.testing.assert_allclose(classifier.logits(views), likeness[0] / 2 + likeness[1:].mean(0) / 2, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_asked_is_refused_before_the_run(tmp_path):
+    _, network, path = small_clip(tmp_path, "wide-clip", {"image_size": [32, 64]})
+    wide, words = ClipCalibration(architecture="wide-clip"), ClipCalibration(architecture="words-clip")
+    with pytest.raises(ClassifierWeightsError, match="sees pictures of 32 x 64 px; square ones are needed"):
+        ClipClassifier(path, calibration=wide)
+    _, _, path = small_clip(tmp_path, "words-clip", text={"hf_tokenizer_name": "nowhere/at-all"})
+    with pytest.raises(ClassifierWeightsError, match=r"CLIP words-clip"):  # for want of transformers, or the network
+        ClipClassifier(path, calibration=words)
+    _, network, path = small_clip(tmp_path)
+    torch.nn.init.constant_(network.visual.proj, torch.nan)
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ClassifierWeightsError, match="weights are not finite"):
+        ClipClassifier(path, calibration=SMALL)
 
 
 def test_scaling_recovers_the_temperature_and_bias_that_spoilt_logits():
@@ -131,6 +192,25 @@ def test_clip_is_calibrated_on_photographs_and_then_previews_a_picture(tmp_path,
     assert "estimated noise" in done.output
 
 
+def test_a_run_tells_that_clip_is_not_calibrated_before_it_starts(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise UsageError("it starts")
+
+    monkeypatch.setattr(restore, "run", stop)
+    monkeypatch.setattr(restore, "classifier_sha256", lambda _: "0" * 64)
+    path = tmp_path / "clip.pt"
+    path.touch()
+    model = write_tiny_model(tmp_path / "model.safetensors")
+    folder = pictures(tmp_path / "photographs", 1)
+    options = ["--model", str(model), "--classifier", f"clip:{path}", "--device", "cpu", "--engine", "local"]
+    for out, told in (("first", True), ("second", False)):
+        done = CliRunner().invoke(app, ["restore", str(folder), str(tmp_path / out), *options])
+        before, started, _ = done.stderr.partition("it starts")
+        assert started
+        assert ("not calibrated: most images will be left alone" in before) is told
+        SMALL.write(path)
+
+
 def test_workers_find_weights_by_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clip.pt").touch()
@@ -148,3 +228,15 @@ def test_calibration_tells_wrong_paths_without_a_traceback(tmp_path):
     ):
         with pytest.raises(SystemExit, match=said):
             calibrate_clip.main([*map(str, arguments), *settings])
+    for samples in ("-4", "0", "2", "41"):
+        with pytest.raises(SystemExit, match=f"--samples {samples}: a calibration needs 42 or more"):
+            calibrate_clip.main([str(path), str(tmp_path), *settings, "--samples", samples])
+
+
+def test_the_fewest_samples_give_a_calibration_that_can_be_read(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    folder = pictures(tmp_path / "photographs", 2)
+    calibrate_clip.main([str(path), str(folder), "--architecture", "small-clip", "--samples", "42", "--device", "cpu"])
+    quality = load_classifier(f"clip:{path}").calibration.quality
+    assert quality["samples"] == 21
+    assert set(quality["confident_recall"]) == {str(label) for label in LABELS}

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -39,16 +40,16 @@ def kodak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Oracle:
-    """A classifier that says what it is told to, surely."""
+    """A classifier that says what it is told to, surely if not told otherwise."""
 
     name, sha256 = "oracle", ""
 
-    def __init__(self, label: Degradation, sigma_255: float = 0.0) -> None:
-        self.label, self.sigma_255 = label, sigma_255
+    def __init__(self, label: Degradation, sigma_255: float = 0.0, *, confident: bool = True) -> None:
+        self.label, self.sigma_255, self.confident = label, sigma_255, confident
 
     def predict(self, images: list[np.ndarray]) -> list[Prediction]:
         shares = {label: float(label is self.label) for label in LABELS}
-        return [Prediction(self.label, 1.0, 1.0, True, shares, self.sigma_255) for _ in images]
+        return [Prediction(self.label, 1.0, 1.0, self.confident, shares, self.sigma_255) for _ in images]
 
     def take_views(self, image: np.ndarray) -> Views:
         raise NotImplementedError
@@ -92,6 +93,26 @@ def test_what_is_taken_for_clean_scores_as_its_input(kodak: Path, restorer: Rest
         assert result.ssim_predicted == result.ssim_input
 
 
+def test_what_is_too_unsure_to_be_restored_is_not_recognised(kodak: Path, restorer: Restorer) -> None:
+    examples = find_examples("kodak24", kodak)
+    told = {}
+    for name, oracle in (
+        ("sure", Oracle(Degradation.NOISE, 20.0)),
+        ("unsure", Oracle(Degradation.NOISE, 20.0, confident=False)),
+        ("wrong", Oracle(Degradation.RAIN)),
+        ("clean", Oracle(Degradation.CLEAN)),
+    ):
+        first = next(iter(evaluation.evaluate(examples, restorer, oracle)))
+        told[name] = (first.predicted_status, first.recognised)
+        assert first.confidence == 1.0
+    assert told == {
+        "sure": ("restored", True),
+        "unsure": ("abstained", False),
+        "wrong": ("restored", False),
+        "clean": ("copied", False),
+    }
+
+
 def test_intervals_are_students() -> None:
     values = [3.0, 4.0, 8.0]
     low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values))
@@ -128,11 +149,10 @@ def test_a_label_that_the_model_has_no_prompt_for_is_refused(tmp_path: Path) -> 
         Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
     from synthetic_weights import tiny_network
 
-    from models.prompts import PromptBank, orthogonal_bank
+    from models.prompts import orthogonal_bank
     from models.weights import save_checkpoint
 
-    whole = orthogonal_bank()
-    bank = PromptBank(whole.keys[:3], whole.sentences[:3], whole.embeddings[:3])
+    bank = orthogonal_bank().only(["noise15", "noise25", "noise50"])
     save_checkpoint(tmp_path / "n.safetensors", tiny_network(3), bank, licence="", provenance={})
     command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path)]
     result = runner.invoke(app, [*command, "--model", str(tmp_path / "n.safetensors"), "--device", "cpu"])
@@ -146,8 +166,10 @@ def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
     console.print(evaluation.table("cbsd68", results))
     text = console.export_text()
     assert "…" not in text
-    first = text.splitlines()[1]
+    title, _, first = text.splitlines()[:3]
+    assert "recognised: predicted right, and surely enough to be restored" in title
     assert first.startswith("cbsd68 15")
+    assert "2 recognised" in text
     assert "34.14" in text
     assert "31.29" in text
 
@@ -175,20 +197,28 @@ def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
     assert math.isnan(ssim)
 
 
-def evaluated(root: Path) -> tuple[Result, Path]:
+def evaluated(root: Path, *more: str, seed: int = 0) -> tuple[Result, Path]:
     """A call of `dfpir evaluate` over hazy pairs, and where its rows go."""
-    weights = ["--model", str(write_tiny_model(root / "m.safetensors")), "--device", "cpu"]
-    weights += ["--classifier", str(write_tiny_classifier(root / "c.safetensors"))]
+    model, classifier = root / f"m{seed}.safetensors", root / "c.safetensors"
+    if not model.exists():  # the same weights, written again, are another file
+        write_tiny_model(model, seed=seed)
+    if not classifier.exists():
+        write_tiny_classifier(classifier)
+    weights = ["--model", str(model), "--classifier", str(classifier), "--device", "cpu", *more]
     out = root / "rows.parquet"
     command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(root), "--out", str(out)]
     return runner.invoke(app, [*command, *weights]), out
 
 
-def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+def hazy_pairs(root: Path, count: int) -> None:
     for name in ("degraded", "reference"):
-        (tmp_path / name).mkdir()
-        for number in range(3):
-            Image.new("RGB", (32, 32), (number, 90, 90)).save(tmp_path / name / f"{number}.png")
+        (root / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (32, 32), (number, 90, 90)).save(root / name / f"{number}.png")
+
+
+def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 3)
     (tmp_path / "degraded" / "2.png").write_bytes(b"no image")
     result, out = evaluated(tmp_path)
     assert result.exit_code == 2
@@ -208,3 +238,37 @@ def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "different sizes" in result.stderr
     assert not out.exists()
+
+
+def test_only_the_same_evaluation_replaces_its_rows(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 2)
+    weights = ["--dtype", "float32"]
+    for _ in range(2):
+        result, out = evaluated(tmp_path, *weights)
+        assert result.exit_code == 0, result.output
+    before = out.read_bytes()
+    for more, seed, what in (
+        ([*weights, "--limit", "1"], 0, "images"),
+        (weights, 1, "weights_sha256"),
+        (["--dtype", "bfloat16"], 0, "dtype"),
+    ):
+        result, _ = evaluated(tmp_path, *more, seed=seed)
+        assert result.exit_code == 2
+        assert f"another evaluation (another {what}); move it away" in result.stderr
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_holds_no_results_is_left_alone(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 1)
+    for name, said in (("rows", "no file of results"), ("rows.partial", "results of another evaluation")):
+        path = tmp_path / f"{name}.parquet"
+        if name == "rows":
+            path.write_text("mine")
+        else:
+            pq.write_table(pa.table({"mine": [1]}), path)
+        before = path.read_bytes()
+        result, _ = evaluated(tmp_path)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert path.read_bytes() == before
+        path.unlink()

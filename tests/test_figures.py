@@ -60,12 +60,13 @@ def test_a_reliability_diagram_shows_shares_of_right_ones_by_confidence() -> Non
     (bar,) = axes.patches
     assert (bar.get_x(), bar.get_height()) == (pytest.approx(0.9), 0.75)
     assert axes.texts[0].get_text() == "4"
-    assert axes.get_title() == "expected calibration error 0.200"
+    assert axes.get_title() == "expected calibration error 0.200, all labels alike"
 
 
 def test_latent_features_are_means_that_the_prompt_changes(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(write_tiny_model(tmp_path / "model.safetensors"))
-    picture = figures.Labelled(data.coffee()[:72, :80], Degradation.RAIN)
+    picture = figures.middle(figures.Labelled(data.coffee()[:72, :83], Degradation.RAIN), 16)
+    assert np.array_equal(picture.pixels, data.coffee()[4:68, 9:73])
     features = figures.latent_features(checkpoint, [(picture, "rain"), (picture, "haze")])
     channels = 8 * checkpoint.network.config.dim
     assert features["before"].shape == features["after"].shape == (2, channels)
@@ -75,7 +76,7 @@ def test_latent_features_are_means_that_the_prompt_changes(tmp_path: Path) -> No
 
 def test_the_sheet_shows_what_restore_would_leave(labelled: Path, tmp_path: Path) -> None:
     restorer = load_restorer(write_tiny_model(tmp_path / "model.safetensors"))
-    found = figures.pictures(labelled, per_label=1)
+    found = list(figures.pictures(labelled, per_label=1))
     oracle = Oracle(Degradation.RAIN)
     sheet = figures.sheet([(picture, oracle.predict([picture.pixels])[0]) for picture in found], restorer)
     titles = [axes.get_title() for axes in sheet.axes]
@@ -96,12 +97,36 @@ def test_the_command_writes_every_figure_twice(labelled: Path, tmp_path: Path) -
         assert np.asarray(Image.open(path).convert("L")).std() > 5, path
 
 
+def test_pictures_too_small_for_the_network_are_left_out_and_told(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("small", "flat"):
+        size = (5, 5) if name == "small" else (200, 9)
+        Image.new("RGB", size).save(labelled / "rain" / f"{name}.png")
+    model = write_tiny_model(tmp_path / "m.safetensors")
+    found = figures.pictures(labelled, per_label=9)
+    drawn = figures.draw(found, load_restorer(model), Oracle(Degradation.RAIN), load_checkpoint(model))
+    assert set(drawn) == {"confusion", "reliability", "before-after", "latent"}
+    assert drawn["confusion"].axes[0].get_title() == "5 of 11 right"
+    assert [len(points.get_offsets()) for points in drawn["latent"].axes[0].collections] == [3, 3]
+    assert "leave out 2 pictures with a side of less than 16 px" in caplog.text
+
+
+def test_pictures_are_read_one_at_a_time(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(figures, "read_rgb", lambda path: read.append(path) or data.coffee()[:64, :64])
+    found = figures.pictures(labelled, per_label=9)
+    for count in (1, 2):
+        next(found)
+        assert len(read) == count
+
+
 def test_clean_photographs_are_degraded_under_every_label(tmp_path: Path) -> None:
     for number in range(3):
         pixels = np.roll(data.astronaut(), 90 * number, axis=0)[:300, :300]
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    first, again = (figures.pictures(tmp_path, per_label=2) for _ in range(2))
+    first, again = (list(figures.pictures(tmp_path, per_label=2)) for _ in range(2))
     assert [picture.label for picture in first] == [label for label in LABELS for _ in range(2)]
     assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
     with pytest.raises(UsageError, match="is not a folder"):
-        figures.pictures(tmp_path / "none", per_label=2)
+        next(figures.pictures(tmp_path / "none", per_label=2))

@@ -1,13 +1,10 @@
 import pytest
 import torch
-from synthetic_clip import small_clip
 from synthetic_weights import tiny_network
 
-from models.errors import WeightsError
 from models.prompts import (
     PUBLISHED_SENTENCES,
     PromptBank,
-    clip_bank,
     orthogonal_bank,
     prompt_permutations,
 )
@@ -46,22 +43,3 @@ def test_a_bank_that_does_not_fit_together_is_refused():
         PromptBank(("a", "a"), ("A", "B"), embeddings)
     with pytest.raises(ValueError, match="float32"):
         PromptBank(("a", "b"), ("A", "B"), embeddings.double())
-
-
-def test_a_bank_from_clip_weights_holds_what_clip_encodes(tmp_path):
-    open_clip, network, path = small_clip(tmp_path)
-    bank = clip_bank(path, model="small-clip")
-    assert bank.keys == tuple(PUBLISHED_SENTENCES)
-    assert (bank.embeddings.shape, bank.embeddings.dtype) == ((7, 512), torch.float32)
-    with torch.no_grad():
-        rain = network.encode_text(open_clip.tokenize([PUBLISHED_SENTENCES["rain"]]))[0]
-    assert torch.allclose(bank.embeddings[3], rain, atol=1e-5)
-
-
-def test_missing_or_foreign_clip_weights_are_refused(tmp_path):
-    _, _, path = small_clip(tmp_path)
-    with pytest.raises(WeightsError, match="no such file"):
-        clip_bank(tmp_path / "absent.pt")
-    torch.save({"text.weight": torch.zeros(3)}, path)
-    with pytest.raises(WeightsError, match="does not hold the weights of CLIP small-clip"):
-        clip_bank(path, model="small-clip")

@@ -29,7 +29,7 @@ from jobs.classifier_samples import (
     vary_tone,
 )
 from jobs.errors import TrainingError, UsageError
-from jobs.train_classifier import Training, all_logits, blended, export, train
+from jobs.train_classifier import Training, all_logits, blended, export, main, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
 from jobs.training_loop import mixed_precision
@@ -287,6 +287,31 @@ def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_pa
         if key != "head.3.bias":  # holds the shares expected in use as well
             torch.testing.assert_close(value, average[key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path):
+    """Through the command line, so that nothing is trained before the refusal."""
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'steps = 1\npool = 8\nfirst_fill = 2\nfresh = 0\nbatch = 2\nvalidation_samples = 42\nlicence = "CC0-1.0"\n'
+        f'[data]\nclean = ["{folder}"]\n[network]\nstem_width = 8\ncrop_channels = [8, 8, 8, 8]\nhidden = 8\n'
+        "thumbnail_channels = [8, 8, 8, 8]\nspectrum_channels = [8, 8]\n"
+    )
+    target = tmp_path / "own.safetensors"
+    again = [str(config), str(tmp_path / "out"), "--device", "cpu", "--threads", "1", "--export", str(target)]
+    main(again)
+    target.with_suffix(".json").write_text("{}")
+    main(again)
+    assert target.with_suffix(".json").read_text() != "{}"
+    config.write_text("seed = 1\n" + config.read_text())
+    other = [*again[:1], str(tmp_path / "other"), *again[2:]]
+    with pytest.raises(SystemExit, match=r"not of this training: .*own\.safetensors and .*own\.json; move it away"):
+        main(other)
+    target.unlink()
+    with pytest.raises(SystemExit, match=r"not of this training: .*own\.json; move it away"):
+        main(other)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_diary_names_skipped_photographs_and_tells_that_others_are_there(folder, tmp_path, stopped):

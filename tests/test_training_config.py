@@ -131,6 +131,13 @@ def test_what_is_wrong_is_said_with_file_and_key(tmp_path: Path, old: str, new: 
     assert "some.toml" in str(caught.value)
 
 
+def test_too_few_samples_to_calibrate_on_are_told_before_the_training(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('steps = 1\nvalidation_samples = 41\n[data]\nclean = ["photographs"]\n')
+    with pytest.raises(ConfigError, match=r"c\.toml: validation_samples are at least 42, not 41"):
+        read_config(ClassifierTraining, path)
+
+
 def test_a_missing_file_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_config(RestorerTraining, tmp_path / "none.toml")

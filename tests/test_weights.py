@@ -11,6 +11,7 @@ from safetensors import safe_open
 from synthetic_weights import GOLDEN, TINY, golden_state, tiny_network, write_tiny_model
 
 from jobs import export_restorer
+from jobs.training_state import config_digest
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import orthogonal_bank, prompt_permutations
@@ -400,7 +401,8 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     training, out = tmp_path / "run", tmp_path / "shipped" / "new.safetensors"
     training.mkdir()
     out.parent.mkdir()
-    config = {"model": asdict(network.config), "prompts": "orthogonal"}
+    phases = [{"tasks": {"noise": 1.0, "rain": 0.0}}, {"tasks": {"haze": 0.5}}]
+    config = {"model": asdict(network.config), "prompts": "orthogonal", "phases": phases}
     state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
     torch.save(state, training / "checkpoint.pt")
     (tmp_path / "provenance.json").write_text('{"data": "made up"}')
@@ -410,8 +412,15 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     loaded = load_checkpoint(out)
     assert loaded.network.config == network.config
     assert torch.equal(loaded.network.output.weight, network.output.weight.half().float())
-    assert loaded.provenance == {"data": "made up", "steps": 7, "training_minutes": 1.5}
+    made = {"data": "made up", "steps": 7, "training_minutes": 1.5, "config_sha256": config_digest(config)}
+    assert loaded.provenance == made
     assert resolve("new", out.parent).spec.description == "new"
+    assert loaded.prompts.keys == (
+        "noise15",
+        "noise25",
+        "noise50",
+        "haze",
+    )  # what the phases never asked for is not there
 
 
 @pytest.mark.parametrize(
@@ -428,7 +437,8 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
 )
 def test_an_export_tells_wrong_inputs_without_a_traceback(tmp_path, monkeypatch, training, provenance, out, said):
     network = tiny_network()
-    config = {"model": asdict(network.config), "prompts": "orthogonal"}
+    phases = [{"tasks": {"noise": 1.0, "rain": 0.0}}, {"tasks": {"haze": 0.5}}]
+    config = {"model": asdict(network.config), "prompts": "orthogonal", "phases": phases}
     whole = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
     for name, state in (("run", whole), ("other", {"config": {}})):
         (tmp_path / name).mkdir()
