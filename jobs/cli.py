@@ -347,7 +347,7 @@ def evaluate(
         target = (out or Path(f"{dataset}.parquet")).resolve()
         if target.suffix != ".parquet":
             raise UsageError(f"--out {out}: give a name that ends in .parquet")
-        given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
+        given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype, "tile": "off"}
         options = read_options(None, given | {"limit": limit})
         examples = find_examples(dataset, root, label=label, limit=options.limit)
         networks = load_networks(options)

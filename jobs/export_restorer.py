@@ -37,7 +37,14 @@ def export(arguments: argparse.Namespace) -> None:
     provenance["config_sha256"] = config_digest(state["config"])
     try:
         bank = _learnt(prompt_bank(state["config"]["prompts"]), state["config"]["phases"])
-        save_checkpoint(arguments.out, network, bank, licence=arguments.licence, provenance=provenance)
+        save_checkpoint(
+            arguments.out,
+            network,
+            bank,
+            licence=arguments.licence,
+            provenance=provenance,
+            windows_px=dict(arguments.window),
+        )
         card = write_card(arguments.out, description=arguments.description, quality=quality)
     except WeightsError as error:
         raise UsageError(str(error)) from error
@@ -79,6 +86,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def _window(text: str) -> tuple[str, int]:
+    key, side = text.split("=")
+    return key, int(side)
+
+
 def main() -> None:
     """Command line of the export."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,6 +99,10 @@ def main() -> None:
     parser.add_argument("--licence", required=True, help="SPDX identifier of the weights' licence")
     parser.add_argument("--provenance", type=Path, required=True, help="JSON object: data, hardware, script")
     parser.add_argument("--description", required=True, help="one line")
+    window_help = (
+        "prompt and side in pixels of the tiles that larger images are best restored in, by benchmarks.windows"
+    )
+    parser.add_argument("--window", type=_window, action="append", default=[], metavar="PROMPT=PX", help=window_help)
     parser.add_argument("--quality", type=Path, help="JSON object of measured figures, named after data and unit")
     arguments = parser.parse_args()
     told_plainly(lambda: export(arguments))
