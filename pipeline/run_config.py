@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ALGORITHM_VERSION = 9
+ALGORITHM_VERSION = 10
 """Raised when the same options come to give different pixels or decisions."""
 
 
