@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 PENDING_WARNING_S = 60.0
 
+LOSS_TOLD_WITHIN_S, DEATH_STANDS_AFTER_S = 30.0, 5.0
+"""How long a dead worker's node may still be listed as living: Ray notices within about 10 s that a machine is lost,
+and tells sooner of a process that died alone."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -136,6 +140,21 @@ class _Member:
     """Calls under way, by object reference."""
 
 
+@dataclass(frozen=True)
+class _Fallen:
+    """A worker that died over a shard, until it is known whether its node did."""
+
+    member: _Member
+    error: RayError
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_dead_alone(self) -> bool:
+        """Whether its node has been listed as living for long enough."""
+        is_told = "worker process has died" in str(self.error)
+        return time.monotonic() - self.since >= (DEATH_STANDS_AFTER_S if is_told else LOSS_TOLD_WITHIN_S)
+
+
 class RayRunner:
     """Works off shards in Ray actors."""
 
@@ -175,6 +194,8 @@ class _Crew:
         self._context, self._dispatcher = context, dispatcher
         self._logs = RunDirectory(context.run_dir).logs_dir
         self._members: dict[int, _Member] = {}
+        self._fallen: list[_Fallen] = []
+        self._nodes_seen = time.monotonic()
         self._waiting_since = time.monotonic()
         # Ray's type hints leave out concurrency groups.
         remote: Any = ray.remote
@@ -190,13 +211,14 @@ class _Crew:
         """Until every shard is done or the run is asked to end."""
         while not self._dispatcher.is_finished and not request:
             for number in range(self._dispatcher.workers):
-                wanted = len(self._members) < self._dispatcher.unassigned + self._busy()
+                wanted = len(self._members) < self._dispatcher.unassigned + self._busy() + len(self._fallen)
                 if wanted and number not in self._members and self._dispatcher.is_of_use(number):
                     self._hire(number)
             for member in self._members.values():
                 if member.node_id is not None and member.assignment is None:
                     self._give(member)
             self._step()
+            self._book_fallen()
             self._warn_if_pending()
         if request:
             self._wind_up(request)
@@ -227,6 +249,7 @@ class _Crew:
         """Waits a moment for answers and deaths, and acts on them."""
         pending = {reference: member for member in self._members.values() for reference in member.pending}
         if not pending:
+            time.sleep(POLL_S)
             return
         # A worker that is done waits for its next shard: the first answer is acted on at once.
         first, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_S)
@@ -275,16 +298,29 @@ class _Crew:
             ray.kill(member.actor, no_restart=True)
 
     def _note_end(self, member: _Member, error: RayError) -> None:
-        """Books a death, unless the machine went away."""
-        shard_id = member.assignment.shard.shard_id if member.assignment is not None else None
-        if _node_is_gone(member, error):
-            if shard_id is not None:
-                self._dispatcher.give_back(shard_id)
-        elif shard_id is not None:
-            self._dispatcher.died(shard_id, _short(error), str(member.log))
-        elif member.node_id is None:
+        """Books a failure to start; a death over a shard is booked once it is known whether the machine went away."""
+        if member.assignment is not None:
+            self._fallen.append(_Fallen(member, error))
+        elif member.node_id is None and not _is_preempted(error):
             others_work = any(each.node_id is not None for each in self._members.values())
             self._dispatcher.start_failed(member.number, _short(error), str(member.log), others_work=others_work)
+
+    def _book_fallen(self) -> None:
+        """Looks once a second which nodes live, and books the deaths that are clear by then."""
+        if not self._fallen or time.monotonic() - self._nodes_seen < POLL_S:
+            return
+        self._nodes_seen = time.monotonic()
+        living = {node["NodeID"] for node in all_nodes() if node["Alive"]}
+        fallen, self._fallen = self._fallen, []
+        for each in fallen:
+            assert each.member.assignment is not None
+            shard_id, log = each.member.assignment.shard.shard_id, str(each.member.log)
+            if _is_preempted(each.error) or each.member.node_id not in living:
+                self._dispatcher.machine_lost(shard_id, log)
+            elif each.is_dead_alone:
+                self._dispatcher.died(shard_id, _short(each.error), log)
+            else:
+                self._fallen.append(each)
 
     def _warn_if_pending(self) -> None:
         if any(member.node_id is not None for member in self._members.values()):
@@ -309,11 +345,8 @@ class _Crew:
         raise InterruptedBySignalError(request.signal_number)
 
 
-def _node_is_gone(member: _Member, error: RayError) -> bool:
-    if isinstance(error, RayActorError) and error.preempted:
-        return True
-    alive = {node["NodeID"] for node in all_nodes() if node["Alive"]}
-    return member.node_id is not None and member.node_id not in alive
+def _is_preempted(error: RayError) -> bool:
+    return isinstance(error, RayActorError) and error.preempted
 
 
 def _short(error: RayError) -> str:

@@ -23,6 +23,9 @@ FAILURES_ALLOWED = 3
 FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
 
+LOSSES_FORGIVEN = 4
+"""Machines lost in a row over one shard without an image done in between; further ones count as deaths."""
+
 STOP_GRACE_S = 300.0
 """How long workers may take to finish and commit what they have in hand once the run is to end."""
 
@@ -64,7 +67,7 @@ class Assignment:
 
     shard: Shard
     attempt: int
-    """From 1; only deaths raise it, and the second is a careful one."""
+    """From 1; deaths raise it, and a second machine lost over the shard; from the second on it is a careful one."""
 
 
 class Dispatcher:
@@ -72,7 +75,8 @@ class Dispatcher:
 
     A death costs the shard an attempt, a careful one from the second on (see `pipeline.journal`). It ends
     the run when workers cannot even start, or when a shard kills its workers without one image being to blame.
-    So attempts are bounded: an image is given up after two deaths, and any other death must follow headway.
+    So attempts are bounded: an image is given up after two deaths, and any other death must follow headway. So must
+    the loss of a machine, after a few of them: an image can take its machine with it.
     A worker that lives but fails shard after shard (its machine does not see the photographs, say) gets no more.
     """
 
@@ -94,6 +98,8 @@ class Dispatcher:
         self._failures: Counter[int] = Counter()
         """In a row, by the worker's number."""
         self._fruitless: Counter[str] = Counter()
+        self._losses: Counter[str] = Counter()
+        """Machines, by shard."""
         self._directory.create()
         for path in self._directory.journal_dir.glob("*.json"):
             # Left by a run whose driver was ended: its workers died with it, whatever they had in hand.
@@ -134,7 +140,7 @@ class Dispatcher:
         reported = self._reported.setdefault(shard_id, set())
         fresh = [outcome for outcome in outcomes if outcome.image_id not in reported]
         if fresh:
-            self._fruitless.pop(shard_id, None)
+            del self._fruitless[shard_id], self._losses[shard_id]
             reported.update(outcome.image_id for outcome in fresh)
             self._on_outcomes(fresh)
 
@@ -155,6 +161,20 @@ class Dispatcher:
         assignment = self._assigned.pop(shard_id)
         Journal(self._directory.journal_dir, shard_id).forgive()
         self._first.appendleft(assignment)
+
+    def machine_lost(self, shard_id: str, log: str) -> None:
+        """The shard's worker went away with its machine: no image's fault, as far as one such loss can tell.
+
+        The next time the shard goes out last, with care, so that it holds up no other and one image is in hand.
+        """
+        self._losses[shard_id] += 1
+        if self._losses[shard_id] == 1:
+            self.give_back(shard_id)
+        elif self._losses[shard_id] <= LOSSES_FORGIVEN:
+            Journal(self._directory.journal_dir, shard_id).forgive()
+            self._retry(shard_id, "its machine was lost", log, is_fruitless=False)
+        else:
+            self.died(shard_id, f"{self._losses[shard_id]} machines were lost over it in a row", log)
 
     def failed(self, number: int, shard_id: str, fault: str, log: str) -> None:
         """The worker of this number lives, but could not go on with its shard (a full disk, for instance).

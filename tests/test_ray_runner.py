@@ -2,6 +2,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ray.exceptions import ActorUnavailableError, RayActorError
 from run_driver import drive
 from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process
 
@@ -20,6 +22,7 @@ from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
+from jobs.runner import Dispatcher
 from pipeline.faults import FAULT, MARKER
 
 MakeRun = Callable[..., TinyRun]
@@ -219,14 +222,38 @@ def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: 
     assert sorted(run.directory.root.rglob("*")) == before
 
 
-def test_a_death_with_its_machine_is_told_from_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.exceptions import ActorDiedError, RayActorError
-
-    monkeypatch.setattr(ray_runner, "all_nodes", lambda: [node(1), node(2, alive=False)])
-    alone, with_machine = (ray_runner._Member(0, None, Path("log"), node_id=each) for each in ("1-0", "2-0"))
-    assert not ray_runner._node_is_gone(alone, ActorDiedError())
-    assert ray_runner._node_is_gone(with_machine, ActorDiedError())
-    assert ray_runner._node_is_gone(alone, RayActorError(preempted=True))
+@pytest.mark.parametrize(
+    ("error", "seconds", "alive", "booked"),
+    [
+        (ActorUnavailableError("socket closed", None), 29.0, True, []),
+        (ActorUnavailableError("socket closed", None), 29.0, False, ["lost"]),
+        (ActorUnavailableError("socket closed", None), 31.0, True, ["died"]),
+        (RayActorError(error_msg="its worker process has died"), 4.0, True, []),
+        (RayActorError(error_msg="its worker process has died"), 4.0, False, ["lost"]),
+        (RayActorError(error_msg="its worker process has died"), 6.0, True, ["died"]),
+        (RayActorError(preempted=True), 1.0, True, ["lost"]),
+    ],
+)
+def test_a_death_with_its_machine_is_told_from_one_alone(
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RayActorError,
+    seconds: float,
+    alive: bool,
+    booked: list[str],
+) -> None:
+    run = make_run(["a.png"])
+    found: list[str] = []
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    monkeypatch.setattr(dispatcher, "died", lambda *_: found.append("died"))
+    monkeypatch.setattr(dispatcher, "machine_lost", lambda *_: found.append("lost"))
+    monkeypatch.setattr(ray_runner, "all_nodes", lambda: [node(1), node(2, alive=alive)])
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    crew._note_end(ray_runner._Member(0, None, Path("log"), node_id="2-0", assignment=dispatcher.take()), error)
+    later = time.monotonic() + seconds
+    monkeypatch.setattr(ray_runner.time, "monotonic", lambda: later)
+    crew._book_fallen()
+    assert found == booked
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])

@@ -63,6 +63,37 @@ def test_a_lost_machine_blames_no_image(run: TinyRun) -> None:
     assert Journal(run.directory.journal_dir, "s000").count_death() is None
 
 
+def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_count_as_deaths(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    taken, blamed = [], []
+    for _ in range(5):
+        assignment = dispatcher.take()
+        assert assignment is not None
+        if assignment.shard.shard_id == "s001":
+            taken.append("s001")
+            dispatcher.done(0, "s001")
+            assignment = dispatcher.take()
+            assert assignment is not None
+        taken.append(f"{assignment.shard.shard_id}, attempt {assignment.attempt}")
+        Journal(run.directory.journal_dir, "s000").begin("takes its machine with it")
+        dispatcher.machine_lost("s000", "log")
+        blamed.append(Journal(run.directory.journal_dir, "s000").has_in_flight)
+    assert taken[:4] == ["s000, attempt 1", "s000, attempt 1", "s001", "s000, attempt 2"]
+    assert blamed == [False, False, False, False, True]
+
+
+def test_machines_lost_over_a_shard_that_gets_on_count_for_nothing(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
+    attempts = []
+    for ref in run.shards[0].images:
+        assignment = dispatcher.take()
+        assert assignment is not None
+        attempts.append(assignment.attempt)
+        dispatcher.report("s000", [row(run, ref, "s000")])
+        dispatcher.machine_lost("s000", "log")
+    assert attempts == [1, 1]
+
+
 def test_what_an_ended_run_had_in_hand_is_not_blamed(run: TinyRun) -> None:
     Journal(run.directory.journal_dir, "s000").begin("a")
     Dispatcher(run.shards, run.context, lambda rows: None)
