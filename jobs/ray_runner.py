@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from jobs.errors import InterruptedBySignalError
 from jobs.ray_cluster import Needs, all_nodes, connected, gpu_bytes, measure_room
@@ -197,6 +197,7 @@ class _Crew:
         self._fallen: list[_Fallen] = []
         self._nodes_seen = time.monotonic()
         self._waiting_since = time.monotonic()
+        self._no_hiring_before = 0.0
         # Ray's type hints leave out concurrency groups.
         remote: Any = ray.remote
         self._actor_class = remote(
@@ -210,10 +211,7 @@ class _Crew:
     def work(self, request: StopRequest) -> None:
         """Until every shard is done or the run is asked to end."""
         while not self._dispatcher.is_finished and not request:
-            for number in range(self._dispatcher.workers):
-                wanted = len(self._members) < self._dispatcher.unassigned + self._busy() + len(self._fallen)
-                if wanted and number not in self._members and self._dispatcher.is_of_use(number):
-                    self._hire(number)
+            self._hire_as_wanted()
             for member in self._members.values():
                 if member.node_id is not None and member.assignment is None:
                     self._give(member)
@@ -231,6 +229,18 @@ class _Crew:
 
     def _busy(self) -> int:
         return sum(member.assignment is not None for member in self._members.values())
+
+    def _hire_as_wanted(self) -> None:
+        if time.monotonic() < self._no_hiring_before:
+            return
+        crew = min(self._dispatcher.workers, self._dispatcher.unassigned + self._busy() + len(self._fallen))
+        wanted = crew - len(self._members)
+        for number in range(self._dispatcher.workers):
+            if wanted <= 0:
+                break
+            if number not in self._members and self._dispatcher.is_of_use(number):
+                self._hire(number)
+                wanted -= 1
 
     def _hire(self, number: int) -> None:
         log = self._logs / f"worker-{number}.log"
@@ -301,7 +311,10 @@ class _Crew:
         """Books a failure to start; a death over a shard is booked once it is known whether the machine went away."""
         if member.assignment is not None:
             self._fallen.append(_Fallen(member, error))
-        elif member.node_id is None and not _is_preempted(error):
+        elif member.node_id is None and _is_of_machine(error):
+            # Ray may give another worker to a lost machine that it still lists as living: no haste with the next one.
+            self._no_hiring_before = time.monotonic() + POLL_S
+        elif member.node_id is None:
             others_work = any(each.node_id is not None for each in self._members.values())
             self._dispatcher.start_failed(member.number, _short(error), str(member.log), others_work=others_work)
 
@@ -349,8 +362,13 @@ def _is_preempted(error: RayError) -> bool:
     return isinstance(error, RayActorError) and error.preempted
 
 
+def _is_of_machine(error: RayError) -> bool:
+    """Whether a worker that was not ready yet went away with its machine, and did not fail to start."""
+    return isinstance(error, ActorUnavailableError) or _is_preempted(error) or "its node has died" in str(error)
+
+
 def _short(error: RayError) -> str:
     """The telling line of Ray's many: the exception of an actor's start, or how its process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith("The actor is dead because")]
+    telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because its"))]
     return (telling or lines[-1:] or [type(error).__name__])[0][:300]

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,57 @@ def test_a_death_with_its_machine_is_told_from_one_alone(
     monkeypatch.setattr(ray_runner.time, "monotonic", lambda: later)
     crew._book_fallen()
     assert found == booked
+
+
+NODE_DIED = """The actor died unexpectedly before finishing this task.
+    class_name: WorkerActor
+    The actor died because its node has died. Node Id: 42e385
+    The actor never ran - it was cancelled before it started running."""
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_the_run"),
+    [
+        (RayActorError(error_msg=NODE_DIED), False),
+        (ActorUnavailableError("socket closed", None), False),
+        (RayActorError(preempted=True), False),
+        (RayActorError(error_msg="The actor is dead because its worker process has died"), True),
+    ],
+)
+def test_workers_that_are_put_on_a_lost_machine_have_not_failed_to_start(
+    make_run: MakeRun, error: RayActorError, ends_the_run: bool
+) -> None:
+    run = make_run(["a.png"])
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    with pytest.raises(RunError, match=r"3 workers in a row.*worker process") if ends_the_run else nullcontext():
+        for _ in range(3):
+            crew._note_end(ray_runner._Member(0, None, Path("log")), error)
+    assert dispatcher.is_of_use(0) != ends_the_run
+
+
+def test_the_line_that_tells_of_a_lost_machine_is_picked() -> None:
+    assert ray_runner._short(RayActorError(error_msg=NODE_DIED)).startswith("The actor died because its node has died")
+
+
+def test_no_more_workers_are_asked_for_than_there_is_work_and_room_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([f"{number}.png" for number in range(4)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=9)
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    monkeypatch.setattr(crew, "_hire", lambda n: crew._members.update({n: ray_runner._Member(n, None, Path("log"))}))
+    crew._hire_as_wanted()
+    assert sorted(crew._members) == [0, 1, 2, 3]
+    fallen = crew._members.pop(2)
+    fallen.assignment = dispatcher.take()
+    crew._note_end(fallen, RayActorError())
+    crew._hire_as_wanted()
+    assert sorted(crew._members) == [0, 1, 2, 3], "the one that stands in loads while it is found out how this one fell"
+    dispatcher.workers = 3
+    del crew._members[0], crew._members[1]
+    crew._hire_as_wanted()
+    assert sorted(crew._members) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
