@@ -329,9 +329,9 @@ class _Crew:
             assert each.member.assignment is not None
             shard_id, log = each.member.assignment.shard.shard_id, str(each.member.log)
             if _is_preempted(each.error) or each.member.node_id not in living:
-                self._dispatcher.machine_lost(shard_id, log)
+                self._dispatcher.machine_lost(each.member.number, shard_id, log)
             elif each.is_dead_alone:
-                self._dispatcher.died(shard_id, _short(each.error), log)
+                self._dispatcher.died(each.member.number, shard_id, _short(each.error), log)
             else:
                 self._fallen.append(each)
 
