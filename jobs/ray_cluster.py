@@ -55,7 +55,8 @@ def measure_room(
         nodes: as from `ray.nodes()`.
         device: `cpu` or `cuda`.
         threads: CPUs that a worker can use.
-        gpu_bytes: memory of a GPU; several workers get one if there is enough of it, and CPUs for each.
+        gpu_bytes: memory of a GPU; several workers get one if there is enough of it, and CPUs for each. Nodes with
+            fewer CPUs than GPUs have no say in their number.
         least_bytes: of it that each of them needs.
         wanted: workers at most; they share only what there are too few of for them.
 
@@ -65,10 +66,11 @@ def measure_room(
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
     if device == "cuda":
-        share = min((cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu), default=threads)
+        fit = [(cpu, gpu) for cpu, gpu in zip(cpus, gpus, strict=True) if 0 < gpu <= cpu]
+        share = min((cpu // gpu for cpu, gpu in fit), default=1 if any(gpus) else threads)
         sharers = workers_per_gpu(share, gpu_bytes, least_bytes=least_bytes)
-        if wanted is not None and any(gpus):
-            sharers = min(sharers, max(1, -(-wanted // sum(gpus))))
+        if wanted is not None and fit:
+            sharers = min(sharers, max(1, -(-wanted // sum(gpu for _, gpu in fit))))
         needs = Needs(cpus=max(1, min(threads, share // sharers)), on_gpu=True, sharers=sharers)
     else:
         most = max([1, *(cpu // threads for cpu in cpus)])

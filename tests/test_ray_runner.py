@@ -51,6 +51,9 @@ def test_room_is_counted_node_by_node() -> None:
         ([node(16, 1)], 0, 99, (Needs(cpus=16, on_gpu=True), 1), 1.0),
         ([node(64, 4)], 80, 4, (Needs(cpus=16, on_gpu=True), 4), 1.0),
         ([node(64, 4)], 80, 5, (Needs(cpus=8, on_gpu=True, sharers=2), 8), 0.5),
+        ([node(0, 1), node(64, 4)], 80, 99, (Needs(cpus=3, on_gpu=True, sharers=5), 20), 0.2),
+        ([node(0, 1), node(64, 4)], 80, 5, (Needs(cpus=8, on_gpu=True, sharers=2), 8), 0.5),
+        ([node(1, 2)], 80, 99, (Needs(cpus=1, on_gpu=True), 1), 1.0),
     ],
 )
 def test_workers_share_a_gpu_that_has_cpus_and_memory_for_several_if_there_are_more_than_gpus(
@@ -79,6 +82,7 @@ def test_a_cluster_without_a_gpu_that_answers_tells_of_no_memory(
     ("nodes", "device", "missing"),
     [
         ([node(1), node(1)], "cpu", "needs 2 CPUs on one node.*1 CPUs and 0 GPUs, 1 CPUs and 0 GPUs"),
+        ([node(0, 1)], "cuda", "needs 1 CPU and 1 GPU on one node.*0 CPUs and 1 GPUs"),
         ([node(8)], "cuda", "needs 2 CPUs and 1 GPU on one node.*8 CPUs and 0 GPUs"),
         ([node(8, alive=False)], "cpu", "has: no node"),
     ],
