@@ -4,8 +4,10 @@ import logging
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from jobs.errors import RunError, UsageError
 from jobs.runner import workers_per_gpu
 
 START_TRIES = 3
-ANSWER_WITHIN_S = 10.0
+ANSWER_WITHIN_S, HEAD_ANSWER_WITHIN_S = 10.0, 30.0
 GPU_ANSWER_WITHIN_S = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Only rows cross it."""
@@ -114,7 +116,10 @@ def all_nodes() -> list[dict[str, Any]]:
 
 @contextmanager
 def connected(address: str | None, *, threads: int) -> Iterator[None]:
-    """A connection to a cluster: the one this process already has, the one at `address`, or one started here."""
+    """A connection to a cluster: the one this process already has, the one at `address`, or one started here.
+
+    While it is open, what is printed goes to stderr: Ray prints deaths to stdout, which is for a command's result.
+    """
     if ray.is_initialized():
         yield
         return
@@ -130,15 +135,29 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT: Ray would try for more than ten minutes, deaf to signals."""
+    """Raises OSError where no Ray head listens at HOST:PORT: Ray would try for minutes, deaf to signals."""
     if place := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address):
         socket.create_connection((place[1], int(place[2])), timeout=ANSWER_WITHIN_S).close()
+        ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+        # In a process of its own, since Ray ends the one that waits for an answer in vain.
+        command = [sys.executable, "-c", ask, address]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, cwd=os.sep, timeout=HEAD_ANSWER_WITHIN_S)
+            fault = asked.stderr.strip().rpartition("\n")[2] if asked.returncode else ""
+        except subprocess.TimeoutExpired:
+            fault = f"RpcError: no word in {HEAD_ANSWER_WITHIN_S:.0f} s"
+        if "RpcError" in fault:  # any other is told better by `ray.init`
+            raise OSError(
+                f"something else than a Ray head answers there ({fault}); "
+                "the head's port is usually 6379, and 10001 needs ray://"
+            )
 
 
 def _nothing_to_import() -> chdir[str]:

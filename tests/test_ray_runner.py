@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 from ray.exceptions import ActorUnavailableError, RayActorError
 from run_driver import drive
@@ -320,6 +321,31 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest
     monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
     with pytest.raises(UsageError, match=r"no Ray cluster answers at .*:"), connected(f"{host}:{port}", threads=1):
         pass
+
+
+def test_an_address_where_something_else_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(ray_cluster_module, "HEAD_ANSWER_WITHIN_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UsageError, match=r"something else than a Ray head.*6379"), connected(address, threads=1):
+            pass
+
+
+def test_a_ray_head_answers(ray_cluster: None) -> None:
+    ray_cluster_module._check_answers(ray.get_runtime_context().gcs_address)
+
+
+def test_what_ray_prints_is_not_taken_for_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, answer in (("is_initialized", False), ("init", None), ("shutdown", None)):
+        monkeypatch.setattr(ray_cluster_module.ray, name, lambda answer=answer, **_: answer)
+    with connected("auto", threads=1):
+        print("(raylet) A worker died or was killed")
+    print("the result")
+    assert capsys.readouterr() == ("the result\n", "(raylet) A worker died or was killed\n")
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
