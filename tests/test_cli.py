@@ -30,6 +30,7 @@ from models.memory import bytes_needed
 from models.weights import load_checkpoint, save_checkpoint
 from pipeline.faults import FAULT
 from pipeline.sink import RunDirectory, read_manifest
+from pipeline.source import local_path
 
 runner = CliRunner()
 
@@ -79,6 +80,19 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     )
     command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
     subprocess.run(command, check=True)
+
+
+def test_what_had_gone_before_the_call_is_told_from_what_a_worker_does_not_see(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    options = RestoreOptions(model=weights[1], classifier=weights[3])
+    planned = prepare(photographs, tmp_path / "out", options)
+    gone = next(image for shard in planned.left for image in shard.images)
+    local_path(gone.uri).unlink()
+    left = prepare(photographs, tmp_path / "out", options).left
+    unseen = [image.image_id for shard in left for image in shard.images if image.modified is None]
+    assert unseen == [gone.image_id]
+    assert left.image_count == planned.left.image_count
 
 
 def test_workers_that_share_a_gpu_have_memory_for_large_photographs(
