@@ -390,6 +390,8 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
     if target in source.parents:
         raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
+    if "runtime_resources/working_dir_files/" in f"{target}/":
+        raise UsageError(f"OUT {out} lies in a folder that Ray removes after the job; give absolute paths")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
 

@@ -82,6 +82,18 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     subprocess.run(command, check=True)
 
 
+def test_results_are_not_left_in_the_working_directory_of_a_ray_job(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    code, _, stderr = restore(photographs, Path("OUT"), weights)
+    assert code == 2
+    assert "OUT lies in a folder that Ray removes after the job; give absolute paths" in stderr
+    assert list(job.iterdir()) == []
+
+
 def test_what_had_gone_before_the_call_is_told_from_what_a_worker_does_not_see(
     photographs: Path, tmp_path: Path, weights: list[str]
 ) -> None:
