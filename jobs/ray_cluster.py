@@ -1,5 +1,6 @@
 """A Ray cluster to run on: a connection to one, or one of this machine alone; and what it has room for."""
 
+import hashlib
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,6 +24,8 @@ ANSWER_WITHIN_S, HEAD_ANSWER_WITHIN_S = 10.0, 30.0
 GPU_ANSWER_WITHIN_S = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Only rows cross it."""
+
+CODE, PACKAGES = Path(__file__).resolve().parents[1], ("classifier", "jobs", "models", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,28 @@ def measure_room(
             "Start the cluster with more, choose another --device, or use --engine local."
         )
     return needs, room
+
+
+def code_digest() -> str:
+    """128 bits over the sources of the project's packages that this process runs, in hexadecimal.
+
+    Not the version, which stays the same from one change of a checkout to the next.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for package in PACKAGES:
+        for path in sorted((CODE / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(CODE).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def require_code(digest: str) -> None:
+    """Raises RunError if the code here is not what has this digest."""
+    if code_digest() != digest:
+        raise RunError(
+            f"all machines of a run need the same dfpir: on {socket.gethostname()}, the code in {CODE} is not that of "
+            "the submitting machine"
+        )
 
 
 def gpu_bytes() -> int:

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from jobs.errors import InterruptedBySignalError
-from jobs.ray_cluster import Needs, all_nodes, connected, gpu_bytes, measure_room
+from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
 from jobs.runner import (
     STOP_GRACE_S,
     Assignment,
@@ -58,7 +58,10 @@ class _Report:
 class WorkerActor:
     """A worker inside an actor; `outcomes` and `stop` run beside `work`, in a concurrency group of their own."""
 
-    def __init__(self, context: RunContext, worker_id: str, log: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, context: RunContext, worker_id: str, log: str, environment: dict[str, str], code_digest: str
+    ) -> None:
+        require_code(code_digest)
         os.environ.update(environment)
         RunDirectory(context.run_dir).require_run(context.run_id)
         log_to(Path(log))
@@ -193,6 +196,7 @@ class _Crew:
     def __init__(self, context: RunContext, needs: Needs, dispatcher: Dispatcher) -> None:
         self._context, self._dispatcher = context, dispatcher
         self._logs = RunDirectory(context.run_dir).logs_dir
+        self._code_digest = code_digest()
         self._members: dict[int, _Member] = {}
         self._fallen: list[_Fallen] = []
         self._nodes_seen = time.monotonic()
@@ -244,7 +248,9 @@ class _Crew:
 
     def _hire(self, number: int) -> None:
         log = self._logs / f"worker-{number}.log"
-        actor = self._actor_class.remote(self._context, f"ray-{number}", str(log), fault_environment())
+        actor = self._actor_class.remote(
+            self._context, f"ray-{number}", str(log), fault_environment(), self._code_digest
+        )
         member = self._members[number] = _Member(number, actor, log)
         member.pending[actor.load.remote()] = "load"
 

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import socket
 import threading
@@ -226,6 +227,31 @@ def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: 
     with pytest.raises(RunError, match="all machines of a run need the same OUT"):
         drive(RayRunner(max_workers=1), run.context, run.shards)
     assert sorted(run.directory.root.rglob("*")) == before
+
+
+def test_a_machine_with_other_code_does_nothing(
+    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(NAMES)
+    monkeypatch.setattr(ray_runner, "code_digest", lambda: "0" * 32)
+    place = re.escape(str(Path(ray_runner.__file__).parents[1]))
+    with pytest.raises(RunError, match=rf"need the same dfpir: on {socket.gethostname()}, the code in {place} is not"):
+        drive(RayRunner(max_workers=1), run.context, run.shards)
+    assert rows_of(run) == {}
+
+
+def test_code_that_differs_in_a_byte_or_a_name_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_cluster_module, "CODE", tmp_path)
+    source = tmp_path / "models" / "tiling.py"
+    source.parent.mkdir()
+    digests = set()
+    for text in ("SIDE = 8", "SIDE = 9"):
+        source.write_text(text)
+        digests.add(ray_cluster_module.code_digest())
+    source.rename(source.with_name("tiles.py"))
+    digests.add(ray_cluster_module.code_digest())
+    assert len(digests) == 3
+    ray_cluster_module.require_code(ray_cluster_module.code_digest())
 
 
 @pytest.mark.parametrize(
