@@ -4,9 +4,11 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -150,6 +152,7 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         yield
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         start_local(cpus=max(os.cpu_count() or 1, threads))
@@ -161,6 +164,9 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
     try:
+        # Ray has put a handler in its place that ends the process without a word.
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         with redirect_stdout(sys.stderr):
             yield
     finally:

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,20 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     )
     command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
     subprocess.run(command, check=True)
+
+
+def test_sigterm_after_the_last_image_is_told_and_the_same_command_sums_up(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.restore.summarise", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        code, _, stderr = restore(photographs, out, weights)
+    assert code == 128 + signal.SIGTERM
+    assert "dfpir: ended by SIGTERM; the same command goes on from here" in stderr
+    assert not (out / "summary.json").exists()
+    assert restore(photographs, out, weights)[0] == 0
+    assert (out / "summary.json").exists()
 
 
 def test_results_are_not_left_in_the_working_directory_of_a_ray_job(

@@ -26,6 +26,7 @@ from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
 from jobs.runner import Dispatcher
+from jobs.signals import sigterm_raises
 from pipeline.faults import FAULT, MARKER
 
 MakeRun = Callable[..., TinyRun]
@@ -372,6 +373,14 @@ def test_what_ray_prints_is_not_taken_for_the_result(
         print("(raylet) A worker died or was killed")
     print("the result")
     assert capsys.readouterr() == ("the result\n", "(raylet) A worker died or was killed\n")
+
+
+def test_ray_takes_no_place_of_the_commands_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    monkeypatch.setattr(ray_cluster_module.ray, "shutdown", lambda: None)
+    with pytest.raises(InterruptedBySignalError), sigterm_raises(), connected("auto", threads=1):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])

@@ -2,15 +2,16 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
 from tiny_runs import TinyRun
 
-from jobs.errors import RunError
+from jobs.errors import InterruptedBySignalError, RunError
 from jobs.runner import Dispatcher, note_traceback
-from jobs.signals import stop_on_signals
+from jobs.signals import sigterm_raises, stop_on_signals
 from pipeline.journal import Journal
 from pipeline.records import ImageRef, Outcome, Shard, Status
 
@@ -289,6 +290,17 @@ def test_the_first_signal_asks_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signal_number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_is_not_taken_for_a_fault_of_what_it_ends() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InterruptedBySignalError, match="ended by SIGTERM"), sigterm_raises():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception:
+            pytest.fail("it was taken for one")
     assert signal.getsignal(signal.SIGTERM) == before
 
 
