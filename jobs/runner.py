@@ -67,7 +67,7 @@ class Assignment:
 
     shard: Shard
     attempt: int
-    """From 1; deaths raise it, and a second machine lost over the shard; from the second on it is a careful one."""
+    """From 1; deaths raise it, and machines lost over the shard after the first; the second is a careful one."""
 
 
 class Dispatcher:
