@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
+from jobs.signals import sigterm_raises
 from jobs.terminal import harmless
 
 app = typer.Typer(
@@ -200,7 +201,7 @@ def restore(
     used; 128 + N ended by signal N.
     """
     given = _given(locals())
-    with _faults_explained():
+    with _faults_explained(), sigterm_raises():
         from jobs import display
         from jobs.config import read_options
         from jobs.progress import ProgressView

@@ -187,7 +187,7 @@ def _note_end(child: _Child, dispatcher: Dispatcher, *, others_work: bool) -> No
     code = child.process.exitcode
     fault = f"{signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     if child.assignment is not None:
-        dispatcher.died(child.assignment.shard.shard_id, fault, str(child.log))
+        dispatcher.died(child.number, child.assignment.shard.shard_id, fault, str(child.log))
     elif not child.is_ready and not child.has_failed:
         dispatcher.start_failed(child.number, fault, str(child.log), others_work=others_work)
 

@@ -1,12 +1,18 @@
 """A Ray cluster to run on: a connection to one, or one of this machine alone; and what it has room for."""
 
+import hashlib
 import logging
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,10 +22,12 @@ from jobs.errors import RunError, UsageError
 from jobs.runner import workers_per_gpu
 
 START_TRIES = 3
-ANSWER_WITHIN_S = 10.0
+ANSWER_WITHIN_S, HEAD_ANSWER_WITHIN_S = 10.0, 30.0
 GPU_ANSWER_WITHIN_S = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Only rows cross it."""
+
+CODE, PACKAGES = Path(__file__).resolve().parents[1], ("classifier", "jobs", "models", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ def measure_room(
         nodes: as from `ray.nodes()`.
         device: `cpu` or `cuda`.
         threads: CPUs that a worker can use.
-        gpu_bytes: memory of a GPU; several workers get one if there is enough of it, and CPUs for each.
+        gpu_bytes: memory of a GPU; several workers get one if there is enough of it, and CPUs for each. Nodes with
+            fewer CPUs than GPUs have no say in their number.
         least_bytes: of it that each of them needs.
         wanted: workers at most; they share only what there are too few of for them.
 
@@ -65,10 +74,11 @@ def measure_room(
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = ([int(each.get(name, 0)) for each in resources] for name in ("CPU", "GPU"))
     if device == "cuda":
-        share = min((cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu), default=threads)
+        fit = [(cpu, gpu) for cpu, gpu in zip(cpus, gpus, strict=True) if 0 < gpu <= cpu]
+        share = min((cpu // gpu for cpu, gpu in fit), default=1 if any(gpus) else threads)
         sharers = workers_per_gpu(share, gpu_bytes, least_bytes=least_bytes)
-        if wanted is not None and any(gpus):
-            sharers = min(sharers, max(1, -(-wanted // sum(gpus))))
+        if wanted is not None and fit:
+            sharers = min(sharers, max(1, -(-wanted // sum(gpu for _, gpu in fit))))
         needs = Needs(cpus=max(1, min(threads, share // sharers)), on_gpu=True, sharers=sharers)
     else:
         most = max([1, *(cpu // threads for cpu in cpus)])
@@ -84,6 +94,28 @@ def measure_room(
             "Start the cluster with more, choose another --device, or use --engine local."
         )
     return needs, room
+
+
+def code_digest() -> str:
+    """128 bits over the sources of the project's packages that this process runs, in hexadecimal.
+
+    Not the version, which stays the same from one change of a checkout to the next.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for package in PACKAGES:
+        for path in sorted((CODE / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(CODE).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def require_code(digest: str) -> None:
+    """Raises RunError if the code here is not what has this digest."""
+    if code_digest() != digest:
+        raise RunError(
+            f"all machines of a run need the same dfpir: on {socket.gethostname()}, the code in {CODE} is not that of "
+            "the submitting machine"
+        )
 
 
 def gpu_bytes() -> int:
@@ -112,11 +144,15 @@ def all_nodes() -> list[dict[str, Any]]:
 
 @contextmanager
 def connected(address: str | None, *, threads: int) -> Iterator[None]:
-    """A connection to a cluster: the one this process already has, the one at `address`, or one started here."""
+    """A connection to a cluster: the one this process already has, the one at `address`, or one started here.
+
+    While it is open, what is printed goes to stderr: Ray prints deaths to stdout, which is for a command's result.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         start_local(cpus=max(os.cpu_count() or 1, threads))
@@ -128,15 +164,32 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
     try:
-        yield
+        # Ray has put a handler in its place that ends the process without a word.
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT: Ray would try for more than ten minutes, deaf to signals."""
+    """Raises OSError where no Ray head listens at HOST:PORT: Ray would try for minutes, deaf to signals."""
     if place := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address):
         socket.create_connection((place[1], int(place[2])), timeout=ANSWER_WITHIN_S).close()
+        ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+        # In a process of its own, since Ray ends the one that waits for an answer in vain.
+        command = [sys.executable, "-c", ask, address]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, cwd=os.sep, timeout=HEAD_ANSWER_WITHIN_S)
+            fault = asked.stderr.strip().rpartition("\n")[2] if asked.returncode else ""
+        except subprocess.TimeoutExpired:
+            fault = f"RpcError: no word in {HEAD_ANSWER_WITHIN_S:.0f} s"
+        if "RpcError" in fault:  # any other is told better by `ray.init`
+            raise OSError(
+                f"something else than a Ray head answers there ({fault}); "
+                "the head's port is usually 6379, and 10001 needs ray://"
+            )
 
 
 def _nothing_to_import() -> chdir[str]:

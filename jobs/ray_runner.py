@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from jobs.errors import InterruptedBySignalError
-from jobs.ray_cluster import Needs, all_nodes, connected, gpu_bytes, measure_room
+from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
 from jobs.runner import (
     STOP_GRACE_S,
     Assignment,
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 PENDING_WARNING_S = 60.0
 
+LOSS_TOLD_WITHIN_S, DEATH_STANDS_AFTER_S = 30.0, 5.0
+"""How long a dead worker's node may still be listed as living: Ray notices within about 10 s that a machine is lost,
+and tells sooner of a process that died alone."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +58,10 @@ class _Report:
 class WorkerActor:
     """A worker inside an actor; `outcomes` and `stop` run beside `work`, in a concurrency group of their own."""
 
-    def __init__(self, context: RunContext, worker_id: str, log: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, context: RunContext, worker_id: str, log: str, environment: dict[str, str], code_digest: str
+    ) -> None:
+        require_code(code_digest)
         os.environ.update(environment)
         RunDirectory(context.run_dir).require_run(context.run_id)
         log_to(Path(log))
@@ -136,6 +143,21 @@ class _Member:
     """Calls under way, by object reference."""
 
 
+@dataclass(frozen=True)
+class _Fallen:
+    """A worker that died over a shard, until it is known whether its node did."""
+
+    member: _Member
+    error: RayError
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_dead_alone(self) -> bool:
+        """Whether its node has been listed as living for long enough."""
+        is_told = "worker process has died" in str(self.error)
+        return time.monotonic() - self.since >= (DEATH_STANDS_AFTER_S if is_told else LOSS_TOLD_WITHIN_S)
+
+
 class RayRunner:
     """Works off shards in Ray actors."""
 
@@ -174,8 +196,12 @@ class _Crew:
     def __init__(self, context: RunContext, needs: Needs, dispatcher: Dispatcher) -> None:
         self._context, self._dispatcher = context, dispatcher
         self._logs = RunDirectory(context.run_dir).logs_dir
+        self._code_digest = code_digest()
         self._members: dict[int, _Member] = {}
+        self._fallen: list[_Fallen] = []
+        self._nodes_seen = time.monotonic()
         self._waiting_since = time.monotonic()
+        self._no_hiring_before = 0.0
         # Ray's type hints leave out concurrency groups.
         remote: Any = ray.remote
         self._actor_class = remote(
@@ -189,14 +215,12 @@ class _Crew:
     def work(self, request: StopRequest) -> None:
         """Until every shard is done or the run is asked to end."""
         while not self._dispatcher.is_finished and not request:
-            for number in range(self._dispatcher.workers):
-                wanted = len(self._members) < self._dispatcher.unassigned + self._busy()
-                if wanted and number not in self._members and self._dispatcher.is_of_use(number):
-                    self._hire(number)
+            self._hire_as_wanted()
             for member in self._members.values():
                 if member.node_id is not None and member.assignment is None:
                     self._give(member)
             self._step()
+            self._book_fallen()
             self._warn_if_pending()
         if request:
             self._wind_up(request)
@@ -210,9 +234,23 @@ class _Crew:
     def _busy(self) -> int:
         return sum(member.assignment is not None for member in self._members.values())
 
+    def _hire_as_wanted(self) -> None:
+        if time.monotonic() < self._no_hiring_before:
+            return
+        crew = min(self._dispatcher.workers, self._dispatcher.unassigned + self._busy() + len(self._fallen))
+        wanted = crew - len(self._members)
+        for number in range(self._dispatcher.workers):
+            if wanted <= 0:
+                break
+            if number not in self._members and self._dispatcher.is_of_use(number):
+                self._hire(number)
+                wanted -= 1
+
     def _hire(self, number: int) -> None:
         log = self._logs / f"worker-{number}.log"
-        actor = self._actor_class.remote(self._context, f"ray-{number}", str(log), fault_environment())
+        actor = self._actor_class.remote(
+            self._context, f"ray-{number}", str(log), fault_environment(), self._code_digest
+        )
         member = self._members[number] = _Member(number, actor, log)
         member.pending[actor.load.remote()] = "load"
 
@@ -227,6 +265,7 @@ class _Crew:
         """Waits a moment for answers and deaths, and acts on them."""
         pending = {reference: member for member in self._members.values() for reference in member.pending}
         if not pending:
+            time.sleep(POLL_S)
             return
         # A worker that is done waits for its next shard: the first answer is acted on at once.
         first, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_S)
@@ -275,16 +314,32 @@ class _Crew:
             ray.kill(member.actor, no_restart=True)
 
     def _note_end(self, member: _Member, error: RayError) -> None:
-        """Books a death, unless the machine went away."""
-        shard_id = member.assignment.shard.shard_id if member.assignment is not None else None
-        if _node_is_gone(member, error):
-            if shard_id is not None:
-                self._dispatcher.give_back(shard_id)
-        elif shard_id is not None:
-            self._dispatcher.died(shard_id, _short(error), str(member.log))
+        """Books a failure to start; a death over a shard is booked once it is known whether the machine went away."""
+        if member.assignment is not None:
+            self._fallen.append(_Fallen(member, error))
+        elif member.node_id is None and _is_of_machine(error):
+            # Ray may give another worker to a lost machine that it still lists as living: no haste with the next one.
+            self._no_hiring_before = time.monotonic() + POLL_S
         elif member.node_id is None:
             others_work = any(each.node_id is not None for each in self._members.values())
             self._dispatcher.start_failed(member.number, _short(error), str(member.log), others_work=others_work)
+
+    def _book_fallen(self) -> None:
+        """Looks once a second which nodes live, and books the deaths that are clear by then."""
+        if not self._fallen or time.monotonic() - self._nodes_seen < POLL_S:
+            return
+        self._nodes_seen = time.monotonic()
+        living = {node["NodeID"] for node in all_nodes() if node["Alive"]}
+        fallen, self._fallen = self._fallen, []
+        for each in fallen:
+            assert each.member.assignment is not None
+            shard_id, log = each.member.assignment.shard.shard_id, str(each.member.log)
+            if _is_preempted(each.error) or each.member.node_id not in living:
+                self._dispatcher.machine_lost(each.member.number, shard_id, log)
+            elif each.is_dead_alone:
+                self._dispatcher.died(each.member.number, shard_id, _short(each.error), log)
+            else:
+                self._fallen.append(each)
 
     def _warn_if_pending(self) -> None:
         if any(member.node_id is not None for member in self._members.values()):
@@ -309,15 +364,17 @@ class _Crew:
         raise InterruptedBySignalError(request.signal_number)
 
 
-def _node_is_gone(member: _Member, error: RayError) -> bool:
-    if isinstance(error, RayActorError) and error.preempted:
-        return True
-    alive = {node["NodeID"] for node in all_nodes() if node["Alive"]}
-    return member.node_id is not None and member.node_id not in alive
+def _is_preempted(error: RayError) -> bool:
+    return isinstance(error, RayActorError) and error.preempted
+
+
+def _is_of_machine(error: RayError) -> bool:
+    """Whether a worker that was not ready yet went away with its machine, and did not fail to start."""
+    return isinstance(error, ActorUnavailableError) or _is_preempted(error) or "its node has died" in str(error)
 
 
 def _short(error: RayError) -> str:
     """The telling line of Ray's many: the exception of an actor's start, or how its process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith("The actor is dead because")]
+    telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because its"))]
     return (telling or lines[-1:] or [type(error).__name__])[0][:300]

@@ -159,10 +159,13 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         again = rows.filter(fruitless) if options.retry_failed else None
         changes = update_plan(out, listing, limit=options.limit, again=again)
         ignored, unreadable_directories = listing.ignored, listing.unreadable_directories
+        present = listing.table["image_id"].filter(pc.is_valid(listing.table["modified"])) if changes.vanished else None
         del listing  # as large as the plan
         pa.default_memory_pool().release_unused()
         shards = load_plan(out)
         left = shards.without(rows)
+        if present is not None:
+            left = left.seen(present)  # a worker that misses others has lost sight of the source
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
     context = replace(context, reserved=reserved_names(shards.table["relative_path"]))
@@ -387,6 +390,8 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
     if target in source.parents:
         raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
+    if "runtime_resources/working_dir_files/" in f"{target}/":
+        raise UsageError(f"OUT {out} lies in a folder that Ray removes after the job; give absolute paths")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
 

@@ -18,10 +18,13 @@ from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
 FAILURES_ALLOWED = 3
-"""Of one worker in a row: ends before it is ready, and shards that it could not go on with."""
+"""Of one worker in a row: ends before it is ready, shards that it could not go on with, deaths over shards."""
 
 FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
+
+LOSSES_FORGIVEN = 4
+"""Machines lost in a row over one shard without an image done in between; further ones count as deaths."""
 
 STOP_GRACE_S = 300.0
 """How long workers may take to finish and commit what they have in hand once the run is to end."""
@@ -64,7 +67,7 @@ class Assignment:
 
     shard: Shard
     attempt: int
-    """From 1; only deaths raise it, and the second is a careful one."""
+    """From 1; deaths raise it, and machines lost over the shard after the first; the second is a careful one."""
 
 
 class Dispatcher:
@@ -72,8 +75,10 @@ class Dispatcher:
 
     A death costs the shard an attempt, a careful one from the second on (see `pipeline.journal`). It ends
     the run when workers cannot even start, or when a shard kills its workers without one image being to blame.
-    So attempts are bounded: an image is given up after two deaths, and any other death must follow headway.
-    A worker that lives but fails shard after shard (its machine does not see the photographs, say) gets no more.
+    So attempts are bounded: an image is given up after two deaths, and any other death must follow headway. So must
+    the loss of a machine, after a few of them: an image can take its machine with it.
+    A worker that fails shard after shard (its machine does not see the photographs, or every process there dies) gets
+    no more. The last one left may die as often as its shards have it.
     """
 
     def __init__(
@@ -92,8 +97,12 @@ class Dispatcher:
         """Ids of the images that are done, by shard; of shards that are not done."""
         self._done: set[str] = set()
         self._failures: Counter[int] = Counter()
-        """In a row, by the worker's number."""
+        """In a row, by the worker's number: before it was ready, or over a shard that it outlived."""
+        self._deaths: Counter[int] = Counter()
+        """Over shards, by the worker's number, since it was last done with one."""
         self._fruitless: Counter[str] = Counter()
+        self._losses: Counter[str] = Counter()
+        """Machines, by shard."""
         self._directory.create()
         for path in self._directory.journal_dir.glob("*.json"):
             # Left by a run whose driver was ended: its workers died with it, whatever they had in hand.
@@ -134,13 +143,13 @@ class Dispatcher:
         reported = self._reported.setdefault(shard_id, set())
         fresh = [outcome for outcome in outcomes if outcome.image_id not in reported]
         if fresh:
-            self._fruitless.pop(shard_id, None)
+            del self._fruitless[shard_id], self._losses[shard_id]
             reported.update(outcome.image_id for outcome in fresh)
             self._on_outcomes(fresh)
 
     def done(self, number: int, shard_id: str) -> None:
         """The worker of this number has committed a row for each image of its shard."""
-        del self._failures[number]
+        del self._failures[number], self._deaths[number]
         shard = self._assigned.pop(shard_id).shard
         if any(ref.image_id not in self._reported.get(shard_id, ()) for ref in shard.images):
             # Committed by a worker that died before it could tell.
@@ -156,20 +165,37 @@ class Dispatcher:
         Journal(self._directory.journal_dir, shard_id).forgive()
         self._first.appendleft(assignment)
 
+    def machine_lost(self, number: int, shard_id: str, log: str) -> None:
+        """The shard's worker went away with its machine: no image's fault, as far as one such loss can tell.
+
+        The next time the shard goes out last, with care, so that it holds up no other and one image is in hand.
+        """
+        self._losses[shard_id] += 1
+        if self._losses[shard_id] == 1:
+            self.give_back(shard_id)
+        elif self._losses[shard_id] <= LOSSES_FORGIVEN:
+            Journal(self._directory.journal_dir, shard_id).forgive()
+            self._retry(shard_id, "its machine was lost", log, is_fruitless=False)
+        else:
+            self.died(number, shard_id, f"{self._losses[shard_id]} machines were lost over it in a row", log)
+
     def failed(self, number: int, shard_id: str, fault: str, log: str) -> None:
         """The worker of this number lives, but could not go on with its shard (a full disk, for instance).
 
         Where others are of use, it is taken for the worker's fault and not for the shard's. Raises RunError when no
         worker is of use any more; `is_of_use` says whether this one is.
         """
-        self._note_failure(number, fault, log)
-        others = any(self.is_of_use(each) for each in range(self.workers) if each != number)
+        self._note_failure(self._failures, number, fault, log)
+        others = self._others_are_of_use(number)
         fault = f"the worker failed over it ({fault})"
         self._retry(shard_id, fault, log, is_fruitless=not others, is_death=False)
         self._require_one_of_use(fault, log)
 
-    def died(self, shard_id: str, fault: str, log: str) -> None:
-        """The worker's process ended while it had the shard."""
+    def died(self, number: int, shard_id: str, fault: str, log: str) -> None:
+        """The process of the worker of this number ended while it had the shard."""
+        _log.warning("worker %d died over shard %s (%s): see %s", number, shard_id, fault, log)
+        if self._others_are_of_use(number):
+            self._note_failure(self._deaths, number, fault, log)
         journal = Journal(self._directory.journal_dir, shard_id)
         self._retry(shard_id, f"its worker died ({fault})", log, is_fruitless=not journal.has_in_flight)
 
@@ -179,7 +205,7 @@ class Dispatcher:
         Raises RunError when that happens again and again and no other worker is ready; otherwise `is_of_use` says when
         it is no longer worth trying.
         """
-        self._note_failure(number, fault, log)
+        self._note_failure(self._failures, number, fault, log)
         failures = sum(count for each, count in self._failures.items() if each == number or self.is_of_use(each))
         if failures >= FAILURES_ALLOWED and not others_work:
             raise _broken_off(f"{failures} workers in a row ended before they could take an image ({fault})", log)
@@ -187,14 +213,17 @@ class Dispatcher:
 
     def is_of_use(self, number: int) -> bool:
         """Whether a worker of this number may be started, or get another shard."""
-        return self._failures[number] < FAILURES_ALLOWED
+        return max(self._failures[number], self._deaths[number]) < FAILURES_ALLOWED
+
+    def _others_are_of_use(self, number: int) -> bool:
+        return any(self.is_of_use(each) for each in range(self.workers) if each != number)
 
     def _require_one_of_use(self, fault: str, log: str) -> None:
         if not any(map(self.is_of_use, range(self.workers))):
             raise _broken_off(f"every worker failed {FAILURES_ALLOWED} times in a row, at last so: {fault}", log)
 
-    def _note_failure(self, number: int, fault: str, log: str) -> None:
-        self._failures[number] += 1
+    def _note_failure(self, counts: Counter[int], number: int, fault: str, log: str) -> None:
+        counts[number] += 1
         if not self.is_of_use(number):
             _log.warning("worker %d failed %d times in a row (%s) and gets no more: see %s",
                          number, FAILURES_ALLOWED, fault, log)  # fmt: skip

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from jobs.errors import InterruptedBySignalError
+
 
 class StopRequest:
     """Whether the run has been asked to end, and by which signal."""
@@ -42,6 +44,29 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _EndedError(BaseException):
+    """Not to be taken for a fault of what was being done."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """While open, SIGTERM ends what is being done and raises InterruptedBySignalError, in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _EndedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except _EndedError:
+        raise InterruptedBySignalError(signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave_interrupts_to_parent(worker: int) -> None:

@@ -26,7 +26,7 @@ FIGURES_OF_RESULT = frozenset(
 
 
 class SourceGoneError(Exception):
-    """The folder of all source images cannot be reached any more."""
+    """The folder of source images cannot be reached any more."""
 
 
 def is_of_machine(error: Exception, stage: Stage) -> bool:

@@ -21,10 +21,11 @@ from pipeline.records import IMAGE_REF_SCHEMA, Shard, to_refs
 from pipeline.sink import PARTIAL_SUFFIX, sync_folder
 from pipeline.source import Listing, local_path
 
-MAX_SHARD_BYTES = 64 * 2**20
+MAX_SHARD_BYTES, MOST_SHARD_BYTES = 64 * 2**20, 2**30
 MAX_SHARD_IMAGES = 64
 MANY_SHARDS = 512
-"""From so many on shards grow instead, to four times as many images: a manifest of many small parts is slow to read."""
+"""From so many on shards grow instead, to four times as many images and 16 times the bytes: a manifest of many small
+parts is slow to list and to read."""
 FEWEST_SHARDS = 8
 """A small job is cut into about as many shards, so that several workers have something to do."""
 FEWEST_IMAGES = 4
@@ -83,6 +84,13 @@ class Shards(Sequence[Shard]):
         """What is left when the images in `done` (columns `image_id` and `revision`) are taken away."""
         return Shards(_where(self.table, pc.invert(pc.is_in(_keys(self.table), _keys(done))))) if done else self
 
+    def seen(self, image_ids: pa.ChunkedArray) -> "Shards":
+        """The same, but that images not among these lose their time, like those that cannot be examined."""
+        is_seen = pc.is_in(self.table["image_id"], image_ids.combine_chunks())
+        times = pc.if_else(is_seen, self.table["modified"], None)
+        column = PLAN_SCHEMA.get_field_index("modified")
+        return Shards(self.table.set_column(column, PLAN_SCHEMA.field(column), times))
+
     def _rows(self, number: int) -> pa.Table:
         return self.table[self._edges[number] : self._edges[number + 1]]
 
@@ -101,19 +109,20 @@ class PlanChanges:
 
 
 def cut_shards(images: pa.Table, *, first_index: int = 0) -> Shards:
-    """Cuts images, in order, into shards of at most 64 MiB (or one larger image) and 64 images (in large jobs 256).
+    """Cuts images, in order, into shards of at most 64 MiB (or one larger image) and 64 images.
 
-    `images` has the columns of `IMAGE_REF_SCHEMA`.
+    In large jobs it is up to 1 GiB and 256 images. `images` has the columns of `IMAGE_REF_SCHEMA`.
     """
     count = images.num_rows
     most_images = min(MAX_SHARD_IMAGES, max(FEWEST_IMAGES, -(-count // FEWEST_SHARDS)))
     most_images = max(most_images, min(4 * MAX_SHARD_IMAGES, count // MANY_SHARDS))
     ends = np.cumsum(images["size_bytes"].to_numpy())
+    most_bytes = max(MAX_SHARD_BYTES, min(MOST_SHARD_BYTES, int(ends[-1]) // MANY_SHARDS)) if count else 0
     edges = [0]
     while edges[-1] < count:
         start = edges[-1]
         before = ends[start - 1] if start else 0
-        fitting = int(np.searchsorted(ends, before + MAX_SHARD_BYTES, side="right"))
+        fitting = int(np.searchsorted(ends, before + most_bytes, side="right"))
         edges.append(min(max(fitting, start + 1), start + most_images, count))
     ids = pa.array([f"{first_index + i:05d}" for i in range(len(edges) - 1)], pa.string())
     column = ids.take(pa.array(np.repeat(np.arange(len(ids)), np.diff(edges))))

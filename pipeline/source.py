@@ -4,7 +4,7 @@ import os
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -273,10 +273,25 @@ def fetch(ref: ImageRef) -> bytes:
         raise ImageFault(Stage.FETCH, "unreadable", f"the file cannot be read: {error.strerror or error}") from error
 
 
-def is_gone(source_root: str) -> bool:
-    """Whether a source has vanished as a whole: an unmounted folder is not there, or empty."""
+def is_gone(source_root: str, missing: ImageRef, shard: Sequence[ImageRef]) -> bool:
+    """Whether an image that is missing went with its source as a whole, or with a part of it.
+
+    A part, since a list has no folder of its own and volumes may be mounted below one, is gone if the image's folder
+    is, and with it every image of its shard that was there when this call began (those have a time).
+    """
+    if _is_unmounted(source_root):
+        return True
+    return (
+        missing.modified is not None
+        and _is_unmounted(local_path(missing.uri).parent)
+        and not any(os.path.lexists(local_path(ref.uri)) for ref in shard if ref.modified is not None)
+    )
+
+
+def _is_unmounted(folder: str | Path) -> bool:
+    """Whether a folder is not there, or empty, as one is that nothing is mounted on."""
     try:
-        with os.scandir(source_root) as entries:
+        with os.scandir(folder) as entries:
             return next(entries, None) is None
     except NotADirectoryError:
         return False  # a list

@@ -4,14 +4,14 @@ Each function leaves a fault as the item's `failed` row and never raises for it;
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from pipeline.faults import fault_point
 from pipeline.images import decode, encode, encoded_format, to_uint8
 from pipeline.item import Item, SourceGoneError
 from pipeline.metrics import change_rmse_255, clipped_fraction, psnr_db, ssim
 from pipeline.outputs import ReferenceIndex, restored_name
-from pipeline.records import Stage
+from pipeline.records import ImageRef, Stage
 from pipeline.run_config import RunConfig
 from pipeline.sink import RunDirectory, Written
 from pipeline.source import fetch, is_gone, local_path
@@ -23,8 +23,8 @@ SUSPICIOUS_CHANGE_255 = 100.0
 """A result is suspicious if it moved by more than this root mean square, on the 0..255 scale."""
 
 
-def load(item: Item, config: RunConfig, *, source_root: str) -> None:
-    """Fetches and decodes. Raises SourceGoneError when no image of the source can be fetched any more."""
+def load(item: Item, config: RunConfig, *, source_root: str, shard: Sequence[ImageRef]) -> None:
+    """Fetches and decodes. Raises SourceGoneError when no image of the source, or of a part, is there any more."""
     with item.stage(Stage.FETCH):
         item.data = fetch(item.ref)
         item.facts.update(source_bytes=len(item.data), source_sha256=hashlib.sha256(item.data).hexdigest())
@@ -33,8 +33,11 @@ def load(item: Item, config: RunConfig, *, source_root: str) -> None:
                 f"the file changed after it was planned: {item.ref.size_bytes:,} bytes then, {len(item.data):,} now"
             )
     if item.has_failed:
-        if is_gone(source_root):
-            raise SourceGoneError(f"the source {source_root} cannot be reached any more, or is empty")
+        if is_gone(source_root, item.ref, shard):
+            raise SourceGoneError(
+                f"the source {source_root} cannot be reached any more, or is empty; or so is the folder of "
+                f"{item.ref.relative_path} in it"
+            )
         return
     with item.stage(Stage.DECODE):
         fault_point("decode", item.ref.relative_path)

@@ -192,7 +192,7 @@ class Worker:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
         with (
             ThreadPoolExecutor(self._threads, "write") as writers,
-            ReadAhead(refs, lambda ref: self._load(ref, base), threads=self._threads, most=self._window) as ahead,
+            ReadAhead(refs, lambda ref: self._load(ref, base, refs), threads=self._threads, most=self._window) as ahead,
         ):
             finishing: deque[_Writing] = deque()
             for window in self._windows(ahead):
@@ -253,7 +253,7 @@ class Worker:
                 ledger.commit()
             journal.begin(ref.image_id)
             try:
-                item = self._load(ref, base)
+                item = self._load(ref, base, refs)
                 for batch in self._prepared_batches([item]):
                     self._restore(batch)
                 self._finish(item)
@@ -263,9 +263,9 @@ class Worker:
                 journal.end()
             ledger.add(item.outcome())
 
-    def _load(self, ref: ImageRef, base: dict[str, Any]) -> Item:
+    def _load(self, ref: ImageRef, base: dict[str, Any], refs: Sequence[ImageRef]) -> Item:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
-        load(item, self._config, source_root=self._context.source_root)
+        load(item, self._config, source_root=self._context.source_root, shard=refs)
         measure_input(item, self._references, self._config)
         if self._threads_look and not item.has_failed:
             self._judge.look(item)

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from models.memory import bytes_needed
 from models.weights import load_checkpoint, save_checkpoint
 from pipeline.faults import FAULT
 from pipeline.sink import RunDirectory, read_manifest
+from pipeline.source import local_path
 
 runner = CliRunner()
 
@@ -79,6 +81,45 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     )
     command = [sys.executable, "-c", code, str(photographs), str(tmp_path / "out"), weights[1], weights[3]]
     subprocess.run(command, check=True)
+
+
+def test_sigterm_after_the_last_image_is_told_and_the_same_command_sums_up(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.restore.summarise", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        code, _, stderr = restore(photographs, out, weights)
+    assert code == 128 + signal.SIGTERM
+    assert "dfpir: ended by SIGTERM; the same command goes on from here" in stderr
+    assert not (out / "summary.json").exists()
+    assert restore(photographs, out, weights)[0] == 0
+    assert (out / "summary.json").exists()
+
+
+def test_results_are_not_left_in_the_working_directory_of_a_ray_job(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    code, _, stderr = restore(photographs, Path("OUT"), weights)
+    assert code == 2
+    assert "OUT lies in a folder that Ray removes after the job; give absolute paths" in stderr
+    assert list(job.iterdir()) == []
+
+
+def test_what_had_gone_before_the_call_is_told_from_what_a_worker_does_not_see(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    options = RestoreOptions(model=weights[1], classifier=weights[3])
+    planned = prepare(photographs, tmp_path / "out", options)
+    gone = next(image for shard in planned.left for image in shard.images)
+    local_path(gone.uri).unlink()
+    left = prepare(photographs, tmp_path / "out", options).left
+    unseen = [image.image_id for shard in left for image in shard.images if image.modified is None]
+    assert unseen == [gone.image_id]
+    assert left.image_count == planned.left.image_count
 
 
 def test_workers_that_share_a_gpu_have_memory_for_large_photographs(

@@ -120,6 +120,15 @@ def test_shard_of_superseded_images_alone_disappears(tmp_path):
     assert [shard.shard_id for shard in load_plan(tmp_path)] == ["00001"]
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "shards"),
+    [(1_000, 30 * 2**20, 500), (4_000, 30 * 2**20, 572), (20_000, 30 * 2**20, 589), (4_000, 2**31, 4_000)],
+)
+def test_shards_of_large_images_grow_with_the_job(count, size, shards):
+    one = table([ref("a.png", size_bytes=size)])
+    assert len(cut_shards(pa.concat_tables([one] * count))) == shards
+
+
 def test_vanished_files_are_reported_and_stay_planned(tmp_path):
     update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     gone = replace(ref("c.png"), size_bytes=0, modified=None)
@@ -128,6 +137,13 @@ def test_vanished_files_are_reported_and_stay_planned(tmp_path):
     assert len(images(load_plan(tmp_path))) == 3
     back = update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
     assert (back.new, back.changed, back.vanished) == (0, 0, 0)
+
+
+def test_images_that_are_not_seen_lose_their_time_alone(tmp_path):
+    update_plan(tmp_path, listing(ref("a.png"), ref("b.png"), ref("c.png")))
+    shards = load_plan(tmp_path)
+    before, after = images(shards), images(shards.seen(pa.chunked_array([[ref("b.png").image_id]])))
+    assert after == [replace(before[0], modified=None), before[1], replace(before[2], modified=None)]
 
 
 def test_a_broken_link_that_is_mended_is_done_again(tmp_path):

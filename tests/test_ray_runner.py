@@ -1,14 +1,19 @@
 import os
+import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
+from ray.exceptions import ActorUnavailableError, RayActorError
 from run_driver import drive
 from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process
 
@@ -20,6 +25,8 @@ from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
+from jobs.runner import Dispatcher
+from jobs.signals import sigterm_raises
 from pipeline.faults import FAULT, MARKER
 
 MakeRun = Callable[..., TinyRun]
@@ -47,6 +54,9 @@ def test_room_is_counted_node_by_node() -> None:
         ([node(16, 1)], 0, 99, (Needs(cpus=16, on_gpu=True), 1), 1.0),
         ([node(64, 4)], 80, 4, (Needs(cpus=16, on_gpu=True), 4), 1.0),
         ([node(64, 4)], 80, 5, (Needs(cpus=8, on_gpu=True, sharers=2), 8), 0.5),
+        ([node(0, 1), node(64, 4)], 80, 99, (Needs(cpus=3, on_gpu=True, sharers=5), 20), 0.2),
+        ([node(0, 1), node(64, 4)], 80, 5, (Needs(cpus=8, on_gpu=True, sharers=2), 8), 0.5),
+        ([node(1, 2)], 80, 99, (Needs(cpus=1, on_gpu=True), 1), 1.0),
     ],
 )
 def test_workers_share_a_gpu_that_has_cpus_and_memory_for_several_if_there_are_more_than_gpus(
@@ -75,6 +85,7 @@ def test_a_cluster_without_a_gpu_that_answers_tells_of_no_memory(
     ("nodes", "device", "missing"),
     [
         ([node(1), node(1)], "cpu", "needs 2 CPUs on one node.*1 CPUs and 0 GPUs, 1 CPUs and 0 GPUs"),
+        ([node(0, 1)], "cuda", "needs 1 CPU and 1 GPU on one node.*0 CPUs and 1 GPUs"),
         ([node(8)], "cuda", "needs 2 CPUs and 1 GPU on one node.*8 CPUs and 0 GPUs"),
         ([node(8, alive=False)], "cpu", "has: no node"),
     ],
@@ -219,14 +230,114 @@ def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: 
     assert sorted(run.directory.root.rglob("*")) == before
 
 
-def test_a_death_with_its_machine_is_told_from_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.exceptions import ActorDiedError, RayActorError
+def test_a_machine_with_other_code_does_nothing(
+    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(NAMES)
+    monkeypatch.setattr(ray_runner, "code_digest", lambda: "0" * 32)
+    place = re.escape(str(Path(ray_runner.__file__).parents[1]))
+    with pytest.raises(RunError, match=rf"need the same dfpir: on {socket.gethostname()}, the code in {place} is not"):
+        drive(RayRunner(max_workers=1), run.context, run.shards)
+    assert rows_of(run) == {}
 
-    monkeypatch.setattr(ray_runner, "all_nodes", lambda: [node(1), node(2, alive=False)])
-    alone, with_machine = (ray_runner._Member(0, None, Path("log"), node_id=each) for each in ("1-0", "2-0"))
-    assert not ray_runner._node_is_gone(alone, ActorDiedError())
-    assert ray_runner._node_is_gone(with_machine, ActorDiedError())
-    assert ray_runner._node_is_gone(alone, RayActorError(preempted=True))
+
+def test_code_that_differs_in_a_byte_or_a_name_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_cluster_module, "CODE", tmp_path)
+    source = tmp_path / "models" / "tiling.py"
+    source.parent.mkdir()
+    digests = set()
+    for text in ("SIDE = 8", "SIDE = 9"):
+        source.write_text(text)
+        digests.add(ray_cluster_module.code_digest())
+    source.rename(source.with_name("tiles.py"))
+    digests.add(ray_cluster_module.code_digest())
+    assert len(digests) == 3
+    ray_cluster_module.require_code(ray_cluster_module.code_digest())
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds", "alive", "booked"),
+    [
+        (ActorUnavailableError("socket closed", None), 29.0, True, []),
+        (ActorUnavailableError("socket closed", None), 29.0, False, ["lost"]),
+        (ActorUnavailableError("socket closed", None), 31.0, True, ["died"]),
+        (RayActorError(error_msg="its worker process has died"), 4.0, True, []),
+        (RayActorError(error_msg="its worker process has died"), 4.0, False, ["lost"]),
+        (RayActorError(error_msg="its worker process has died"), 6.0, True, ["died"]),
+        (RayActorError(preempted=True), 1.0, True, ["lost"]),
+    ],
+)
+def test_a_death_with_its_machine_is_told_from_one_alone(
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RayActorError,
+    seconds: float,
+    alive: bool,
+    booked: list[str],
+) -> None:
+    run = make_run(["a.png"])
+    found: list[str] = []
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    monkeypatch.setattr(dispatcher, "died", lambda *_: found.append("died"))
+    monkeypatch.setattr(dispatcher, "machine_lost", lambda *_: found.append("lost"))
+    monkeypatch.setattr(ray_runner, "all_nodes", lambda: [node(1), node(2, alive=alive)])
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    crew._note_end(ray_runner._Member(0, None, Path("log"), node_id="2-0", assignment=dispatcher.take()), error)
+    later = time.monotonic() + seconds
+    monkeypatch.setattr(ray_runner.time, "monotonic", lambda: later)
+    crew._book_fallen()
+    assert found == booked
+
+
+NODE_DIED = """The actor died unexpectedly before finishing this task.
+    class_name: WorkerActor
+    The actor died because its node has died. Node Id: 42e385
+    The actor never ran - it was cancelled before it started running."""
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_the_run"),
+    [
+        (RayActorError(error_msg=NODE_DIED), False),
+        (ActorUnavailableError("socket closed", None), False),
+        (RayActorError(preempted=True), False),
+        (RayActorError(error_msg="The actor is dead because its worker process has died"), True),
+    ],
+)
+def test_workers_that_are_put_on_a_lost_machine_have_not_failed_to_start(
+    make_run: MakeRun, error: RayActorError, ends_the_run: bool
+) -> None:
+    run = make_run(["a.png"])
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    with pytest.raises(RunError, match=r"3 workers in a row.*worker process") if ends_the_run else nullcontext():
+        for _ in range(3):
+            crew._note_end(ray_runner._Member(0, None, Path("log")), error)
+    assert dispatcher.is_of_use(0) != ends_the_run
+
+
+def test_the_line_that_tells_of_a_lost_machine_is_picked() -> None:
+    assert ray_runner._short(RayActorError(error_msg=NODE_DIED)).startswith("The actor died because its node has died")
+
+
+def test_no_more_workers_are_asked_for_than_there_is_work_and_room_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([f"{number}.png" for number in range(4)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=9)
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    monkeypatch.setattr(crew, "_hire", lambda n: crew._members.update({n: ray_runner._Member(n, None, Path("log"))}))
+    crew._hire_as_wanted()
+    assert sorted(crew._members) == [0, 1, 2, 3]
+    fallen = crew._members.pop(2)
+    fallen.assignment = dispatcher.take()
+    crew._note_end(fallen, RayActorError())
+    crew._hire_as_wanted()
+    assert sorted(crew._members) == [0, 1, 2, 3], "the one that stands in loads while it is found out how this one fell"
+    dispatcher.workers = 3
+    del crew._members[0], crew._members[1]
+    crew._hire_as_wanted()
+    assert sorted(crew._members) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
@@ -237,6 +348,39 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest
     monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
     with pytest.raises(UsageError, match=r"no Ray cluster answers at .*:"), connected(f"{host}:{port}", threads=1):
         pass
+
+
+def test_an_address_where_something_else_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(ray_cluster_module, "HEAD_ANSWER_WITHIN_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UsageError, match=r"something else than a Ray head.*6379"), connected(address, threads=1):
+            pass
+
+
+def test_a_ray_head_answers(ray_cluster: None) -> None:
+    ray_cluster_module._check_answers(ray.get_runtime_context().gcs_address)
+
+
+def test_what_ray_prints_is_not_taken_for_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, answer in (("is_initialized", False), ("init", None), ("shutdown", None)):
+        monkeypatch.setattr(ray_cluster_module.ray, name, lambda answer=answer, **_: answer)
+    with connected("auto", threads=1):
+        print("(raylet) A worker died or was killed")
+    print("the result")
+    assert capsys.readouterr() == ("the result\n", "(raylet) A worker died or was killed\n")
+
+
+def test_ray_takes_no_place_of_the_commands_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    monkeypatch.setattr(ray_cluster_module.ray, "shutdown", lambda: None)
+    with pytest.raises(InterruptedBySignalError), sigterm_raises(), connected("auto", threads=1):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])

@@ -2,15 +2,16 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
 from tiny_runs import TinyRun
 
-from jobs.errors import RunError
+from jobs.errors import InterruptedBySignalError, RunError
 from jobs.runner import Dispatcher, note_traceback
-from jobs.signals import stop_on_signals
+from jobs.signals import sigterm_raises, stop_on_signals
 from pipeline.journal import Journal
 from pipeline.records import ImageRef, Outcome, Shard, Status
 
@@ -45,7 +46,7 @@ def test_shards_go_out_in_order_and_once(run: TinyRun) -> None:
 def test_a_death_makes_the_next_attempt_careful_and_a_lost_machine_does_not(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
     attempts = []
-    for end in (dispatcher.give_back, lambda shard: dispatcher.died(shard, "SIGKILL", "log"), dispatcher.give_back):
+    for end in (dispatcher.give_back, lambda shard: dispatcher.died(0, shard, "SIGKILL", "log"), dispatcher.give_back):
         assignment = dispatcher.take()
         assert assignment is not None
         attempts.append(assignment.attempt)
@@ -61,6 +62,37 @@ def test_a_lost_machine_blames_no_image(run: TinyRun) -> None:
     Journal(run.directory.journal_dir, "s000").begin("a")
     dispatcher.give_back("s000")
     assert Journal(run.directory.journal_dir, "s000").count_death() is None
+
+
+def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_count_as_deaths(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    taken, blamed = [], []
+    for _ in range(5):
+        assignment = dispatcher.take()
+        assert assignment is not None
+        if assignment.shard.shard_id == "s001":
+            taken.append("s001")
+            dispatcher.done(0, "s001")
+            assignment = dispatcher.take()
+            assert assignment is not None
+        taken.append(f"{assignment.shard.shard_id}, attempt {assignment.attempt}")
+        Journal(run.directory.journal_dir, "s000").begin("takes its machine with it")
+        dispatcher.machine_lost(0, "s000", "log")
+        blamed.append(Journal(run.directory.journal_dir, "s000").has_in_flight)
+    assert taken[:4] == ["s000, attempt 1", "s000, attempt 1", "s001", "s000, attempt 2"]
+    assert blamed == [False, False, False, False, True]
+
+
+def test_machines_lost_over_a_shard_that_gets_on_count_for_nothing(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
+    attempts = []
+    for ref in run.shards[0].images:
+        assignment = dispatcher.take()
+        assert assignment is not None
+        attempts.append(assignment.attempt)
+        dispatcher.report("s000", [row(run, ref, "s000")])
+        dispatcher.machine_lost(0, "s000", "log")
+    assert attempts == [1, 1]
 
 
 def test_what_an_ended_run_had_in_hand_is_not_blamed(run: TinyRun) -> None:
@@ -138,6 +170,49 @@ def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on
     assert attempts == [1] * 6, "no image was at fault, so none has to be done with care"
 
 
+def test_a_worker_whose_processes_die_over_shard_after_shard_gets_no_more_and_each_death_is_told(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    for _ in range(3):
+        assert dispatcher.is_of_use(1)
+        assignment = dispatcher.take()
+        assert assignment is not None
+        dispatcher.died(1, assignment.shard.shard_id, "SIGILL", "logs/worker-1.log")
+        dispatcher.worker_ready(1)
+    assert not dispatcher.is_of_use(1)
+    told = [record.getMessage() for record in caplog.records]
+    assert told[:1] == ["worker 1 died over shard s000 (SIGILL): see logs/worker-1.log"]
+    assert told[3:] == ["worker 1 failed 3 times in a row (SIGILL) and gets no more: see logs/worker-1.log"]
+
+
+def test_deaths_with_a_shard_done_in_between_and_those_of_the_last_worker_are_not_the_workers_fault(
+    make_run: MakeRun,
+) -> None:
+    run = make_run([f"{number}.png" for number in range(20)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+
+    def end(number: int, *, dies: bool) -> None:
+        assignment = dispatcher.take()
+        assert assignment is not None
+        if dies:
+            dispatcher.died(number, assignment.shard.shard_id, "SIGKILL", "log")
+        else:
+            dispatcher.done(number, assignment.shard.shard_id)
+
+    for _ in range(3):
+        end(1, dies=True)
+        end(1, dies=False)
+    assert dispatcher.is_of_use(1)
+    for _ in range(3):
+        end(1, dies=True)
+    assert not dispatcher.is_of_use(1)
+    for _ in range(5):
+        end(0, dies=True)
+    assert dispatcher.is_of_use(0)
+
+
 def test_a_worker_that_fails_costs_no_shard_its_attempts_while_others_work(run: TinyRun) -> None:
     """One shard is with another worker, and the failing one gets the same again and again."""
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
@@ -188,9 +263,9 @@ def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) 
             dispatcher.report("s000", [row(run, ref, "s000")])
         if number == 3:
             break
-        dispatcher.died("s000", "SIGKILL", "log")
+        dispatcher.died(0, "s000", "SIGKILL", "log")
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
-        dispatcher.died("s000", "SIGKILL", "log")
+        dispatcher.died(0, "s000", "SIGKILL", "log")
 
 
 def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
@@ -199,7 +274,7 @@ def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
     first, second = (row(run, ref, "s000") for ref in run.shards[0].images)
     dispatcher.take()
     dispatcher.report("s000", [first])
-    dispatcher.died("s000", "SIGKILL", "log")
+    dispatcher.died(0, "s000", "SIGKILL", "log")
     dispatcher.take()
     dispatcher.report("s000", [first])
     run.directory.commit_part("s000", [first, second])
@@ -215,6 +290,17 @@ def test_the_first_signal_asks_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signal_number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_is_not_taken_for_a_fault_of_what_it_ends() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InterruptedBySignalError, match="ended by SIGTERM"), sigterm_raises():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception:
+            pytest.fail("it was taken for one")
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -592,6 +592,54 @@ def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None
     assert {row["status"] for row in work(run).values()} == {"restored"}
 
 
+def listed(tmp_path: Path, names: Sequence[str]) -> TinyRun:
+    """A planned run over a list of photographs in a folder beside it, `volume`."""
+    for name in names:
+        marked(tmp_path / "volume" / name, red(Degradation.RAIN))
+    source = tmp_path / "list.txt"
+    source.write_text("".join(f"volume/{name}\n" for name in names))
+    return plan_run(source, tmp_path / "out", config_of(label="auto"), per_shard=len(names))
+
+
+def test_a_worker_that_does_not_see_the_files_of_a_list_fails_no_image(tmp_path: Path) -> None:
+    run = listed(tmp_path, ["0.png", "1.png", "2.png"])
+    (tmp_path / "volume").rename(tmp_path / "elsewhere")
+    with pytest.raises(SourceGoneError, match=r"the folder of volume/\d\.png"):
+        work(run)
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(SourceGoneError, match="or is empty"):
+        work(run, attempt=2)
+    assert rows_of(run) == {}
+
+
+def test_a_volume_below_the_source_that_is_gone_fails_no_image(tmp_path: Path) -> None:
+    for name in ("a/0.png", "b/1.png", "b/2.png"):
+        marked(tmp_path / "src" / name, red(Degradation.RAIN))
+    run = plan_run(tmp_path / "src", tmp_path / "out", config_of(label="auto"), per_shard=1)
+    for name in ("1.png", "2.png"):
+        (tmp_path / "src" / "b" / name).unlink()
+    with pytest.raises(SourceGoneError, match=r"folder of b/1\.png"):
+        work(run)
+    assert set(rows_of(run)) == {"a/0.png"}
+
+
+def test_photographs_that_are_deleted_fail_alone(tmp_path: Path) -> None:
+    run = listed(tmp_path, ["alone/0.png", "1.png", "2.png"])
+    (tmp_path / "volume" / "alone" / "0.png").unlink()
+    (tmp_path / "volume" / "1.png").unlink()
+    rows = work(run)
+    found = {name: (row["status"], row["error_class"]) for name, row in rows.items()}
+    gone = ("failed", "missing")
+    assert found == {"volume/alone/0.png": gone, "volume/1.png": gone, "volume/2.png": ("restored", None)}
+
+
+def test_photographs_that_had_gone_before_the_call_fail(tmp_path: Path) -> None:
+    run = listed(tmp_path, ["0.png", "1.png"])
+    shards = tuple(replace(s, images=tuple(replace(ref, modified=None) for ref in s.images)) for s in run.shards)
+    (tmp_path / "volume").rename(tmp_path / "elsewhere")
+    assert {row["error_class"] for row in work(replace(run, shards=shards)).values()} == {"missing"}
+
+
 def test_a_lost_gpu_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
