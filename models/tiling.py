@@ -30,22 +30,23 @@ class Span:
 
 
 def overlap_for(tile_px: int, multiple: int) -> int:
-    """Overlap of neighbouring tiles in pixels: a quarter of the tile, at most about 64, a multiple of `multiple`."""
-    return max(multiple, min(tile_px // 4, 64) // multiple * multiple)
+    """Overlap of neighbouring tiles in pixels: an eighth of the tile, at most about 64, a multiple of `multiple`."""
+    return max(multiple, min(tile_px // 8, 64) // multiple * multiple)
 
 
 def spans(length: int, *, tile_px: int, overlap_px: int, multiple: int) -> list[Span]:
-    """Evenly spread stretches that cover an axis, neighbours overlapping by at least `overlap_px`.
+    """As few equal stretches as cover an axis, as short as may be, neighbours overlapping by at least `overlap_px`.
 
     Args:
         length: of the axis in pixels, a multiple of `multiple`.
-        tile_px: length of each stretch, a multiple of `multiple` above `overlap_px`; a shorter axis is one stretch.
+        tile_px: the most of each stretch, a multiple of `multiple` above `overlap_px`; a shorter axis is one stretch.
         overlap_px: least overlap, a multiple of `multiple`.
         multiple: starts are multiples of it.
     """
     if length <= tile_px:
         return [Span(0, length, torch.ones(length))]
     count = -(-(length - overlap_px) // (tile_px - overlap_px))
+    tile_px = -(-(length + (count - 1) * overlap_px) // (count * multiple)) * multiple
     last = (length - tile_px) // multiple
     starts = [i * last // (count - 1) * multiple for i in range(count)]
     # Rising and falling straight lines that never reach 0, so that the sum can always be divided by.
@@ -65,7 +66,7 @@ def run_tiled(
     Args:
         image: C x H x W, sides multiples of `multiple`.
         restore: B x C x h x w to the same shape; gets equal tiles only.
-        tile_px: side of a tile, a multiple of `multiple` and at least two of them.
+        tile_px: most of a tile's side, a multiple of `multiple` and at least two of them.
         multiple: tiles start at multiples of it.
         batch_limit: most tiles in one call of `restore`.
 
