@@ -26,7 +26,7 @@ from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import RunError, UsageError
-from jobs.runner import WHOLE_PIXELS, Runner
+from jobs.runner import WHOLE_PIXELS, OnOutcomes, Runner
 from models import Restorer, load_restorer, parse_tile
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
@@ -42,8 +42,6 @@ from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest
 from pipeline.source import Listing, SourceError, list_source, local_path
 from pipeline.worker import WINDOW_IMAGES
-
-OnOutcomes = Callable[[list[Outcome]], None]
 
 # Arrow's own allocators hold twice what a plan of a million images takes, and give little of it back.
 pa.set_memory_pool(pa.system_memory_pool())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -215,6 +215,20 @@ def test_an_image_whose_smallest_tiles_are_too_large_fails(tmp_path: Path) -> No
     marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=64, width=40)
     row = work(plan(tmp_path), Brightener(memory_px=7))["large.png"]
     assert (row["status"], row["error_class"], row["oom_retries"]) == ("failed", "out_of_memory", 3)
+
+
+@pytest.mark.parametrize(("tile", "haze_px"), [("auto", None), (64, 64)])
+def test_tiles_by_a_prompts_window_are_flagged_and_others_are_warned_of(
+    tmp_path: Path, tile: Literal["auto"] | int, haze_px: int | None
+) -> None:
+    for label in (Degradation.RAIN, Degradation.HAZE):
+        marked(tmp_path / "src" / f"{label}.png", red(label), height=100, width=90)
+    restorer = Restorer(tiny_network(), orthogonal_bank(), tile=tile, windows_px={"rain": 64})
+    rows = work(plan(tmp_path), restorer)
+    assert (rows["rain.png"]["tile_px"], rows["haze.png"]["tile_px"]) == (64, haze_px)
+    assert [row["tiled"] for row in rows.values()] == [row["tile_px"] is not None for row in rows.values()]
+    for row in rows.values():
+        assert any("in tiles of 64 px" in warning for warning in row["warnings"]) == (tile == 64)
 
 
 @pytest.mark.gpu
