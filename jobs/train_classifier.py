@@ -159,6 +159,7 @@ class Training(TrainingRun):
     def __init__(self, config: ClassifierTraining, out: Path, device: torch.device) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
         super().__init__(config, out, device)
+        out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
         try:
             self.network = DegradationNetwork(config.network, crop_px=VIEW.crop_px)

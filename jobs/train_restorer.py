@@ -154,6 +154,7 @@ class Training(TrainingRun):
         self.group = Group(device)
         self.bank = checked_bank(config)
         self.embeddings = self.bank.embeddings.to(device)
+        out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":

@@ -76,7 +76,6 @@ class TrainingRun(ABC):
         self.inventory: str | None = None
         """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
         torch.manual_seed(config.seed)
-        out.mkdir(parents=True, exist_ok=True)
 
     @property
     def progress(self) -> float:

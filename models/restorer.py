@@ -17,7 +17,7 @@ from models.memory import MEMORY_SHARE, available_bytes, bytes_per_pixel, on_dev
 from models.padding import padded_size
 from models.prompts import PromptBank
 from models.registry import resolve
-from models.tiling import run_tiled
+from models.tiling import SMALLEST_TILE_PX, run_tiled
 from models.transfer import download, upload
 
 Tile = Literal["auto", "off"] | int
@@ -33,7 +33,6 @@ _FULL_SCALE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
 _LARGEST_BATCH = 32
 _TILED_BYTES_PER_PIXEL = 2 * 3 * 4
 """Of an image in tiles, whole: what goes in and what comes out."""
-SMALLEST_TILE_PX = 64
 
 
 def parse_tile(option: str) -> Tile:

@@ -11,6 +11,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+SMALLEST_TILE_PX = 64
+
 
 @dataclass(frozen=True)
 class Span:

@@ -30,6 +30,7 @@ from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, prompt_guidance, prompt_permutations
 from models.released import infer_config
+from models.tiling import SMALLEST_TILE_PX
 
 FORMAT = "dfpir-weights"
 BANK_FORMAT = "dfpir-prompts"
@@ -197,10 +198,10 @@ def _load_own(path: Path, sha256: str) -> Checkpoint:
 
 def _check_windows(path: Path, windows_px: Mapping[str, Any], prompts: PromptBank, config: DFPIRConfig) -> None:
     for key, side in windows_px.items():
-        if key not in prompts.keys or type(side) is not int or side < 64 or side % config.size_multiple:
+        if key not in prompts.keys or type(side) is not int or side < SMALLEST_TILE_PX or side % config.size_multiple:
             raise WeightsError(
                 f"{path}: a window of {side!r} px for {key}; windows are for prompts of the bank "
-                f"({', '.join(prompts.keys)}), from 64 px up, multiples of {config.size_multiple}"
+                f"({', '.join(prompts.keys)}), from {SMALLEST_TILE_PX} px up, multiples of {config.size_multiple}"
             )
 
 
