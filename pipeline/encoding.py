@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, to_uint8
+from pipeline.png import encode_png
 from pipeline.records import Stage
 
 FORMATS_BY_OPTION = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -64,23 +65,28 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
             f"the source is {source.pixels.shape} {source.pixels.dtype}"
         )
     name = encoded_format(source.source_format, format)
-    image, notes = _compose(source, pixels, name)
+    channels, notes = _compose(source, pixels, name)
+    image = Image.fromarray(channels)
     if format == "same" and name != source.source_format:
         notes.append(f"{source.source_format} was written as {name}")
     options = _save_options(source, name, quality, notes)
     if format == "same" and source.lossless_webp:
         options |= {"lossless": True, "quality": _LOSSLESS_EFFORT}
     try:
-        with _file() if name == "JPEG" else io.BytesIO() as file:
-            image.save(file, name, **options)
-            file.seek(0)
-            data = file.read()
+        data = encode_png(channels, options) if name == "PNG" else _saved(image, name, options)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC):
             raise MemoryError(str(error)) from error
         size = f"{image.width} x {image.height}"
         raise ImageFault(Stage.ENCODE, "not_encodable", f"{name} cannot hold this {size} image: {error}") from error
     return EncodedImage(data, name, image.mode, image.width, image.height, tuple(notes))
+
+
+def _saved(image: Image.Image, name: str, options: dict[str, object]) -> bytes:
+    with _file() if name == "JPEG" else io.BytesIO() as file:
+        image.save(file, name, **options)
+        file.seek(0)
+        return file.read()
 
 
 def _file() -> BinaryIO:
@@ -93,8 +99,8 @@ def _file() -> BinaryIO:
     return io.BytesIO()
 
 
-def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Image.Image, list[str]]:
-    """The Pillow image that `name` can hold, and notes on what it could not."""
+def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Pixels, list[str]]:
+    """Channels that `name` can hold, H x W or H x W x C, and notes on what it could not."""
     notes: list[str] = []
     alpha = source.alpha
     if pixels.dtype == np.uint16 and (name not in _WRITES_16_BITS or not source.greyscale or alpha is not None):
@@ -110,7 +116,7 @@ def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Image.Ima
         channels, alpha = _over_white(channels, alpha), None
     if alpha is not None:
         channels = cast(Pixels, np.dstack([channels, alpha]))
-    return Image.fromarray(np.ascontiguousarray(channels)), notes
+    return cast(Pixels, np.ascontiguousarray(channels)), notes
 
 
 def _mean_channel(pixels: Pixels) -> Pixels:
@@ -130,8 +136,6 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
     """Pillow's keyword arguments for saving; adds a note for metadata that does not fit."""
     options: dict[str, object] = {}
     match name:
-        case "PNG":
-            options["compress_level"] = 2  # a third faster than 4, and on photographs no larger
         case "JPEG":
             options |= {"quality": quality, "subsampling": 0}
         case "WEBP":
