@@ -299,6 +299,41 @@ def preview(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_named, help="Run folder: the OUT of `restore`.")],
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Look at the inputs, too: are they there, and as they were?")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes of files instead of contents.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Checks a run's plan, manifest and files against each other.
+
+    Does every planned image have its row, and is every result the file that its row says? Changes nothing.
+
+    Exit code: 0 everything holds; 1 something does not; 2 there is no run that could be audited.
+    """
+    with _faults_explained():
+        from rich.progress import track
+
+        from jobs import display
+        from jobs.audit import audit as audit_run
+
+        found = audit_run(
+            run,
+            contents=not quick,
+            sources=sources,
+            watch=lambda checks, total: track(checks, "files", total=total, console=messages, transient=True),
+        )
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        display.audited(results, found)
+    if found.findings:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Argument(parser=_named, help="Folder for the demonstration, new or of an earlier one.")

@@ -1,6 +1,7 @@
 """What commands print, for a terminal of 80 columns, and the records behind `--json`."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.text import Text
 from classifier import CLIP_PREFIX
 from classifier.clip_classifier import ClipCalibration
 from classifier.files import SHIPPED as CLASSIFIERS_DIR
+from jobs.audit import Audit
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
 from jobs.terminal import harmless
@@ -74,6 +76,34 @@ def after(console: Console, summary: Summary) -> None:
     undone = summary.counts["failed"] + summary.counts["quarantined"]
     if undone > 5:
         console.print(f"and {undone - 5} more: status 'failed' or 'quarantined' in the manifest")
+
+
+def audited(console: Console, found: Audit) -> None:
+    """What an audit looked at, then what does not hold, by kind and for the first of them one by one."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("run", f"{found.run_id[:12]}, configuration {found.config_digest[:12]}")
+    table.add_row("rows", f"{found.rows} of {found.planned} planned images, {found.superseded} of earlier revisions")
+    table.add_row("status", _counts(found.counts) or "none")
+    table.add_row("labels", _counts(found.labels) or "none")
+    table.add_row("to review", f"{found.suspicious} suspicious, {found.with_warnings} with warnings")
+    how = "read and hashed" if found.contents_read else "sizes compared"
+    table.add_row("results", f"{found.outputs} files, {found.output_bytes / 1e6:.1f} MB, {how}")
+    table.add_row("inputs", "not looked at" if found.sources is None else f"{found.sources} files, {how}")
+    for name, values in found.made_by.items():
+        short = [value[:12] if name.endswith("sha256") else value for value in values]
+        table.add_row(name.replace("_", " "), Text(harmless(", ".join(short) or "none")))
+    console.print(table)
+    if not found.findings:
+        console.print("everything holds")
+        return
+    kinds = Counter(finding.kind for finding in found.findings)
+    console.print(f"does not hold: {_counts(kinds)}")
+    for finding in found.findings[:20]:
+        console.print(harmless(f"{finding.kind}: {finding.subject}: {finding.message}"), markup=False, soft_wrap=True)
+    if len(found.findings) > 20:
+        console.print(f"and {len(found.findings) - 20} more: --json has all")
 
 
 def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     device = resolve_run_device(options)
     config, network = _resolve(options, device)
     directory = RunDirectory(out)
-    job = _read_job(directory)
+    job = read_job(directory)
     if job is not None and (directory.parts() or any(directory.images_dir.glob("*"))):
         differences = config.differences(job["config"])
         if differences:
@@ -437,7 +437,8 @@ def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
         )
 
 
-def _read_job(directory: RunDirectory) -> dict[str, Any] | None:
+def read_job(directory: RunDirectory) -> dict[str, Any] | None:
+    """What `job.json` of a run says; None where there is none. Raises UsageError if it is not a run's."""
     if not directory.job_path.exists():
         return None
     try:

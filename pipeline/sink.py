@@ -21,7 +21,7 @@ import secrets
 import socket
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -248,9 +248,17 @@ def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHE
     """
     order = [("relative_path", "ascending"), ("image_id", "ascending"), ("revision", "descending")]
     order.append(("finished_at", "ascending"))
-    needed = [name for name in MANIFEST_SCHEMA.names if name in {*columns, *(name for name, _ in order)}]
-    table = _read_parts(RunDirectory(run_dir).parts(), needed).sort_by(order)
+    table = read_rows(run_dir, columns={*columns, *(name for name, _ in order)}).sort_by(order)
     return table.take(pa.array(first_rows(table["image_id"]))).select(list(columns))
+
+
+def read_rows(run_dir: Path | str, *, columns: Collection[str]) -> pa.Table:
+    """Every row that was ever committed, those of superseded revisions included, in no order.
+
+    Raises ManifestError naming a part that is damaged or of another schema.
+    """
+    needed = [name for name in MANIFEST_SCHEMA.names if name in columns]
+    return _read_parts(RunDirectory(run_dir).parts(), needed)
 
 
 def done(run_dir: Path | str) -> pa.Table:

@@ -1,17 +1,28 @@
 import csv
 import re
 from pathlib import Path
+from typing import get_args
 
+from jobs.audit import Kind
 from pipeline.records import MANIFEST_SCHEMA
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_manifest_column_is_documented_and_no_other() -> None:
+def _names_in_first_column(heading: str) -> set[str]:
+    """Of the table under a heading of `docs/manifest.md`."""
     text = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
-    first_cells = re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)
-    documented = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
-    assert documented == set(MANIFEST_SCHEMA.names)
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", section, flags=re.MULTILINE)
+    return {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def test_every_manifest_column_is_documented_and_no_other() -> None:
+    assert _names_in_first_column("Columns") == set(MANIFEST_SCHEMA.names)
+
+
+def test_everything_that_an_audit_finds_is_documented_and_no_other() -> None:
+    assert _names_in_first_column("Whether it all holds") == set(get_args(Kind))
 
 
 def test_the_lock_file_holds_no_addresses() -> None:

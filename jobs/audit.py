@@ -1,0 +1,266 @@
+"""`dfpir audit`: whether a run is what its manifest says, told from its folder alone, wherever that lies now."""
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.errors import UsageError
+from jobs.restore import read_job
+from pipeline.plan import PlanError, load_plan
+from pipeline.records import Status, first_rows
+from pipeline.sink import ManifestError, RunDirectory, read_rows
+from pipeline.source import local_path
+
+READERS = 8
+"""Threads that read files; hashing them lets go of the GIL."""
+
+COLUMNS = (
+    "image_id", "revision", "relative_path", "status", "label", "stage", "error_class", "prompt", "warnings",
+    "suspicious",
+    "source_uri", "source_sha256", "source_bytes", "output_uri", "output_sha256", "output_bytes",
+    "run_id", "config_digest", "model", "weights_sha256", "classifier", "dtype", "device", "host", "code_version",
+)  # fmt: skip
+MADE_BY = ("model", "weights_sha256", "classifier", "dtype", "device", "host", "code_version")
+DONE = (Status.RESTORED, Status.COPIED, Status.ABSTAINED)
+
+
+Kind = Literal[
+    "no_row", "double_row", "not_planned", "other_run", "inconsistent", "output_shared", "output_missing",
+    "output_differs", "not_in_manifest", "source_missing", "source_differs",
+]  # fmt: skip
+"""What may be wrong; `docs/manifest.md` says what each one means."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not hold."""
+
+    kind: Kind
+    subject: str
+    """The image's relative path, or a file's below the run's folder."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was looked at, and what does not hold of it."""
+
+    run: str
+    run_id: str
+    source_root: str
+    config_digest: str
+    planned: int
+    rows: int
+    """That count: of each planned image, the one of its latest revision."""
+    superseded: int
+    """Rows of earlier revisions."""
+    counts: dict[str, int]
+    labels: dict[str, int]
+    suspicious: int
+    with_warnings: int
+    made_by: dict[str, list[str]]
+    """Every model, precision, machine and version that rows name."""
+    outputs: int
+    output_bytes: int
+    sources: int | None
+    """Inputs that were read; None: not asked for."""
+    contents_read: bool
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a row says of a file."""
+
+    missing: Kind
+    differs: Kind
+    subject: str
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+def audit(
+    run_dir: Path, *, contents: bool, sources: bool, watch: Callable[[Iterable[Any], int], Iterable[Any]]
+) -> Audit:
+    """Holds a run's plan, manifest and files against each other; changes nothing.
+
+    Args:
+        run_dir: of `dfpir restore`.
+        contents: whether files are read and hashed, or only their sizes compared.
+        sources: whether the inputs are looked at, too.
+        watch: takes the checks of files as they are done, and their number, and gives them on: a progress bar.
+
+    Raises:
+        UsageError: there is no run, a call works on it, or its plan or manifest cannot be read.
+    """
+    directory = RunDirectory(run_dir)
+    job = read_job(directory)
+    if job is None:
+        raise UsageError(f"{run_dir} holds no run: it has no {directory.job_path.name}")
+    _require_rest(directory)
+    try:
+        planned, rows = load_plan(run_dir).table, read_rows(run_dir, columns=COLUMNS)
+    except (PlanError, ManifestError) as error:
+        raise UsageError(str(error)) from error
+    place = pc.index_in(rows["image_id"], planned["image_id"])
+    latest = planned["revision"].take(place)
+    is_latest = pc.fill_null(pc.equal(rows["revision"], latest), False)
+    is_earlier = pc.fill_null(pc.less(rows["revision"], latest), False)
+    counting = rows.filter(is_latest)
+    findings = [
+        *_about(rows.filter(pc.invert(pc.or_(is_latest, is_earlier))), "not_planned", "the plan has no such image"),
+        *_unmatched(planned, counting),
+        *_unlike_the_job(counting, job),
+        *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
+        *_shared(counting),
+        *_unnamed(directory, rows),
+    ]
+    counting = counting.take(pa.array(first_rows(counting["image_id"])))
+    outputs = list(_outputs(directory, counting))
+    inputs = list(_inputs(counting)) if sources else []
+    with ThreadPoolExecutor(READERS) as readers:
+        checked = readers.map(lambda file: _fault(file, contents=contents), [*outputs, *inputs])
+        findings += [found for found in watch(checked, len(outputs) + len(inputs)) if found is not None]
+    return Audit(
+        run=str(run_dir),
+        run_id=job["run_id"],
+        source_root=job["source_root"],
+        config_digest=job["config_digest"],
+        planned=planned.num_rows,
+        rows=counting.num_rows,
+        superseded=pc.sum(is_earlier).as_py() or 0,
+        counts={str(status): 0 for status in Status} | _counts(counting["status"]),
+        labels=_counts(counting["label"]),
+        suspicious=pc.sum(counting["suspicious"]).as_py() or 0,
+        with_warnings=pc.sum(pc.greater(pc.list_value_length(counting["warnings"]), 0)).as_py() or 0,
+        made_by={name: sorted(counting[name].drop_null().unique().to_pylist()) for name in MADE_BY},
+        outputs=len(outputs),
+        output_bytes=sum(file.size_bytes for file in outputs),
+        sources=len(inputs) if sources else None,
+        contents_read=contents,
+        findings=findings,
+    )
+
+
+def _require_rest(directory: RunDirectory) -> None:
+    """Raises UsageError while a call works on the run; a folder without its lock is a copy."""
+    with suppress(FileNotFoundError), directory.lock_path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"a call is working on {directory.root}; audit it once that has ended") from None
+        except OSError:
+            return  # a file system without locks has no run in work either
+
+
+def _about(rows: pa.Table, kind: Kind, message: str) -> Iterator[Finding]:
+    return (Finding(kind, path, message) for path in rows["relative_path"].to_pylist())
+
+
+def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
+    without = planned.filter(pc.invert(pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())))
+    yield from _about(without, "no_row", "planned, but not done: the run is unfinished")
+    doubles = pc.value_counts(counting["image_id"])
+    more = doubles.field("values").filter(pc.greater(doubles.field("counts"), 1))
+    several = counting.filter(pc.is_in(counting["image_id"], more))
+    several = several.take(pa.array(first_rows(several["image_id"])))
+    yield from _about(several, "double_row", "several rows for one revision of this image")
+
+
+def _unlike_the_job(counting: pa.Table, job: dict[str, Any]) -> Iterator[Finding]:
+    expected = {name: job[name] for name in ("run_id", "config_digest")}
+    expected["weights_sha256"] = job["config"].get("weights_sha256")
+    for name, value in expected.items():
+        others = counting.filter(pc.fill_null(pc.not_equal(counting[name], value), True))
+        yield from _about(others, "other_run", f"its {name} is not that of job.json")
+
+
+def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding]:
+    status = counting["status"]
+    is_restored = pc.equal(status, Status.RESTORED)
+    is_done = pc.is_in(status, pa.array(list(map(str, DONE))))
+    is_known = pc.is_in(status, pa.array(list(map(str, Status))))
+    has_output = pc.and_(pc.is_valid(counting["output_uri"]), pc.is_valid(counting["output_sha256"]))
+    has_output = pc.and_(has_output, pc.is_valid(counting["output_bytes"]))
+    has_fault = pc.and_(pc.is_valid(counting["stage"]), pc.is_valid(counting["error_class"]))
+    needs_output = is_done if keeps_copies else is_restored
+    rules = {
+        "its status is none of this version": pc.invert(is_known),
+        "it is done, yet names no output": pc.and_(needs_output, pc.invert(has_output)),
+        "it is not done, yet names an output": pc.and_(pc.invert(is_done), pc.is_valid(counting["output_uri"])),
+        "it is done, yet has a fault": pc.and_(is_done, pc.is_valid(counting["error_class"])),
+        "it is not done, and no fault says why": pc.and_(pc.invert(is_done), pc.invert(has_fault)),
+        "its output lies outside of images/": pc.invert(_is_inside(counting["output_uri"])),
+        "it is restored, yet names no prompt": pc.and_(is_restored, pc.is_null(counting["prompt"])),
+    }
+    for message, is_broken in rules.items():
+        yield from _about(counting.filter(is_broken), "inconsistent", message)
+
+
+def _is_inside(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    climbs = pc.match_substring_regex(uris, r"(^|/)\.\.(/|$)")
+    return pc.and_(pc.starts_with(uris, "images/"), pc.invert(climbs))
+
+
+def _shared(counting: pa.Table) -> Iterator[Finding]:
+    named = counting.filter(pc.is_valid(counting["output_uri"]))
+    named = named.take(pa.array(first_rows(named["image_id"])))
+    for uri, count in _counts(named["output_uri"]).items():
+        if count > 1:
+            yield Finding("output_shared", uri, f"{count} images name this file as their result")
+
+
+def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
+    """Files among the results that no row names, be it of an earlier revision."""
+    named = set(rows["output_uri"].to_pylist())
+    for path in sorted(directory.images_dir.rglob("*")):
+        if not path.is_dir() and directory.uri(path) not in named:
+            yield Finding("not_in_manifest", directory.uri(path), "no row names this file")
+
+
+def _outputs(directory: RunDirectory, counting: pa.Table) -> Iterator[_File]:
+    columns = ("relative_path", "output_uri", "output_bytes", "output_sha256")
+    for subject, uri, size_bytes, sha256 in _whole_rows(counting, columns):
+        yield _File("output_missing", "output_differs", subject, directory.root / uri, size_bytes, sha256)
+
+
+def _inputs(counting: pa.Table) -> Iterator[_File]:
+    columns = ("relative_path", "source_uri", "source_bytes", "source_sha256")
+    for subject, uri, size_bytes, sha256 in _whole_rows(counting, columns):
+        yield _File("source_missing", "source_differs", subject, local_path(uri), size_bytes, sha256)
+
+
+def _whole_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Rows in which none of the columns is null."""
+    rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+    return (row for row in rows if None not in row)
+
+
+def _fault(file: _File, *, contents: bool) -> Finding | None:
+    try:
+        with file.path.open("rb") as data:
+            size = data.seek(0, 2)
+            data.seek(0)
+            if size != file.size_bytes:
+                message = f"{file.path} has {size:,} bytes; its row says {file.size_bytes:,}"
+                return Finding(file.differs, file.subject, message)
+            if contents and hashlib.file_digest(data, "sha256").hexdigest() != file.sha256:
+                message = f"{file.path} has another SHA-256 than its row says"
+                return Finding(file.differs, file.subject, message)
+    except OSError as error:
+        return Finding(file.missing, file.subject, f"{file.path} cannot be read ({error.strerror})")
+    return None
+
+
+def _counts(values: pa.ChunkedArray) -> dict[str, int]:
+    found = {count["values"]: count["counts"] for count in values.drop_null().value_counts().to_pylist()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

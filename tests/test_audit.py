@@ -1,0 +1,240 @@
+"""Every fault that an audit is for, done to a copy of a real run, is found, and nothing else is."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from synthetic_classifier import write_tiny_classifier
+from synthetic_weights import write_tiny_model
+from tiny_runs import write_pictures
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.sink import MANIFEST_SCHEMA, RunDirectory
+
+NAMES = ["a.png", "b.png", "folder/c.jpg", "folder/d.png"]
+runner = CliRunner()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of its own, and what it was made from."""
+
+    source: Path
+    out: Path
+    options: tuple[str, ...]
+
+    def restore(self, *more: str) -> None:
+        """Goes on with it."""
+        result = runner.invoke(app, ["restore", str(self.source), str(self.out), *self.options, *more])
+        assert result.exit_code == 0, result.output
+
+    def audit(self, *more: str) -> tuple[int, dict[str, Any]]:
+        """Exit code and what `--json` prints."""
+        result = runner.invoke(app, ["audit", str(self.out), "--json", *more])
+        return result.exit_code, json.loads(result.stdout)
+
+    def kinds(self, *more: str) -> list[tuple[str, str]]:
+        """Kind and subject of all that is found, after which the exit code is 1."""
+        code, found = self.audit(*more)
+        assert code == (1 if found["findings"] else 0)
+        return sorted((finding["kind"], finding["subject"]) for finding in found["findings"])
+
+    def edit(self, change: Callable[[pa.Table], pa.Table]) -> None:
+        """Rewrites the manifest's parts."""
+        for part in RunDirectory(self.out).parts():
+            table = change(pq.read_table(part))
+            pq.write_table(table.cast(MANIFEST_SCHEMA), part)
+
+    def set(self, path: str, **values: object) -> None:
+        """Rewrites columns of one image's row."""
+
+        def change(table: pa.Table) -> pa.Table:
+            rows = [row | (values if row["relative_path"] == path else {}) for row in table.to_pylist()]
+            return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+        self.edit(change)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("finished")
+    model, classifier = write_tiny_model(folder / "model.safetensors"), write_tiny_classifier(folder / "c.safetensors")
+    options = ["--model", model, "--classifier", classifier, "--label", "rain", "--engine", "local", "--device", "cpu"]
+    write_pictures(folder / "photographs", NAMES)
+    run = Run(folder / "photographs", folder / "out", tuple(map(str, [*options, "--dtype", "float32"])))
+    run.restore()
+    return run
+
+
+@pytest.fixture
+def run(finished: Run, tmp_path: Path) -> Run:
+    """A copy that lies elsewhere, of which a test may break what it likes but the inputs."""
+    return Run(finished.source, shutil.copytree(finished.out, tmp_path / "moved"), finished.options)
+
+
+@pytest.fixture
+def own(finished: Run, tmp_path: Path) -> Run:
+    """A run with inputs that a test may change."""
+    write_pictures(tmp_path / "photographs", NAMES)
+    run = Run(tmp_path / "photographs", tmp_path / "out", finished.options)
+    run.restore()
+    return run
+
+
+def test_a_finished_run_holds_wherever_it_lies(run: Run) -> None:
+    code, found = run.audit("--sources")
+    assert (code, found["findings"]) == (0, [])
+    assert (found["planned"], found["rows"], found["outputs"], found["sources"]) == (4, 4, 4, 4)
+    assert found["counts"] == {"restored": 4, "copied": 0, "abstained": 0, "failed": 0, "quarantined": 0}
+    assert found["output_bytes"] == sum((run.out / "images" / name).stat().st_size for name in NAMES)
+    shown = runner.invoke(app, ["audit", str(run.out)])
+    assert shown.exit_code == 0
+    assert "everything holds" in shown.stdout
+    assert "4 of 4 planned images" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_an_audit_changes_nothing(run: Run) -> None:
+    def state() -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in run.out.rglob("*")}
+
+    before = state()
+    run.audit("--sources")
+    assert state() == before
+
+
+def test_a_flipped_bit_is_found_by_contents_alone(run: Run) -> None:
+    path = run.out / "images" / "folder" / "c.jpg"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    assert run.kinds() == [("output_differs", "folder/c.jpg")]
+    assert run.kinds("--quick") == []
+
+
+def test_a_cut_and_a_missing_result_are_found_by_sizes(run: Run) -> None:
+    images = run.out / "images"
+    os.truncate(images / "a.png", 100)
+    (images / "b.png").unlink()
+    assert run.kinds("--quick") == [("output_differs", "a.png"), ("output_missing", "b.png")]
+    shown = runner.invoke(app, ["audit", str(run.out), "--quick"])
+    assert "1 output_differs, 1 output_missing" in " ".join(shown.stdout.split())
+    assert "output_differs: a.png:" in shown.stdout
+
+
+def test_a_file_that_no_row_names_is_found(run: Run) -> None:
+    (run.out / "images" / "folder" / "stranger.png").write_bytes(b"x")
+    assert run.kinds() == [("not_in_manifest", "images/folder/stranger.png")]
+
+
+def test_images_without_a_row_are_found(run: Run) -> None:
+    run.edit(lambda table: table.filter(pc.not_equal(table["relative_path"], "b.png")))
+    assert run.kinds() == [("no_row", "b.png"), ("not_in_manifest", "images/b.png")]
+    for part in RunDirectory(run.out).parts():
+        part.unlink()
+    assert [kind for kind, _ in run.kinds()] == ["no_row"] * 4 + ["not_in_manifest"] * 4
+
+
+def test_a_row_that_stands_twice_is_found(run: Run) -> None:
+    part = RunDirectory(run.out).parts()[0]
+    shutil.copy(part, part.with_name(part.name.replace("-", "-0")))
+    names = pq.read_table(part)["relative_path"].to_pylist()
+    assert run.kinds() == [("double_row", name) for name in sorted(names)]
+
+
+def test_a_row_that_nobody_planned_is_found(run: Run) -> None:
+    run.set("a.png", image_id="0" * 32)
+    assert run.kinds() == [("no_row", "a.png"), ("not_planned", "a.png")]
+    run.set("b.png", revision=1)
+    assert ("not_planned", "b.png") in run.kinds()
+
+
+@pytest.mark.parametrize("column", ["run_id", "config_digest", "weights_sha256"])
+def test_a_row_of_another_run_is_found(run: Run, column: str) -> None:
+    run.set("a.png", **{column: "another"})
+    assert run.kinds() == [("other_run", "a.png")]
+    run.set("a.png", **{column: None})
+    assert run.kinds() == [("other_run", "a.png")]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"status": "perfect"},
+        {"output_uri": None},
+        {"output_sha256": None},
+        {"status": "failed"},
+        {"error_class": "missing"},
+        {"prompt": None},
+    ],
+)
+def test_a_row_that_contradicts_itself_is_found(run: Run, values: dict[str, object]) -> None:
+    run.set("a.png", **values)
+    assert ("inconsistent", "a.png") in run.kinds()
+
+
+def test_a_result_outside_the_run_is_found(run: Run) -> None:
+    (run.out / "job.json").stat()
+    for uri in ("images/../job.json", "job.json", "/etc/hostname"):
+        run.set("a.png", output_uri=uri)
+        assert ("inconsistent", "a.png") in run.kinds()
+
+
+def test_two_images_with_one_result_are_found(run: Run) -> None:
+    run.set("a.png", output_uri="images/b.png")
+    assert ("output_shared", "images/b.png") in run.kinds()
+
+
+def test_changed_inputs_are_found_if_asked_for(own: Run) -> None:
+    data = bytearray((own.source / "a.png").read_bytes())
+    data[-1] ^= 1
+    (own.source / "a.png").write_bytes(data)
+    (own.source / "folder" / "c.jpg").unlink()
+    assert own.kinds() == []
+    assert own.kinds("--sources") == [("source_differs", "a.png"), ("source_missing", "folder/c.jpg")]
+
+
+def test_earlier_revisions_are_no_fault(own: Run) -> None:
+    write_pictures(own.source, ["a.png"], side=32)
+    own.restore()
+    code, found = own.audit("--sources")
+    assert (code, found["findings"], found["superseded"], found["rows"]) == (0, [], 1, 4)
+
+
+def test_failures_and_skipped_copies_are_no_fault(own: Run, tmp_path: Path) -> None:
+    (own.source / "broken.png").write_bytes(b"no picture")
+    own.restore("--max-failed-fraction", "1")
+    code, found = own.audit()
+    assert (code, found["counts"]["failed"], found["outputs"]) == (0, 1, 4)
+    options = [option for option in own.options if option not in ("--label", "rain")]
+    skipping = Run(own.source, tmp_path / "skipping", (*options, "--clean", "skip", "--min-confidence", "1"))
+    skipping.restore("--max-failed-fraction", "1")
+    code, found = skipping.audit()
+    assert (code, found["findings"], found["outputs"]) == (0, [], 0)
+
+
+def test_a_run_in_work_is_left_alone(run: Run) -> None:
+    with (run.out / ".dfpir.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = runner.invoke(app, ["audit", str(run.out)])
+    assert result.exit_code == 2
+    assert "is working on" in result.stderr
+
+
+def test_what_is_no_run_is_refused(run: Run, tmp_path: Path) -> None:
+    for place in (tmp_path / "nowhere", run.source):
+        result = runner.invoke(app, ["audit", str(place)])
+        assert (result.exit_code, "holds no run" in result.stderr) == (2, True)
+    RunDirectory(run.out).parts()[0].write_bytes(b"not Parquet")
+    result = runner.invoke(app, ["audit", str(run.out)])
+    assert (result.exit_code, "cannot be read as a manifest part" in result.stderr) == (2, True)
