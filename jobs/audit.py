@@ -2,10 +2,12 @@
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,11 @@ from pipeline.source import local_path
 READERS = 8
 """Threads that read files; hashing them lets go of the GIL."""
 
+AT_ONCE = 4096
+"""Files that are handed to them at a time."""
+
+OUTPUT_COLUMNS = ("relative_path", "output_uri", "output_bytes", "output_sha256")
+SOURCE_COLUMNS = ("relative_path", "source_uri", "source_bytes", "source_sha256")
 COLUMNS = (
     "image_id", "revision", "relative_path", "status", "label", "stage", "error_class", "prompt", "warnings",
     "suspicious",
@@ -125,11 +132,11 @@ def audit(
         *_unnamed(directory, rows),
     ]
     counting = counting.take(pa.array(first_rows(counting["image_id"])))
-    outputs = list(_outputs(directory, counting))
-    inputs = list(_inputs(counting)) if sources else []
-    with ThreadPoolExecutor(READERS) as readers:
-        checked = readers.map(lambda file: _fault(file, contents=contents), [*outputs, *inputs])
-        findings += [found for found in watch(checked, len(outputs) + len(inputs)) if found is not None]
+    outputs, inputs = (_with_values(counting, names) for names in (OUTPUT_COLUMNS, SOURCE_COLUMNS))
+    files = [_outputs(directory, outputs), *([_inputs(inputs)] if sources else [])]
+    total = outputs.num_rows + (inputs.num_rows if sources else 0)
+    checks = _checked(chain(*files), contents=contents)
+    findings += [found for found in watch(checks, total) if found is not None]
     return Audit(
         run=str(run_dir),
         run_id=job["run_id"],
@@ -143,9 +150,9 @@ def audit(
         suspicious=pc.sum(counting["suspicious"]).as_py() or 0,
         with_warnings=pc.sum(pc.greater(pc.list_value_length(counting["warnings"]), 0)).as_py() or 0,
         made_by={name: sorted(counting[name].drop_null().unique().to_pylist()) for name in MADE_BY},
-        outputs=len(outputs),
-        output_bytes=sum(file.size_bytes for file in outputs),
-        sources=len(inputs) if sources else None,
+        outputs=outputs.num_rows,
+        output_bytes=pc.sum(outputs["output_bytes"]).as_py() or 0,
+        sources=inputs.num_rows if sources else None,
         contents_read=contents,
         findings=findings,
     )
@@ -222,27 +229,39 @@ def _shared(counting: pa.Table) -> Iterator[Finding]:
 def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
     """Files among the results that no row names, be it of an earlier revision."""
     named = set(rows["output_uri"].to_pylist())
-    for path in sorted(directory.images_dir.rglob("*")):
-        if not path.is_dir() and directory.uri(path) not in named:
-            yield Finding("not_in_manifest", directory.uri(path), "no row names this file")
+    for folder, _, names in os.walk(directory.images_dir):
+        beginning = directory.uri(Path(folder))
+        for uri in sorted(f"{beginning}/{name}" for name in names):
+            if uri not in named:
+                yield Finding("not_in_manifest", uri, "no row names this file")
 
 
-def _outputs(directory: RunDirectory, counting: pa.Table) -> Iterator[_File]:
-    columns = ("relative_path", "output_uri", "output_bytes", "output_sha256")
-    for subject, uri, size_bytes, sha256 in _whole_rows(counting, columns):
+def _with_values(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Rows in which none of the columns is null, with these alone."""
+    return table.select(columns).drop_null()
+
+
+def _outputs(directory: RunDirectory, rows: pa.Table) -> Iterator[_File]:
+    for subject, uri, size_bytes, sha256 in _tuples(rows):
         yield _File("output_missing", "output_differs", subject, directory.root / uri, size_bytes, sha256)
 
 
-def _inputs(counting: pa.Table) -> Iterator[_File]:
-    columns = ("relative_path", "source_uri", "source_bytes", "source_sha256")
-    for subject, uri, size_bytes, sha256 in _whole_rows(counting, columns):
+def _inputs(rows: pa.Table) -> Iterator[_File]:
+    for subject, uri, size_bytes, sha256 in _tuples(rows):
         yield _File("source_missing", "source_differs", subject, local_path(uri), size_bytes, sha256)
 
 
-def _whole_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Rows in which none of the columns is null."""
-    rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
-    return (row for row in rows if None not in row)
+def _tuples(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Rows, some at a time: as objects, a million of them take several times as much memory."""
+    for part in table.to_batches(max_chunksize=AT_ONCE):
+        yield from zip(*(column.to_pylist() for column in part.columns), strict=True)
+
+
+def _checked(files: Iterator[_File], *, contents: bool) -> Iterator[Finding | None]:
+    """What is wrong with each file, in their order."""
+    with ThreadPoolExecutor(READERS) as readers:
+        while some := list(islice(files, AT_ONCE)):
+            yield from readers.map(lambda file: _fault(file, contents=contents), some)
 
 
 def _fault(file: _File, *, contents: bool) -> Finding | None:

@@ -98,7 +98,7 @@ def audited(console: Console, found: Audit) -> None:
     if not found.findings:
         console.print("everything holds")
         return
-    kinds = Counter(finding.kind for finding in found.findings)
+    kinds = Counter[str](finding.kind for finding in found.findings)
     console.print(f"does not hold: {_counts(kinds)}")
     for finding in found.findings[:20]:
         console.print(harmless(f"{finding.kind}: {finding.subject}: {finding.message}"), markup=False, soft_wrap=True)
