@@ -21,7 +21,7 @@ from jobs.restore import Job, find_references
 from jobs.terminal import harmless
 from models.precision import fastest_dtype
 from models.registry import list_models
-from pipeline.plan import Estimate
+from pipeline.estimate import Estimate
 from pipeline.report import Summary
 
 

@@ -23,13 +23,12 @@ from jobs.runner import (
     STOP_GRACE_S,
     Assignment,
     Dispatcher,
-    OnOutcomes,
     log_to,
     note_traceback,
 )
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
-from pipeline.records import Outcome, Shard
+from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 

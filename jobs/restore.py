@@ -26,17 +26,18 @@ from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import RunError, UsageError
-from jobs.runner import WHOLE_PIXELS, OnOutcomes, Runner
+from jobs.runner import WHOLE_PIXELS, Runner
 from models import Restorer, load_restorer, parse_tile
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
 from models.memory import bytes_needed, keep_freed_memory
 from models.precision import fastest_dtype
 from models.registry import list_models, resolve
+from pipeline.estimate import Estimate, estimate
 from pipeline.outputs import ReferenceIndex, reserved_names
-from pipeline.plan import Estimate, PlanChanges, PlanError, Shards, estimate, load_plan, update_plan
+from pipeline.plan import PlanChanges, PlanError, Shards, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
-from pipeline.records import Outcome, Status, first_rows
+from pipeline.records import OnOutcomes, Outcome, Status, first_rows
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest

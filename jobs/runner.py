@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from jobs.errors import RunError
 from pipeline.journal import Journal
-from pipeline.records import Outcome, Shard
+from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
@@ -29,10 +29,7 @@ LOSSES_FORGIVEN = 4
 STOP_GRACE_S = 300.0
 """How long workers may take to finish and commit what they have in hand once the run is to end."""
 
-OnOutcomes = Callable[[list[Outcome]], None]
-
 _log = logging.getLogger(__name__)
-
 
 MOST_WORKERS_PER_GPU, CPUS_PER_WORKER = 8, 2
 

@@ -1,6 +1,7 @@
 """The records that flow through a run, and the manifest's schema."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
@@ -190,6 +191,9 @@ class Outcome:
     schema_version: int = SCHEMA_VERSION
     finished_at: datetime | None = None
 
+
+OnOutcomes = Callable[[list[Outcome]], None]
+"""What is told of images as they are done."""
 
 MANIFEST_SCHEMA = arrow_schema(Outcome)
 """`docs/manifest.md` says what each column holds."""

@@ -23,7 +23,7 @@ from pipeline.item import Item
 from pipeline.journal import Journal
 from pipeline.judge import Judge
 from pipeline.outputs import ReferenceIndex
-from pipeline.records import ImageRef, Outcome, Shard, Stage, Status
+from pipeline.records import ImageRef, OnOutcomes, Outcome, Shard, Stage, Status
 from pipeline.restoring import BatchRestorer
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
@@ -38,8 +38,6 @@ WINDOW_PIXELS = 32_000_000
 BOOK_EVERY_S = 2.0
 """Rows are booked with the first batch that ends so long after the last ones, so that the classifier is asked about
 several results at once."""
-
-OnOutcomes = Callable[[list[Outcome]], None]
 
 _log = logging.getLogger(__name__)
 

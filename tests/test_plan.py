@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline import plan
-from pipeline.plan import PLAN_SCHEMA, PlanChanges, PlanError, Shards, cut_shards, estimate, load_plan, update_plan
+from pipeline.plan import PLAN_SCHEMA, PlanChanges, PlanError, Shards, cut_shards, load_plan, update_plan
 from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, image_id
 from pipeline.source import LISTING_SCHEMA, Listing, list_source
 
@@ -192,26 +191,6 @@ def test_plan_of_a_real_folder_follows_its_changes(tmp_path):
     assert (changes.new, changes.changed) == (1, 2)
 
 
-def test_estimate_adds_up_what_headers_say(tmp_path):
-    for i in range(4):
-        Image.new("RGB", (500, 400)).save(tmp_path / f"{i}.png")
-    Image.new("RGB", (500, 400)).save(tmp_path / "photo.jpg")
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    found = estimate(list_source(tmp_path).table["uri"])
-    assert (found.images, found.sampled, found.unreadable) == (6, 6, 1)
-    assert found.unreadable_fraction == pytest.approx(1 / 6)
-    assert found.megapixels == pytest.approx(1.0)
-    smaller = estimate(list_source(tmp_path).table["uri"], output_format="webp")
-    assert 0 < smaller.output_bytes < found.output_bytes
-
-
-def test_an_estimate_does_not_wait_for_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "list.txt").write_text("pipe.png\n")
-    found = estimate(list_source(tmp_path / "list.txt").table["uri"])
-    assert (found.sampled, found.unreadable) == (1, 1)
-
-
 def test_a_new_file_that_reads_like_a_planned_one_is_refused(tmp_path):
     def named(identity):
         return ImageRef(identity, "a%FF.jpg", "file:///src/a", 1000, NOON)
@@ -220,18 +199,6 @@ def test_a_new_file_that_reads_like_a_planned_one_is_refused(tmp_path):
     with pytest.raises(PlanError, match=r"a%FF\.jpg is the name of two images"):
         update_plan(tmp_path, listing(named("0" * 32), named("1" * 32)))
     assert load_plan(tmp_path).image_count == 2
-
-
-def test_estimate_extrapolates_from_a_seeded_sample(tmp_path):
-    for i in range(20):
-        Image.new("L", (100, 10 * (i + 1))).save(tmp_path / f"{i}.png")
-    source = list_source(tmp_path).table["uri"]
-    one, two = (estimate(source, sample_images=5, seed=3) for _ in range(2))
-    assert one == two
-    assert (one.images, one.sampled) == (20, 5)
-    of_sample_px = one.megapixels * 1e6 * 5 / 20
-    assert of_sample_px == pytest.approx(round(of_sample_px, -3))
-    assert 1_000 * sum(range(1, 6)) <= of_sample_px <= 1_000 * sum(range(16, 21))
 
 
 def test_shards_are_a_sequence_that_can_be_cut_and_left_over(tmp_path):
