@@ -29,6 +29,8 @@ from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
 POLL_S = 0.5
+START_PATIENCE_S = 1800.0
+"""How long a worker may load its weights: a disk that hangs has no end."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -87,6 +89,7 @@ class _Child:
         self.number = number
         self.log = RunDirectory(context.run_dir).logs_dir / f"worker-{number}.log"
         self.is_ready = self.has_failed = False
+        self._started = time.monotonic()
         self.assignment: Assignment | None = None
         # A spawned child has no copy of the driver's threads, locks and CUDA state.
         spawn = multiprocessing.get_context("spawn")
@@ -102,6 +105,11 @@ class _Child:
         self.assignment = assignment
         with suppress(BrokenPipeError):
             self.connection.send(assignment)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has been loading its weights for too long."""
+        return not self.is_ready and time.monotonic() - self._started > START_PATIENCE_S
 
     def stop(self) -> None:
         """Asks for an orderly end."""
@@ -119,8 +127,10 @@ class _Child:
             self.process.join()
 
 
-def _any_ready(children: dict[int, _Child]) -> bool:
-    return any(child.is_ready for child in children.values())
+def _others_work(number: int, children: dict[int, _Child], dispatcher: Dispatcher) -> bool:
+    """Whether another worker is ready, or may yet be."""
+    others = (child for child in children.values() if child.number != number)
+    return any(child.is_ready or dispatcher.may_start(child.number) for child in others)
 
 
 def _busy(children: dict[int, _Child]) -> int:
@@ -135,6 +145,9 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
                 children.pop(child.number).end()
             elif child.is_ready and child.assignment is None and (assignment := dispatcher.take()) is not None:
                 child.give(assignment)
+    for child in children.values():
+        if child.hangs:
+            child.process.kill()  # which its sentinel tells
     sources: list[Any] = [source for c in children.values() for source in (c.connection, c.process.sentinel)]
     for source in wait(sources, timeout=POLL_S):
         for child in list(children.values()):
@@ -145,14 +158,15 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
                 del children[child.number]
                 child.process.join()
                 child.connection.close()
-                _note_end(child, dispatcher, others_work=_any_ready(children))
+                _note_end(child, dispatcher, others_work=_others_work(child.number, children, dispatcher))
 
 
 def _drain(child: _Child, children: dict[int, _Child], dispatcher: Dispatcher) -> None:
     """Acts on all that a child has said."""
     try:
         while not child.connection.closed and child.connection.poll():
-            _act(child, child.connection.recv(), dispatcher, others_work=_any_ready(children))
+            others_work = _others_work(child.number, children, dispatcher)
+            _act(child, child.connection.recv(), dispatcher, others_work=others_work)
     except (EOFError, ConnectionResetError):
         # Its end is noticed by the sentinel; until then the pipe would be reported again and again.
         child.process.join(timeout=POLL_S)
@@ -171,10 +185,12 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
             return
         case "outcomes":
             dispatcher.report(shard_id, list(message.outcomes))
+            dispatcher.require_fruit(str(child.log))
             return
         case "done":
             dispatcher.done(child.number, shard_id)
         case "given_back":
+            child.is_ready, child.has_failed = False, True  # it ends now: no further shard, and no death
             dispatcher.give_back(shard_id)
         case "failed":
             dispatcher.failed(child.number, shard_id, message.fault, str(child.log))

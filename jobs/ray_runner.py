@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.errors import InterruptedBySignalError
 from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
@@ -198,6 +199,8 @@ class _Crew:
         self._code_digest = code_digest()
         self._members: dict[int, _Member] = {}
         self._fallen: list[_Fallen] = []
+        self._homes: dict[int, str] = {}
+        """Nodes on which workers have started, by their number."""
         self._nodes_seen = time.monotonic()
         self._waiting_since = time.monotonic()
         self._no_hiring_before = 0.0
@@ -247,7 +250,10 @@ class _Crew:
 
     def _hire(self, number: int) -> None:
         log = self._logs / f"worker-{number}.log"
-        actor = self._actor_class.remote(
+        # Where it has been before, if that is there: another node may be one on which nothing starts.
+        home = self._homes.get(number)
+        strategy = NodeAffinitySchedulingStrategy(home, soft=True) if home is not None else "DEFAULT"
+        actor = self._actor_class.options(scheduling_strategy=strategy).remote(
             self._context, f"ray-{number}", str(log), fault_environment(), self._code_digest
         )
         member = self._members[number] = _Member(number, actor, log)
@@ -284,10 +290,11 @@ class _Crew:
             self._note_end(member, error)
             return
         if call == "load":
-            member.node_id = answer
+            member.node_id = self._homes[member.number] = answer
             self._dispatcher.worker_ready(member.number)
         elif call == "outcomes":
             self._report(answer)
+            self._dispatcher.require_fruit(str(member.log))
             if member.assignment is not None:
                 member.pending[member.actor.outcomes.remote()] = "outcomes"
         else:
@@ -320,7 +327,8 @@ class _Crew:
             # Ray may give another worker to a lost machine that it still lists as living: no haste with the next one.
             self._no_hiring_before = time.monotonic() + POLL_S
         elif member.node_id is None:
-            others_work = any(each.node_id is not None for each in self._members.values())
+            others = self._members.values()
+            others_work = any(each.node_id is not None or self._dispatcher.may_start(each.number) for each in others)
             self._dispatcher.start_failed(member.number, _short(error), str(member.log), others_work=others_work)
 
     def _book_fallen(self) -> None:

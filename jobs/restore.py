@@ -37,7 +37,7 @@ from pipeline.estimate import Estimate, estimate
 from pipeline.outputs import ReferenceIndex, reserved_names
 from pipeline.plan import PlanChanges, PlanError, Shards, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
-from pipeline.records import OnOutcomes, Outcome, Status, first_rows
+from pipeline.records import OnOutcomes, Outcome, Stage, Status, first_rows
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest
@@ -154,11 +154,10 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     try:
         rows = done(out)
         _refuse_clashes(listing, rows)
-        fruitless = pc.is_in(rows["status"], pa.array([Status.FAILED, Status.QUARANTINED]))
-        again = rows.filter(fruitless) if options.retry_failed else None
+        again = _to_do_again(rows, listing, failed_too=options.retry_failed)
         changes = update_plan(out, listing, limit=options.limit, again=again)
         ignored, unreadable_directories = listing.ignored, listing.unreadable_directories
-        present = listing.table["image_id"].filter(pc.is_valid(listing.table["modified"])) if changes.vanished else None
+        present = _present(listing) if changes.vanished else None
         del listing  # as large as the plan
         pa.default_memory_pool().release_unused()
         shards = load_plan(out)
@@ -261,6 +260,19 @@ def find_references(job: Job) -> tuple[int, int] | None:
     return found, len(sample)
 
 
+def _to_do_again(rows: pa.Table, listing: Listing, *, failed_too: bool) -> pa.Table:
+    """Rows that do not settle their image: of files that could not be read and are there now, or of all faults."""
+    if failed_too:
+        return rows.filter(pc.is_in(rows["status"], pa.array([Status.FAILED, Status.QUARANTINED])))
+    unread = rows.filter(pc.fill_null(pc.equal(rows["stage"], Stage.FETCH), False))
+    return unread.filter(pc.is_in(unread["image_id"], _present(listing))) if unread else unread
+
+
+def _present(listing: Listing) -> pa.Array:
+    """Ids of the images that are there."""
+    return listing.table["image_id"].filter(pc.is_valid(listing.table["modified"])).combine_chunks()
+
+
 @contextmanager
 def sole_driver(src: Path, out: Path) -> Iterator[None]:
     """Creates OUT, if it is in a fit place, and holds it against a second driver."""
@@ -282,7 +294,7 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
             yield
         finally:
             if not directory.job_path.exists():  # nothing was started: leave nothing behind
-                directory.lock_path.unlink()
+                directory.lock_path.unlink(missing_ok=True)
                 with suppress(OSError):
                     for path in made:
                         path.rmdir()

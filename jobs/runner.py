@@ -13,7 +13,7 @@ from typing import Protocol
 
 from jobs.errors import RunError
 from pipeline.journal import Journal
-from pipeline.records import OnOutcomes, Outcome, Shard
+from pipeline.records import OnOutcomes, Outcome, Shard, Status
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory
 
@@ -22,6 +22,9 @@ FAILURES_ALLOWED = 3
 
 FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
+
+FRUITLESS_QUARANTINES_ALLOWED = 8
+"""Images set aside while no other got done: it is rather the machine or the program that makes workers die then."""
 
 LOSSES_FORGIVEN = 4
 """Machines lost in a row over one shard without an image done in between; further ones count as deaths."""
@@ -93,10 +96,14 @@ class Dispatcher:
         self._reported: dict[str, set[str]] = {}
         """Ids of the images that are done, by shard; of shards that are not done."""
         self._done: set[str] = set()
+        self._has_headway: set[str] = set()
+        """Shards of which an image got done since they were given out."""
+        self._quarantined, self._is_fruitful = 0, False
         self._failures: Counter[int] = Counter()
         """In a row, by the worker's number: before it was ready, or over a shard that it outlived."""
         self._deaths: Counter[int] = Counter()
-        """Over shards, by the worker's number, since it was last done with one."""
+        """Over shards, by the worker's number, since it last got an image done."""
+        self._retired: set[int] = set()
         self._fruitless: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
         """Machines, by shard."""
@@ -127,6 +134,7 @@ class Dispatcher:
         else:
             return None
         self._assigned[assignment.shard.shard_id] = assignment
+        self._has_headway.discard(assignment.shard.shard_id)
         return assignment
 
     def worker_ready(self, number: int) -> None:
@@ -143,6 +151,11 @@ class Dispatcher:
             del self._fruitless[shard_id], self._losses[shard_id]
             reported.update(outcome.image_id for outcome in fresh)
             self._on_outcomes(fresh)
+            set_aside = sum(outcome.status is Status.QUARANTINED for outcome in fresh)
+            self._quarantined += set_aside
+            if set_aside < len(fresh):
+                self._is_fruitful = True
+                self._has_headway.add(shard_id)
 
     def done(self, number: int, shard_id: str) -> None:
         """The worker of this number has committed a row for each image of its shard."""
@@ -155,6 +168,15 @@ class Dispatcher:
             self.report(shard_id, [row for row in rows if (row.image_id, row.revision) in planned])
         self._reported.pop(shard_id, None)
         self._done.add(shard_id)
+
+    def require_fruit(self, log: str) -> None:
+        """Raises RunError when one image after the other is set aside and none gets done."""
+        if self._quarantined >= FRUITLESS_QUARANTINES_ALLOWED and not self._is_fruitful:
+            raise _broken_off(
+                f"workers died over each of {self._quarantined} images, and none got done: it is rather the machine's "
+                "fault than theirs (--retry-failed does them again)",
+                log,
+            )
 
     def give_back(self, shard_id: str) -> None:
         """The shard's worker ended before its end through no fault of an image: same attempt, elsewhere."""
@@ -182,7 +204,7 @@ class Dispatcher:
         Where others are of use, it is taken for the worker's fault and not for the shard's. Raises RunError when no
         worker is of use any more; `is_of_use` says whether this one is.
         """
-        self._note_failure(self._failures, number, fault, log)
+        self._note_failure(number, fault, log)
         others = self._others_are_of_use(number)
         fault = f"the worker failed over it ({fault})"
         self._retry(shard_id, fault, log, is_fruitless=not others, is_death=False)
@@ -191,26 +213,32 @@ class Dispatcher:
     def died(self, number: int, shard_id: str, fault: str, log: str) -> None:
         """The process of the worker of this number ended while it had the shard."""
         _log.warning("worker %d died over shard %s (%s): see %s", number, shard_id, fault, log)
-        if self._others_are_of_use(number):
-            self._note_failure(self._deaths, number, fault, log)
+        if shard_id in self._has_headway:
+            del self._deaths[number]  # a worker that gets images done is not what is at fault
+        else:
+            self._note_death(number, fault, log)
         journal = Journal(self._directory.journal_dir, shard_id)
         self._retry(shard_id, f"its worker died ({fault})", log, is_fruitless=not journal.has_in_flight)
 
     def start_failed(self, number: int, fault: str, log: str, *, others_work: bool) -> None:
         """The worker of this number ended before it was ready.
 
-        Raises RunError when that happens again and again and no other worker is ready; otherwise `is_of_use` says when
-        it is no longer worth trying.
+        Raises RunError when that happens again and again and no other worker is ready or may yet be (`others_work`);
+        otherwise `is_of_use` says when it is no longer worth trying.
         """
-        self._note_failure(self._failures, number, fault, log)
+        self._note_failure(number, fault, log)
         failures = sum(count for each, count in self._failures.items() if each == number or self.is_of_use(each))
         if failures >= FAILURES_ALLOWED and not others_work:
             raise _broken_off(f"{failures} workers in a row ended before they could take an image ({fault})", log)
         self._require_one_of_use(fault, log)
 
+    def may_start(self, number: int) -> bool:
+        """Whether the worker of this number, which loads its weights, has not failed to do so before."""
+        return not self._failures[number]
+
     def is_of_use(self, number: int) -> bool:
         """Whether a worker of this number may be started, or get another shard."""
-        return max(self._failures[number], self._deaths[number]) < FAILURES_ALLOWED
+        return self._failures[number] < FAILURES_ALLOWED and number not in self._retired
 
     def _others_are_of_use(self, number: int) -> bool:
         return any(self.is_of_use(each) for each in range(self.workers) if each != number)
@@ -219,8 +247,19 @@ class Dispatcher:
         if not any(map(self.is_of_use, range(self.workers))):
             raise _broken_off(f"every worker failed {FAILURES_ALLOWED} times in a row, at last so: {fault}", log)
 
-    def _note_failure(self, counts: Counter[int], number: int, fault: str, log: str) -> None:
-        counts[number] += 1
+    def _note_failure(self, number: int, fault: str, log: str) -> None:
+        self._failures[number] += 1
+        self._tell_if_useless(number, fault, log)
+
+    def _note_death(self, number: int, fault: str, log: str) -> None:
+        """Retires a worker that dies over shard after shard while another one does not."""
+        self._deaths[number] += 1
+        others = (each for each in range(self.workers) if each != number and self.is_of_use(each))
+        if self._deaths[number] >= FAILURES_ALLOWED and any(not self._deaths[each] for each in others):
+            self._retired.add(number)
+        self._tell_if_useless(number, fault, log)
+
+    def _tell_if_useless(self, number: int, fault: str, log: str) -> None:
         if not self.is_of_use(number):
             _log.warning("worker %d failed %d times in a row (%s) and gets no more: see %s",
                          number, FAILURES_ALLOWED, fault, log)  # fmt: skip

@@ -16,8 +16,15 @@ from models.memory import is_out_of_memory
 from pipeline.batching import is_device_lost
 from pipeline.images import DecodedImage, ImageFault, Pixels, to_uint8
 from pipeline.records import ImageRef, Outcome, Stage, Status, printable
+from pipeline.sink import OtherRunError
 
-FULL_OR_READ_ONLY = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+NOT_WRITABLE = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+        errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+    }
+)  # fmt: skip
+"""What a folder of results is full, read-only, closed or gone for, whichever image is to be written there."""
 
 
 FIGURES_OF_RESULT = frozenset(
@@ -31,9 +38,9 @@ class SourceGoneError(Exception):
 
 def is_of_machine(error: Exception, stage: Stage) -> bool:
     """Whether the next image would fare no better: results cannot be written, the source or the GPU is gone."""
-    if isinstance(error, SourceGoneError) or is_device_lost(error):
+    if isinstance(error, SourceGoneError | OtherRunError) or is_device_lost(error):
         return True
-    return stage is Stage.WRITE and isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY
+    return stage is Stage.WRITE and isinstance(error, OSError) and error.errno in NOT_WRITABLE
 
 
 @dataclass(eq=False)

@@ -83,9 +83,9 @@ class Shards(Sequence[Shard]):
         """What is left when the images in `done` (columns `image_id` and `revision`) are taken away."""
         return Shards(_where(self.table, pc.invert(pc.is_in(_keys(self.table), _keys(done))))) if done else self
 
-    def seen(self, image_ids: pa.ChunkedArray) -> "Shards":
+    def seen(self, image_ids: pa.Array) -> "Shards":
         """The same, but that images not among these lose their time, like those that cannot be examined."""
-        is_seen = pc.is_in(self.table["image_id"], image_ids.combine_chunks())
+        is_seen = pc.is_in(self.table["image_id"], image_ids)
         times = pc.if_else(is_seen, self.table["modified"], None)
         column = PLAN_SCHEMA.get_field_index("modified")
         return Shards(self.table.set_column(column, PLAN_SCHEMA.field(column), times))

@@ -91,6 +91,11 @@ class RunDirectory:
                 f"all machines of a run need the same OUT: on {socket.gethostname()}, {self.job_path} {state}"
             )
 
+    def _require_there(self) -> None:
+        """Raises OtherRunError once the folder is gone: made anew it would be no run's, or lie where a disk was."""
+        if not self.manifest_dir.exists():
+            raise OtherRunError(f"{self.root} is not there any more; was it moved, or its disk unmounted?")
+
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Writes or replaces a JSON file of the run in one step."""
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
@@ -111,6 +116,7 @@ class RunDirectory:
     def write_image(self, relative_path: str, data: bytes) -> Written:
         """Writes a result under its name below `images/`; replaces one that an interrupted run has left."""
         path = self.image_path(relative_path)
+        self._require_there()
         _write_whole(path, data)
         fault_point("after-image", relative_path)
         return Written(path, hashlib.sha256(data).hexdigest(), len(data))
@@ -121,6 +127,7 @@ class RunDirectory:
         Raises OSError where the file system cannot (another device, no hard links): never copies instead.
         """
         path = self.image_path(relative_path)
+        self._require_there()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _linked(source, path)
         try:
@@ -153,6 +160,7 @@ class RunDirectory:
         """Makes rows count: writes them as a new part. The images they speak of must have been written."""
         if not outcomes:
             raise ValueError("a manifest part needs at least one row")
+        self._require_there()
         self._sync_image_folders(outcomes)
         one = outcomes[0]
         provenance = {
@@ -214,6 +222,7 @@ class RunDirectory:
     @contextmanager
     def shard_lock(self, shard_id: str, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
         """Holds a shard against other processes; the kernel lets go of it when this process dies."""
+        self._require_there()
         self.journal_dir.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + wait_s
         with (self.journal_dir / f"{shard_id}.lock").open("a") as lock:
@@ -262,7 +271,7 @@ def read_rows(run_dir: Path | str, *, columns: Collection[str]) -> pa.Table:
 
 
 def done(run_dir: Path | str) -> pa.Table:
-    """What has a row, whatever its status: columns `image_id`, `revision`, `status` and `renamed`.
+    """What has a row, whatever its status: columns `image_id`, `revision`, `status`, `stage` and `renamed`.
 
     `renamed` is the path below `images/` of a result that has another name than its source, and null elsewhere.
     """
@@ -270,12 +279,13 @@ def done(run_dir: Path | str) -> pa.Table:
     prefix = directory.uri(directory.images_dir) + "/"
 
     def shortened(part: Path) -> pa.Table:
-        rows = _read_part(part, ["image_id", "relative_path", "status", "output_uri", "revision"])
+        rows = _read_part(part, ["image_id", "relative_path", "status", "stage", "output_uri", "revision"])
         name = pc.replace_substring_regex(rows["output_uri"], f"^{prefix}", "")
         renamed = pc.if_else(pc.not_equal(name, rows["relative_path"]), name, None)
-        return rows.select(["image_id", "revision", "status"]).append_column("renamed", renamed)
+        return rows.select(kept).append_column("renamed", renamed)
 
-    empty = MANIFEST_SCHEMA.empty_table().select(["image_id", "revision", "status"])
+    kept = ["image_id", "revision", "status", "stage"]
+    empty = MANIFEST_SCHEMA.empty_table().select(kept)
     empty = empty.append_column("renamed", pa.array([], pa.string()))
     return pa.concat_tables([empty, *map(shortened, directory.parts())])
 

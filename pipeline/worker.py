@@ -170,8 +170,10 @@ class Worker:
 
         From the second attempt on images go one at a time, with the journal saying which one is in hand.
         `on_outcomes` is called with each image as it is done, from this thread. Returns early after `stop`.
-        Raises OSError when results cannot be committed, and ShardBusyError when another process has the shard.
+        Raises OSError when results cannot be committed, ShardBusyError when another process has the shard, and
+        OtherRunError when the run's folder is gone.
         """
+        self._directory.require_run(self._context.run_id)
         with self._directory.shard_lock(shard.shard_id), self._watchdog:
             committed = self._directory.committed(shard.shard_id)
             todo = [ref for ref in shard.images if (ref.image_id, ref.revision) not in committed]

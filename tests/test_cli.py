@@ -782,3 +782,29 @@ def test_wrong_inputs_leave_no_empty_folder_behind(photographs: Path, tmp_path: 
         out.mkdir()
         assert invoke(*command)[0] == 2
         out.rmdir()
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_once_it_is_there(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("photographs/astronaut.png\nphotographs/holiday/coffee.jpg\n")
+    away = (photographs / "astronaut.png").rename(tmp_path / "away.png")
+    command = [listed, tmp_path / "out", weights, "--label", "rain", "--json", "--max-failed-fraction", "1"]
+    assert json.loads(restore(*command)[1])["counts"]["failed"] == 1
+    assert json.loads(restore(*command)[1])["done_before"] == 2, "it is not there: nothing to try"
+    away.rename(photographs / "astronaut.png")
+    again = json.loads(restore(*command)[1])
+    assert (again["done_before"], again["counts"]["restored"], again["counts"]["failed"]) == (1, 2, 0)
+
+
+def test_a_part_of_the_source_that_was_away_is_done_once_it_is_back(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    command = [photographs, tmp_path / "out", weights, "--label", "rain", "--json", "--max-failed-fraction", "1"]
+    assert invoke("plan", photographs, tmp_path / "out", *weights, "--label", "rain")[0] == 0
+    away = (photographs / "holiday").rename(tmp_path / "away")
+    assert json.loads(restore(*command)[1])["counts"]["failed"] == 1
+    away.rename(photographs / "holiday")
+    counts = json.loads(restore(*command)[1])["counts"]
+    assert (counts["restored"], counts["failed"]) == (2, 0)

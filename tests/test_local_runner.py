@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from run_driver import drive
@@ -14,6 +16,7 @@ from tiny_runs import TinyRun, check_complete, rows_of, stalled_process
 from jobs import local
 from jobs.errors import InterruptedBySignalError, RunError
 from jobs.local import LocalRunner, crew_size
+from jobs.runner import Dispatcher
 from pipeline.faults import FAULT, MARKER
 from pipeline.run_config import RunContext
 
@@ -184,3 +187,31 @@ def test_sigterm_has_workers_commit_and_the_run_can_go_on(make_run: MakeRun, mon
 def test_the_local_runner_leaves_ray_alone() -> None:
     code = "import sys, jobs.local, pipeline.worker; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_worker_that_gives_its_shard_back_gets_no_other_and_its_end_is_no_death(make_run: MakeRun) -> None:
+    run = make_run(NAMES)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    ended = SimpleNamespace(exitcode=0, sentinel=-1, join=lambda timeout=None: None)
+    child: Any = SimpleNamespace(
+        number=0, log="log", is_ready=True, has_failed=False, hangs=False, assignment=dispatcher.take(), process=ended
+    )
+    local._act(child, local._Message("given_back"), dispatcher, others_work=False)
+    assert child.assignment is None
+    assert not child.is_ready
+    local._note_end(child, dispatcher, others_work=False)
+    assignment = dispatcher.take()
+    assert assignment is not None
+    assert (assignment.shard.shard_id, assignment.attempt) == ("s000", 1)
+
+
+def test_workers_that_hang_while_they_load_end_the_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = make_run(NAMES)
+    monkeypatch.setenv(FAULT, "stall:start")
+    monkeypatch.setenv(MARKER, str(tmp_path / "marker"))
+    monkeypatch.setattr(local, "START_PATIENCE_S", 0.5)
+    with pytest.raises(RunError, match="3 workers in a row ended before they could take an image"):
+        drive(LocalRunner(), run.context, run.shards)
+    assert children() == []

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -318,3 +319,55 @@ def test_a_log_on_a_full_disk_does_not_hide_what_is_at_fault(monkeypatch: pytest
     except RuntimeError:
         note_traceback()
     assert written
+
+
+def test_a_worker_that_gets_images_done_is_not_blamed_for_deaths(make_run: MakeRun) -> None:
+    run = make_run([f"{number}.png" for number in range(8)], per_shard=2)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    for _ in range(4):
+        assignment = dispatcher.take()
+        assert assignment is not None
+        shard = assignment.shard
+        dispatcher.report(shard.shard_id, [row(run, shard.images[0], shard.shard_id)])
+        dispatcher.died(1, shard.shard_id, "SIGKILL", "log")
+    assert dispatcher.is_of_use(1)
+
+
+def test_workers_that_all_die_are_not_blamed_one_after_the_other(make_run: MakeRun) -> None:
+    run = make_run([f"{number}.png" for number in range(12)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    for number in (0, 1) * 5:
+        assignment = dispatcher.take()
+        assert assignment is not None
+        dispatcher.died(number, assignment.shard.shard_id, "SIGKILL", "log")
+    assert dispatcher.is_of_use(0)
+    assert dispatcher.is_of_use(1)
+
+
+def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -> None:
+    run = make_run([f"{number}.png" for number in range(9)], per_shard=1)
+
+    def set_aside(dispatcher: Dispatcher, count: int) -> None:
+        for _ in range(count):
+            assignment = dispatcher.take()
+            assert assignment is not None
+            shard = assignment.shard
+            outcome = replace(row(run, shard.images[0], shard.shard_id), status=Status.QUARANTINED)
+            dispatcher.report(shard.shard_id, [outcome])
+            dispatcher.require_fruit("log")
+
+    with pytest.raises(RunError, match="over each of 8 images"):
+        set_aside(Dispatcher(run.shards, run.context, lambda rows: None), 8)
+    fruitful = Dispatcher(run.shards, run.context, lambda rows: None)
+    assignment = fruitful.take()
+    assert assignment is not None
+    fruitful.report("s000", [row(run, assignment.shard.images[0], "s000")])
+    set_aside(fruitful, 8)
+
+
+def test_a_worker_may_start_until_it_has_failed_to(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    assert dispatcher.may_start(0)
+    dispatcher.start_failed(0, "exit code 1", "log", others_work=True)
+    assert not dispatcher.may_start(0)
+    assert dispatcher.may_start(1)

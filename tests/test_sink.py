@@ -158,6 +158,7 @@ def test_what_only_looks_half_written_stays(directory: RunDirectory) -> None:
 
 def test_a_folder_whose_name_is_no_text_holds_a_run(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / os.fsdecode(b"o\xff"))
+    directory.create()
     directory.commit_part("s1", [row("a")])
     assert read_manifest(directory.root).num_rows == 1
 
@@ -255,3 +256,19 @@ def test_a_file_system_that_folds_names_is_found_out(
     monkeypatch.setattr(Path, "exists", exists)
     assert directory.folds_names()
     assert not [path for path in directory.root.iterdir() if path.is_file()]
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(directory: RunDirectory, tmp_path: Path) -> None:
+    source = tmp_path / "source.png"
+    source.write_bytes(b"x")
+    directory.root.rename(tmp_path / "moved")
+    works: list[Callable[[], object]] = [
+        lambda: directory.write_image("a.png", b"x"),
+        lambda: directory.link_image("a.png", source, b"x"),
+        lambda: directory.commit_part("s000", [row("a.png")]),
+        lambda: directory.shard_lock("s000").__enter__(),
+    ]
+    for work in works:
+        with pytest.raises(OtherRunError, match="not there any more"):
+            work()
+    assert not directory.root.exists()

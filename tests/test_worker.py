@@ -1,3 +1,4 @@
+import errno
 import gc
 import os
 import threading
@@ -29,7 +30,7 @@ from pipeline.item import Item, SourceGoneError
 from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
 from pipeline.records import ImageRef, Outcome, Shard, Status
-from pipeline.sink import done
+from pipeline.sink import OtherRunError, RunDirectory, done
 from pipeline.worker import ReadAhead, Worker, codec_threads
 
 
@@ -587,6 +588,36 @@ def test_a_full_disk_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "failed" not in {row["status"] for row in rows_of(run).values()}
     monkeypatch.delenv(FAULT)
     assert {row["status"] for row in work(run, attempt=2).values()} == {"restored"}
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENOTCONN])
+def test_a_folder_of_results_that_is_closed_fails_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(RunDirectory, "write_image", refuse)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            work(run)
+    assert {row["status"] for row in work(run, attempt=2).values()} == {"restored"}
+
+
+def test_a_folder_of_results_that_is_moved_fails_no_image_and_stays_where_it_is(tmp_path: Path) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    root = run.directory.root
+    moved = root.rename(tmp_path / "moved")
+    with pytest.raises(OtherRunError, match="cannot be read"):
+        work(run)
+    assert not root.exists()
+    moved.rename(root)
+    assert {row["status"] for row in work(run).values()} == {"restored"}
 
 
 def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None:
