@@ -1,6 +1,7 @@
 """The `dfpir` command."""
 
 import atexit
+import io
 import json
 import logging
 import math
@@ -561,6 +562,8 @@ def main() -> None:
     The process ends once Python's own exit functions have run and all is written: on a busy machine the libraries'
     destructors abort one process in twenty after its work is done ("terminate called without an active exception").
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a name's characters
     code: Any = 0
     try:
         app()
@@ -577,3 +580,7 @@ def main() -> None:
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+if __name__ == "__main__":
+    main()

@@ -315,7 +315,10 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
     started = time.monotonic()
     if job.left:
         runner.run(job.left, job.context, on_outcomes=collect)
-    manifest = read_manifest(job.directory.root, columns=SUMMARY_COLUMNS)
+    try:
+        manifest = read_manifest(job.directory.root, columns=SUMMARY_COLUMNS)
+    except ManifestError as error:
+        raise RunError(str(error)) from error
     if missing := job.shards.without(manifest):
         raise RunError(
             f"{missing.image_count} planned images have no row in {job.directory.manifest_dir}, the first of them "
@@ -342,7 +345,10 @@ def make_runner(options: RestoreOptions) -> Runner:
         from jobs.local import LocalRunner
 
         return LocalRunner(max_workers=options.max_workers)
-    from jobs.ray_runner import RayRunner
+    try:
+        from jobs.ray_runner import RayRunner
+    except ImportError as error:
+        raise UsageError(f"Ray cannot be imported ({error}); install it, or use --engine local") from error
 
     return RayRunner(address=options.address, max_workers=options.max_workers)
 

@@ -1,4 +1,4 @@
-"""An orderly end on SIGINT and SIGTERM."""
+"""An orderly end on SIGINT, SIGTERM and SIGHUP."""
 
 import signal
 import threading
@@ -21,7 +21,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """While open, the first SIGINT or SIGTERM asks for an orderly end; a second one acts as usual.
+    """While open, the first SIGINT, SIGTERM or SIGHUP asks for an orderly end; a second one acts as usual.
+
+    A SIGHUP that is ignored, as `nohup` has it, stays so.
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
     """
@@ -29,21 +31,22 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+    numbers = [number for number in signals if number != signal.SIGHUP or before[number] is not signal.SIG_IGN]
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal_number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each in numbers:
+            signal.signal(each, before[each])
 
     for number in numbers:
         signal.signal(number, ask)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 class _EndedError(BaseException):

@@ -51,7 +51,8 @@ def restored_name(
     if PurePosixPath(relative_path).suffix.lower() in extensions:
         return relative_path
     stem = relative_path
-    while taken(stem + extensions[0]):
+    # A source image may also have the very name, without an extension, that this one would get.
+    while taken(stem + extensions[0]) or (stem != relative_path and taken(stem)):
         stem += _BETWEEN
     return stem + extensions[0]
 

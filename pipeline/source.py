@@ -299,18 +299,26 @@ def _is_unmounted(folder: str | Path) -> bool:
         return True
 
 
-def _walk(directory: str, unreadable: list[str]) -> Iterator["os.DirEntry[str]"]:
+def _walk(root: str, unreadable: list[str]) -> Iterator["os.DirEntry[str]"]:
     """All entries below a directory that are not folders themselves, in the order of their paths."""
+    levels = [iter(_entries(root, unreadable))]
+    while levels:
+        for entry, is_folder in levels[-1]:
+            if is_folder:
+                levels.append(iter(_entries(entry.path, unreadable)))
+                break
+            yield entry
+        else:
+            levels.pop()
+
+
+def _entries(directory: str, unreadable: list[str]) -> list[tuple["os.DirEntry[str]", bool]]:
+    """What a directory holds, in the order of the paths in it, and whether each is a folder."""
     try:
         with os.scandir(directory) as entries:
             found = [(entry, entry.is_dir(follow_symlinks=False)) for entry in entries]
     except OSError:
         unreadable.append(directory)
-        return
+        return []
     # A folder's slash takes part: `a-b.png` comes before `a/2.png`.
-    found.sort(key=lambda each: os.fsencode(each[0].name) + (b"/" if each[1] else b""))
-    for entry, is_folder in found:
-        if is_folder:
-            yield from _walk(entry.path, unreadable)
-        else:
-            yield entry
+    return sorted(found, key=lambda each: os.fsencode(each[0].name) + (b"/" if each[1] else b""))

@@ -4,6 +4,7 @@ Each function leaves a fault as the item's `failed` row and never raises for it;
 """
 
 import hashlib
+import os
 from collections.abc import Collection, Sequence
 
 from pipeline.faults import fault_point
@@ -118,7 +119,7 @@ def write(item: Item, directory: RunDirectory, config: RunConfig, *, reserved: C
         source, relative_path = local_path(item.ref.uri), item.ref.relative_path
 
         def taken(path: str) -> bool:
-            return path in reserved or source.with_name(source.name + path.removeprefix(relative_path)).exists()
+            return path in reserved or os.path.exists(f"{source}{path.removeprefix(relative_path)}")
 
         name = restored_name(
             relative_path,

@@ -32,6 +32,8 @@ def test_format_that_cannot_be_written_back_appends_too():
 def test_name_of_another_source_image_is_left_to_it():
     assert name("a.jpg", others={"a.jpg", "a.jpg.png"}) == "a.jpg.restored.png"
     assert name("a.jpg", others={"a.jpg.png", "a.jpg.restored.png"}) == "a.jpg.restored.restored.png"
+    assert name("x", others={"x", "x.png", "x.restored"}) == "x.restored.restored.png"
+    assert name("x.restored", others={"x", "x.png", "x.restored"}) == "x.restored.png"
 
 
 extensions = st.sampled_from(sorted(IMAGE_EXTENSIONS | {".PNG", ".Jpg"}))

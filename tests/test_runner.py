@@ -371,3 +371,16 @@ def test_a_worker_may_start_until_it_has_failed_to(run: TinyRun) -> None:
     dispatcher.start_failed(0, "exit code 1", "log", others_work=True)
     assert not dispatcher.may_start(0)
     assert dispatcher.may_start(1)
+
+
+def test_a_lost_terminal_asks_for_an_orderly_end_unless_it_is_ignored() -> None:
+    with stop_on_signals() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.signal_number == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -245,3 +245,17 @@ def test_lists_that_cannot_be_used_say_why(tmp_path):
 def test_only_file_uris_are_local():
     with pytest.raises(ValueError, match="s3://bucket"):
         local_path("s3://bucket/key.png")
+
+
+def test_folders_in_folders_have_no_limit(tmp_path):
+    folders = [tmp_path]
+    for _ in range(1100):
+        folders.append(folders[-1] / "d")
+        folders[-1].mkdir()
+    (folders[-1] / "a.png").write_bytes(b"1")
+    try:
+        assert paths(list_source(tmp_path)) == ["d/" * 1100 + "a.png"]
+    finally:
+        (folders[-1] / "a.png").unlink()
+        for folder in reversed(folders[1:]):  # `shutil.rmtree` has a limit
+            folder.rmdir()
