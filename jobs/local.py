@@ -47,7 +47,7 @@ def crew_size(context: RunContext, gpu_bytes: Sequence[int], *, max_workers: int
 class _Message:
     """From a child to the driver."""
 
-    kind: Literal["ready", "outcomes", "done", "given_back", "failed", "start_failed"]
+    kind: Literal["ready", "outcomes", "done", "given_back", "doubted", "failed", "start_failed"]
     outcomes: tuple[Outcome, ...] = ()
     fault: str = ""
 
@@ -143,8 +143,10 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
         for child in list(children.values()):
             if child.assignment is None and not dispatcher.is_of_use(child.number):
                 children.pop(child.number).end()
-            elif child.is_ready and child.assignment is None and (assignment := dispatcher.take()) is not None:
-                child.give(assignment)
+            elif child.is_ready and child.assignment is None:
+                is_alone = sum(each.is_ready for each in children.values()) == 1
+                if (assignment := dispatcher.take(child.number, is_alone=is_alone)) is not None:
+                    child.give(assignment)
     for child in children.values():
         if child.hangs:
             child.process.kill()  # which its sentinel tells
@@ -192,6 +194,8 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
         case "given_back":
             child.is_ready, child.has_failed = False, True  # it ends now: no further shard, and no death
             dispatcher.give_back(shard_id)
+        case "doubted":
+            dispatcher.doubted(child.number, shard_id)
         case "failed":
             dispatcher.failed(child.number, shard_id, message.fault, str(child.log))
     child.assignment = None
@@ -243,7 +247,7 @@ def _child_main(
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
 
     from pipeline.batching import is_device_lost
-    from pipeline.worker import build_worker
+    from pipeline.worker import DoubtfulShardError, build_worker
 
     try:
         worker = build_worker(context, f"local-{number}")
@@ -262,8 +266,13 @@ def _child_main(
             worker(
                 assignment.shard,
                 attempt=assignment.attempt,
+                is_final=assignment.doubted_by is not None,
                 on_outcomes=lambda rows: connection.send(_Message("outcomes", tuple(rows))),
             )
+        except DoubtfulShardError:
+            note_traceback()
+            connection.send(_Message("doubted"))
+            continue
         except Exception as error:
             if is_device_lost(error):
                 raise  # the next process finds the GPU anew

@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Report:
-    """What came of an assignment: `done`, `given_back` or `failed`, and the outcomes not yet fetched."""
+    """What came of an assignment: `done`, `given_back`, `doubted` or `failed`, and the outcomes not yet fetched."""
 
     kind: str
     outcomes: list[Outcome]
@@ -86,10 +86,15 @@ class WorkerActor:
     def work(self, assignment: Assignment) -> _Report:
         """Works off a shard."""
         from pipeline.batching import is_device_lost
+        from pipeline.worker import DoubtfulShardError
 
         assert self._worker is not None
+        is_final = assignment.doubted_by is not None
         try:
-            self._worker(assignment.shard, attempt=assignment.attempt, on_outcomes=self._keep)
+            self._worker(assignment.shard, attempt=assignment.attempt, on_outcomes=self._keep, is_final=is_final)
+        except DoubtfulShardError:
+            note_traceback()
+            return _Report("doubted", self._take())
         except Exception as error:
             if is_device_lost(error):
                 raise  # the next process finds the GPU anew
@@ -218,9 +223,12 @@ class _Crew:
         """Until every shard is done or the run is asked to end."""
         while not self._dispatcher.is_finished and not request:
             self._hire_as_wanted()
-            for member in self._members.values():
+            for member in list(self._members.values()):
                 if member.node_id is not None and member.assignment is None:
-                    self._give(member)
+                    if self._dispatcher.is_of_use(member.number):
+                        self._give(member)
+                    else:
+                        self._dismiss(member)
             self._step()
             self._book_fallen()
             self._warn_if_pending()
@@ -232,6 +240,10 @@ class _Crew:
         for member in self._members.values():
             ray.kill(member.actor, no_restart=True)
         self._members = {}
+
+    def _dismiss(self, member: _Member) -> None:
+        del self._members[member.number]
+        ray.kill(member.actor, no_restart=True)
 
     def _busy(self) -> int:
         return sum(member.assignment is not None for member in self._members.values())
@@ -260,7 +272,8 @@ class _Crew:
         member.pending[actor.load.remote()] = "load"
 
     def _give(self, member: _Member) -> None:
-        member.assignment = self._dispatcher.take()
+        is_alone = sum(each.node_id is not None for each in self._members.values()) == 1
+        member.assignment = self._dispatcher.take(member.number, is_alone=is_alone)
         if member.assignment is not None:
             member.pending[member.actor.work.remote(member.assignment)] = "work"
             if "outcomes" not in member.pending.values():
@@ -285,8 +298,7 @@ class _Crew:
             answer = ray.get(reference)
         except RayError as error:
             # All its calls fail together; the first one to be looked at stands for them.
-            del self._members[member.number]
-            ray.kill(member.actor, no_restart=True)
+            self._dismiss(member)
             self._note_end(member, error)
             return
         if call == "load":
@@ -311,13 +323,14 @@ class _Crew:
         self._report(report.outcomes)
         if report.kind == "done":
             self._dispatcher.done(member.number, shard_id)
+        elif report.kind == "doubted":
+            self._dispatcher.doubted(member.number, shard_id)
         elif report.kind == "failed":
             self._dispatcher.failed(member.number, shard_id, report.fault, str(member.log))
         else:
             self._dispatcher.give_back(shard_id)
         if report.kind == "given_back" or not self._dispatcher.is_of_use(member.number):
-            del self._members[member.number]
-            ray.kill(member.actor, no_restart=True)
+            self._dismiss(member)
 
     def _note_end(self, member: _Member, error: RayError) -> None:
         """Books a failure to start; a death over a shard is booked once it is known whether the machine went away."""

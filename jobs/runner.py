@@ -68,6 +68,8 @@ class Assignment:
     shard: Shard
     attempt: int
     """From 1; deaths raise it, and machines lost over the shard after the first; the second is a careful one."""
+    doubted_by: int | None = None
+    """Number of the worker on which every image failed, perhaps for its machine's sake; the next word is final."""
 
 
 class Dispatcher:
@@ -122,16 +124,18 @@ class Dispatcher:
         """Shards that wait for a worker."""
         return len(self._first) + len(self._shards) - self._given_out + len(self._last)
 
-    def take(self) -> Assignment | None:
-        """The next shard for a worker that is ready, or None."""
-        if self._first:
-            assignment = self._first.popleft()
-        elif self._given_out < len(self._shards):
+    def take(self, number: int, *, is_alone: bool) -> Assignment | None:
+        """The next shard for the worker of this number, which is ready, or None.
+
+        What it has doubted is for others, unless it `is_alone`: no other one is ready.
+        """
+        barred = None if is_alone else number
+        assignment = _taken(self._first, barred)
+        if assignment is None and self._given_out < len(self._shards):
             assignment = Assignment(self._shards[self._given_out], attempt=1)
             self._given_out += 1
-        elif self._last:
-            assignment = self._last.popleft()
-        else:
+        assignment = assignment or _taken(self._last, barred)
+        if assignment is None:
             return None
         self._assigned[assignment.shard.shard_id] = assignment
         self._has_headway.discard(assignment.shard.shard_id)
@@ -155,12 +159,14 @@ class Dispatcher:
             self._quarantined += set_aside
             if set_aside < len(fresh):
                 self._is_fruitful = True
+            if any(outcome.status not in (Status.QUARANTINED, Status.FAILED) for outcome in fresh):
                 self._has_headway.add(shard_id)
 
     def done(self, number: int, shard_id: str) -> None:
         """The worker of this number has committed a row for each image of its shard."""
         del self._failures[number], self._deaths[number]
-        shard = self._assigned.pop(shard_id).shard
+        assignment = self._assigned.pop(shard_id)
+        shard = assignment.shard
         if any(ref.image_id not in self._reported.get(shard_id, ()) for ref in shard.images):
             # Committed by a worker that died before it could tell.
             planned = {(ref.image_id, ref.revision) for ref in shard.images}
@@ -168,6 +174,9 @@ class Dispatcher:
             self.report(shard_id, [row for row in rows if (row.image_id, row.revision) in planned])
         self._reported.pop(shard_id, None)
         self._done.add(shard_id)
+        doubter = assignment.doubted_by
+        if doubter not in (None, number) and shard_id in self._has_headway:
+            self._note_failure(doubter, "no image that others could read or restore", f"its log, worker-{doubter}.log")
 
     def require_fruit(self, log: str) -> None:
         """Raises RunError when one image after the other is set aside and none gets done."""
@@ -183,6 +192,10 @@ class Dispatcher:
         assignment = self._assigned.pop(shard_id)
         Journal(self._directory.journal_dir, shard_id).forgive()
         self._first.appendleft(assignment)
+
+    def doubted(self, number: int, shard_id: str) -> None:
+        """Every image of the shard failed on the worker of this number, which may be its machine's fault."""
+        self._last.append(replace(self._assigned.pop(shard_id), doubted_by=number))
 
     def machine_lost(self, number: int, shard_id: str, log: str) -> None:
         """The shard's worker went away with its machine: no image's fault, as far as one such loss can tell.
@@ -273,6 +286,15 @@ class Dispatcher:
                 f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}", log
             )
         self._last.append(replace(assignment, attempt=assignment.attempt + is_death))
+
+
+def _taken(queue: deque[Assignment], barred: int | None) -> Assignment | None:
+    """The first of a queue, taken out of it, that the worker of the barred number has not doubted."""
+    for place, assignment in enumerate(queue):
+        if barred is None or assignment.doubted_by != barred:
+            del queue[place]
+            return assignment
+    return None
 
 
 def _broken_off(what: str, log: str) -> RunError:

@@ -50,28 +50,54 @@ def codec_threads(device: str, cpus: int) -> int:
     return 2 if device == "cpu" else max(2, cpus)
 
 
-class Ledger:
-    """Rows on their way into the manifest: reported when an image is done, committed every so often."""
+MACHINES_FAULTS = frozenset({"missing", "permission_denied", "unreadable", "out_of_memory"})
+"""What an image fails with where a machine does not see it as others do, or has its memory full."""
 
-    def __init__(self, directory: RunDirectory, shard_id: str, on_outcomes: OnOutcomes, every_s: float) -> None:
+
+class DoubtfulShardError(Exception):
+    """Every image of a shard failed with what may as well be this machine's fault."""
+
+
+class Ledger:
+    """Rows on their way into the manifest: reported when an image is done, committed every so often.
+
+    In doubt, they are held back until one is there that is no `MACHINES_FAULTS`.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, shard_id: str, on_outcomes: OnOutcomes, every_s: float, *, in_doubt: bool
+    ) -> None:
         self._directory, self._shard_id = directory, shard_id
         self._on_outcomes, self._every_s = on_outcomes, every_s
+        self._in_doubt = in_doubt
         self._rows: list[Outcome] = []
         self._last_commit = time.monotonic()
 
     def add(self, row: Outcome) -> None:
         """Takes the row of an image whose output, if any, has its final name."""
         self._rows.append(row)
-        self._on_outcomes([row])
+        if self._in_doubt:
+            if row.error_class in MACHINES_FAULTS:
+                return
+            self._in_doubt = False
+            self._on_outcomes(self._rows)
+        else:
+            self._on_outcomes([row])
         if time.monotonic() - self._last_commit >= self._every_s:
             self.commit()
 
     def commit(self) -> None:
-        """Makes the rows taken so far count."""
-        if self._rows:
+        """Makes the rows taken so far count, unless they are in doubt."""
+        if self._rows and not self._in_doubt:
             self._directory.commit_part(self._shard_id, self._rows)
             self._rows = []
         self._last_commit = time.monotonic()
+
+    def require_certainty(self) -> None:
+        """Raises DoubtfulShardError if all rows are in doubt."""
+        if self._rows and self._in_doubt:
+            row = self._rows[-1]
+            raise DoubtfulShardError(f"all {len(self._rows)} images failed, the last one with: {row.error_message}")
 
 
 class ReadAhead:
@@ -165,20 +191,22 @@ class Worker:
         """Asks the running call to finish what is in work, commit and return; from any thread or signal handler."""
         self._stop.set()
 
-    def __call__(self, shard: Shard, *, attempt: int, on_outcomes: OnOutcomes) -> None:
+    def __call__(self, shard: Shard, *, attempt: int, on_outcomes: OnOutcomes, is_final: bool = True) -> None:
         """Gives every image of the shard that has none yet a row, and commits the rows.
 
         From the second attempt on images go one at a time, with the journal saying which one is in hand.
         `on_outcomes` is called with each image as it is done, from this thread. Returns early after `stop`.
         Raises OSError when results cannot be committed, ShardBusyError when another process has the shard, and
-        OtherRunError when the run's folder is gone.
+        OtherRunError when the run's folder is gone. Unless what is found is final, DoubtfulShardError when that may be
+        this machine's fault for every image; none has a row then.
         """
         self._directory.require_run(self._context.run_id)
         with self._directory.shard_lock(shard.shard_id), self._watchdog:
             committed = self._directory.committed(shard.shard_id)
             todo = [ref for ref in shard.images if (ref.image_id, ref.revision) not in committed]
             journal = Journal(self._directory.journal_dir, shard.shard_id)
-            ledger = Ledger(self._directory, shard.shard_id, on_outcomes, self._context.commit_every_s)
+            every_s = self._context.commit_every_s
+            ledger = Ledger(self._directory, shard.shard_id, on_outcomes, every_s, in_doubt=not is_final)
             base = dict(self._facts, shard_id=shard.shard_id, attempt=attempt)
             if attempt > 1 or not journal.is_empty:
                 self._go_carefully(todo, base, journal, ledger)
@@ -186,6 +214,7 @@ class Worker:
                 self._go_overlapped(todo, base, ledger)
             ledger.commit()
             if not self.is_stopping:
+                ledger.require_certainty()
                 journal.remove()
 
     def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger) -> None:

@@ -282,7 +282,9 @@ def test_a_death_with_its_machine_is_told_from_one_alone(
     monkeypatch.setattr(dispatcher, "machine_lost", lambda *_: found.append("lost"))
     monkeypatch.setattr(ray_runner, "all_nodes", lambda: [node(1), node(2, alive=alive)])
     crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
-    crew._note_end(ray_runner._Member(0, None, Path("log"), node_id="2-0", assignment=dispatcher.take()), error)
+    crew._note_end(
+        ray_runner._Member(0, None, Path("log"), node_id="2-0", assignment=dispatcher.take(0, is_alone=True)), error
+    )
     later = time.monotonic() + seconds
     monkeypatch.setattr(ray_runner.time, "monotonic", lambda: later)
     crew._book_fallen()
@@ -330,7 +332,7 @@ def test_no_more_workers_are_asked_for_than_there_is_work_and_room_for(
     crew._hire_as_wanted()
     assert sorted(crew._members) == [0, 1, 2, 3]
     fallen = crew._members.pop(2)
-    fallen.assignment = dispatcher.take()
+    fallen.assignment = dispatcher.take(0, is_alone=True)
     crew._note_end(fallen, RayActorError())
     crew._hire_as_wanted()
     assert sorted(crew._members) == [0, 1, 2, 3], "the one that stands in loads while it is found out how this one fell"

@@ -33,11 +33,11 @@ def row(run: TinyRun, ref: ImageRef, shard_id: str) -> Outcome:
 
 def test_shards_go_out_in_order_and_once(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
-    first, second = dispatcher.take(), dispatcher.take()
+    first, second = dispatcher.take(0, is_alone=True), dispatcher.take(0, is_alone=True)
     assert first is not None
     assert second is not None
     assert [a.shard.shard_id for a in (first, second)] == ["s000", "s001"]
-    assert dispatcher.take() is None
+    assert dispatcher.take(0, is_alone=True) is None
     assert not dispatcher.is_finished
     dispatcher.done(0, "s000")
     dispatcher.done(0, "s001")
@@ -48,18 +48,18 @@ def test_a_death_makes_the_next_attempt_careful_and_a_lost_machine_does_not(run:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
     attempts = []
     for end in (dispatcher.give_back, lambda shard: dispatcher.died(0, shard, "SIGKILL", "log"), dispatcher.give_back):
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         attempts.append(assignment.attempt)
         end("s000")
-    assignment = dispatcher.take()
+    assignment = dispatcher.take(0, is_alone=True)
     assert assignment is not None
     assert [*attempts, assignment.attempt] == [1, 1, 2, 2]
 
 
 def test_a_lost_machine_blames_no_image(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     Journal(run.directory.journal_dir, "s000").begin("a")
     dispatcher.give_back("s000")
     assert Journal(run.directory.journal_dir, "s000").count_death() is None
@@ -69,12 +69,12 @@ def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_c
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
     taken, blamed = [], []
     for _ in range(5):
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         if assignment.shard.shard_id == "s001":
             taken.append("s001")
             dispatcher.done(0, "s001")
-            assignment = dispatcher.take()
+            assignment = dispatcher.take(0, is_alone=True)
             assert assignment is not None
         taken.append(f"{assignment.shard.shard_id}, attempt {assignment.attempt}")
         Journal(run.directory.journal_dir, "s000").begin("takes its machine with it")
@@ -88,7 +88,7 @@ def test_machines_lost_over_a_shard_that_gets_on_count_for_nothing(run: TinyRun)
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
     attempts = []
     for ref in run.shards[0].images:
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         attempts.append(assignment.attempt)
         dispatcher.report("s000", [row(run, ref, "s000")])
@@ -135,7 +135,7 @@ def test_a_shard_that_is_done_reports_its_own_images_only(make_run: MakeRun) -> 
     dispatcher = Dispatcher(
         [Shard("s000", shard.images[2:])], run.context, lambda rows: reported.extend(each.image_id for each in rows)
     )
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     dispatcher.done(0, "s000")
     assert reported == [shard.images[2].image_id]
 
@@ -144,9 +144,9 @@ def test_a_worker_that_lives_and_fails_again_and_again_ends_the_run(run: TinyRun
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
     Journal(run.directory.journal_dir, "s000").begin("held by a process that cannot be ended")
     for _ in range(2):
-        dispatcher.take()
+        dispatcher.take(0, is_alone=True)
         dispatcher.failed(0, "s000", "ShardBusyError", "log")
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
         dispatcher.failed(0, "s000", "ShardBusyError", "log")
 
@@ -156,12 +156,12 @@ def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     for _ in range(3):
         assert dispatcher.is_of_use(0)
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         dispatcher.failed(0, assignment.shard.shard_id, "SourceGoneError", "log")
     assert not dispatcher.is_of_use(0)
     attempts = []
-    while (assignment := dispatcher.take()) is not None:
+    while (assignment := dispatcher.take(0, is_alone=True)) is not None:
         attempts.append(assignment.attempt)
         run.directory.commit_part(
             assignment.shard.shard_id, [row(run, ref, assignment.shard.shard_id) for ref in assignment.shard.images]
@@ -178,7 +178,7 @@ def test_a_worker_whose_processes_die_over_shard_after_shard_gets_no_more_and_ea
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     for _ in range(3):
         assert dispatcher.is_of_use(1)
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         dispatcher.died(1, assignment.shard.shard_id, "SIGILL", "logs/worker-1.log")
         dispatcher.worker_ready(1)
@@ -195,7 +195,7 @@ def test_deaths_with_a_shard_done_in_between_and_those_of_the_last_worker_are_no
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
 
     def end(number: int, *, dies: bool) -> None:
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         if dies:
             dispatcher.died(number, assignment.shard.shard_id, "SIGKILL", "log")
@@ -218,14 +218,14 @@ def test_a_worker_that_fails_costs_no_shard_its_attempts_while_others_work(run: 
     """One shard is with another worker, and the failing one gets the same again and again."""
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
     for _ in range(3):
-        dispatcher.take()
+        dispatcher.take(0, is_alone=True)
         dispatcher.failed(1, "s000", "OSError", "log")
     assert not dispatcher.is_of_use(1)
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     dispatcher.failed(0, "s000", "OSError", "log")
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     dispatcher.failed(0, "s000", "OSError", "log")
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
         dispatcher.failed(0, "s000", "OSError", "log")
 
@@ -233,7 +233,7 @@ def test_a_worker_that_fails_costs_no_shard_its_attempts_while_others_work(run: 
 def test_no_worker_of_use_ends_the_run_whichever_way_the_last_one_failed(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
     for _ in range(3):
-        dispatcher.take()
+        dispatcher.take(0, is_alone=True)
         dispatcher.failed(1, "s000", "OSError", "log")
     for _ in range(2):
         dispatcher.start_failed(0, "SIGKILL", "log", others_work=True)
@@ -245,7 +245,7 @@ def test_a_shard_in_between_makes_a_worker_trusted_again(make_run: MakeRun) -> N
     run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
     for number in range(6):
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         if number == 2:
             dispatcher.done(0, assignment.shard.shard_id)
@@ -259,7 +259,7 @@ def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) 
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
     ref = run.shards[0].images[0]
     for number in range(4):
-        dispatcher.take()
+        dispatcher.take(0, is_alone=True)
         if number == 1:
             dispatcher.report("s000", [row(run, ref, "s000")])
         if number == 3:
@@ -273,10 +273,10 @@ def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
     seen: list[str] = []
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: seen.extend(r.relative_path for r in rows))
     first, second = (row(run, ref, "s000") for ref in run.shards[0].images)
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     dispatcher.report("s000", [first])
     dispatcher.died(0, "s000", "SIGKILL", "log")
-    dispatcher.take()
+    dispatcher.take(0, is_alone=True)
     dispatcher.report("s000", [first])
     run.directory.commit_part("s000", [first, second])
     dispatcher.done(0, "s000")
@@ -325,7 +325,7 @@ def test_a_worker_that_gets_images_done_is_not_blamed_for_deaths(make_run: MakeR
     run = make_run([f"{number}.png" for number in range(8)], per_shard=2)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     for _ in range(4):
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         shard = assignment.shard
         dispatcher.report(shard.shard_id, [row(run, shard.images[0], shard.shard_id)])
@@ -337,7 +337,7 @@ def test_workers_that_all_die_are_not_blamed_one_after_the_other(make_run: MakeR
     run = make_run([f"{number}.png" for number in range(12)], per_shard=1)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     for number in (0, 1) * 5:
-        assignment = dispatcher.take()
+        assignment = dispatcher.take(0, is_alone=True)
         assert assignment is not None
         dispatcher.died(number, assignment.shard.shard_id, "SIGKILL", "log")
     assert dispatcher.is_of_use(0)
@@ -349,7 +349,7 @@ def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -
 
     def set_aside(dispatcher: Dispatcher, count: int) -> None:
         for _ in range(count):
-            assignment = dispatcher.take()
+            assignment = dispatcher.take(0, is_alone=True)
             assert assignment is not None
             shard = assignment.shard
             outcome = replace(row(run, shard.images[0], shard.shard_id), status=Status.QUARANTINED)
@@ -359,7 +359,7 @@ def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -
     with pytest.raises(RunError, match="over each of 8 images"):
         set_aside(Dispatcher(run.shards, run.context, lambda rows: None), 8)
     fruitful = Dispatcher(run.shards, run.context, lambda rows: None)
-    assignment = fruitful.take()
+    assignment = fruitful.take(0, is_alone=True)
     assert assignment is not None
     fruitful.report("s000", [row(run, assignment.shard.images[0], "s000")])
     set_aside(fruitful, 8)
@@ -384,3 +384,32 @@ def test_a_lost_terminal_asks_for_an_orderly_end_unless_it_is_ignored() -> None:
             assert not request
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_shard_of_which_every_image_failed_is_for_another_worker_whose_word_is_final(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
+    assert dispatcher.take(1, is_alone=False) is not None
+    dispatcher.doubted(1, "s000")
+    assert dispatcher.take(1, is_alone=False) is None
+    assignment = dispatcher.take(0, is_alone=False)
+    assert assignment is not None
+    assert (assignment.attempt, assignment.doubted_by) == (1, 1)
+    dispatcher.give_back("s000")
+    assert dispatcher.take(1, is_alone=True) == assignment, "where no other is ready, it has to look again"
+
+
+@pytest.mark.parametrize("others_succeed", [True, False])
+def test_a_worker_that_is_alone_with_its_failures_gets_no_more(make_run: MakeRun, others_succeed: bool) -> None:
+    run = make_run([f"{number}.png" for number in range(4)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    status = Status.RESTORED if others_succeed else Status.FAILED
+    for _ in range(3):
+        assignment = dispatcher.take(1, is_alone=False)
+        assert assignment is not None
+        dispatcher.doubted(1, assignment.shard.shard_id)
+    while (assignment := dispatcher.take(0, is_alone=False)) is not None:
+        shard = assignment.shard
+        dispatcher.report(shard.shard_id, [replace(row(run, shard.images[0], shard.shard_id), status=status)])
+        dispatcher.done(0, shard.shard_id)
+    assert dispatcher.is_finished
+    assert dispatcher.is_of_use(1) != others_succeed

@@ -31,7 +31,7 @@ from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
 from pipeline.records import ImageRef, Outcome, Shard, Status
 from pipeline.sink import OtherRunError, RunDirectory, done
-from pipeline.worker import ReadAhead, Worker, codec_threads
+from pipeline.worker import DoubtfulShardError, ReadAhead, Worker, codec_threads
 
 
 class Brightener:
@@ -618,6 +618,34 @@ def test_a_folder_of_results_that_is_moved_fails_no_image_and_stays_where_it_is(
     assert not root.exists()
     moved.rename(root)
     assert {row["status"] for row in work(run).values()} == {"restored"}
+
+
+def test_failures_that_may_be_the_machines_are_no_rows_until_one_image_is_done_or_another_machine_says_so(
+    tmp_path: Path,
+) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    worker = Worker(run.context, restorer=Brightener(memory=0), classifier=Reader(), worker_id="w")
+    reported: list[Outcome] = []
+    with pytest.raises(DoubtfulShardError, match="all 3 images failed, the last one with: memory ran out"):
+        worker(run.shards[0], attempt=1, on_outcomes=reported.extend, is_final=False)
+    assert reported == []
+    assert rows_of(run) == {}
+    worker(run.shards[0], attempt=1, on_outcomes=reported.extend)
+    assert [row["error_class"] for row in rows_of(run).values()] == ["out_of_memory"] * 3
+
+
+def test_failures_beside_a_success_are_the_images_own(tmp_path: Path) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    (tmp_path / "src" / "0.png").unlink()
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    reported: list[Outcome] = []
+    worker(run.shards[0], attempt=1, on_outcomes=reported.extend, is_final=False)
+    assert sorted(outcome.status for outcome in reported) == ["failed", "restored", "restored"]
+    assert [row["status"] for row in rows_of(run).values()] == ["failed", "restored", "restored"]
 
 
 def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None:
