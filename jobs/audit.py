@@ -18,7 +18,7 @@ from jobs.errors import UsageError
 from jobs.restore import read_job
 from pipeline.plan import PlanError, load_plan
 from pipeline.records import Status, first_rows
-from pipeline.sink import ManifestError, RunDirectory, read_rows
+from pipeline.sink import ManifestError, RunDirectory, is_partial, read_rows
 from pipeline.source import local_path
 
 READERS = 8
@@ -227,12 +227,12 @@ def _shared(counting: pa.Table) -> Iterator[Finding]:
 
 
 def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
-    """Files among the results that no row names, be it of an earlier revision."""
+    """Files among the results that no row names, be it of an earlier revision, and that are no half-written ones."""
     named = set(rows["output_uri"].to_pylist())
     for folder, _, names in os.walk(directory.images_dir):
         beginning = directory.uri(Path(folder))
         for uri in sorted(f"{beginning}/{name}" for name in names):
-            if uri not in named:
+            if uri not in named and not is_partial(directory.root / uri):
                 yield Finding("not_in_manifest", uri, "no row names this file")
 
 

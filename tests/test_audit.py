@@ -134,6 +134,7 @@ def test_a_cut_and_a_missing_result_are_found_by_sizes(run: Run) -> None:
 
 def test_a_file_that_no_row_names_is_found(run: Run) -> None:
     (run.out / "images" / "folder" / "stranger.png").write_bytes(b"x")
+    (run.out / "images" / f".a.png.{'0' * 16}.partial").write_bytes(b"what a killed worker leaves")
     assert run.kinds() == [("not_in_manifest", "images/folder/stranger.png")]
 
 

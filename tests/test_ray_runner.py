@@ -2,6 +2,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +17,13 @@ import ray
 from PIL import Image
 from ray.exceptions import ActorUnavailableError, RayActorError
 from run_driver import drive
-from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process
+from synthetic_classifier import write_tiny_classifier
+from synthetic_weights import write_tiny_model
+from tiny_runs import TinyRun, check_complete, lasting, rows_of, stalled_process, write_pictures
 
 from jobs import ray_cluster as ray_cluster_module
 from jobs import ray_runner
+from jobs.audit import audit
 from jobs.config import RestoreOptions
 from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.local import LocalRunner
@@ -28,6 +33,7 @@ from jobs.restore import resolve_run_device
 from jobs.runner import Dispatcher
 from jobs.signals import sigterm_raises
 from pipeline.faults import FAULT, MARKER
+from pipeline.sink import read_rows
 
 MakeRun = Callable[..., TinyRun]
 NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
@@ -400,3 +406,22 @@ def test_the_cluster_decides_about_the_device(
         with pytest.raises(UsageError, match="the Ray cluster at there:6379 has no GPU"):
             resolve_run_device(wanted)
     assert resolve_run_device(options.model_copy(update={"device": "cpu"})) == "cpu"
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_node_in_the_middle_loses_no_row_doubles_none_and_blames_no_image(tmp_path: Path) -> None:
+    model, classifier = write_tiny_model(tmp_path / "m.safetensors"), write_tiny_classifier(tmp_path / "c.safetensors")
+    write_pictures(tmp_path / "src", [f"{number:03d}.png" for number in range(400)])
+    out = tmp_path / "out"
+    options = ["--label", "rain", "--device", "cpu", "--dtype", "float32", "--max-workers", "2"]
+    weights = ["--model", str(model), "--classifier", str(classifier)]
+    command = [sys.executable, "-m", "jobs.cli", "restore", str(tmp_path / "src"), str(out), *options, *weights]
+    script = Path(__file__).with_name("losing_cluster.py")
+    ended = subprocess.run(
+        [sys.executable, str(script), str(out), *command], capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = audit(out, contents=True, sources=True, watch=lambda checks, total: checks)
+    assert found.findings == []
+    assert found.counts["restored"] == found.rows == 400
+    assert set(read_rows(out, columns=["attempt"])["attempt"].to_pylist()) == {1}
