@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision import io as torchvision_io
 
 from benchmarks.record import RESULTS, write_csv
-from jobs.datasets import SUFFIXES
+from jobs.datasets import is_photograph
 from pipeline.png import encode_png
 
 Pixels = NDArray[np.uint8]
@@ -33,10 +33,15 @@ def main() -> None:
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--most", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--csv", type=Path, default=RESULTS / "codecs.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "codecs.csv",
+        help="default: the codecs.csv of benchmarks/results is replaced",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    paths = sorted(path for path in arguments.photographs.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in arguments.photographs.iterdir() if is_photograph(path))
     pictures = [_decoded(path.read_bytes()) for path in paths[: arguments.most]]
     tensors = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
     kinds: dict[str, Ways] = {

@@ -276,7 +276,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall clock's")
     parser.add_argument("--memory", metavar="SHAPE", help="measure peak memory too, at this shape")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "engine.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "engine.csv",
+        help="default: the engine.csv of benchmarks/results is replaced",
+    )
     parser.add_argument("--profile", metavar="VARIANT", help="only print where a variant's time goes, by operator")
     parser.add_argument("--peak-of", metavar="VARIANT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -70,7 +70,12 @@ def main() -> None:
     parser.add_argument("--marks", type=int, nargs="+", default=[1000, 2000, 5000, 9900])
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--engine", default="local")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "memory.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "memory.csv",
+        help="default: the memory.csv of benchmarks/results is replaced",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "src", Path(folder) / "out"

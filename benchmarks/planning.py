@@ -55,7 +55,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--csv", type=Path, default=RESULTS / "planning.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "planning.csv",
+        help="default: the planning.csv of benchmarks/results is replaced",
+    )
     arguments = parser.parse_args()
     rows = []
     print(f"{'source':<8}{'call':<8}{'images':>10}{'seconds':>10}{'peak MB':>10}")

@@ -60,7 +60,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["dfpir-compact", "full"], help="full: random weights")
     parser.add_argument("--most", type=int, default=1000, help="photographs taken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "precision.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "precision.csv",
+        help="default: the precision.csv of benchmarks/results is replaced",
+    )
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:

@@ -122,7 +122,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders of clean photographs")
     parser.add_argument("--model", default="dfpir-compact")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "tiling.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "tiling.csv",
+        help="default: the tiling.csv of benchmarks/results is replaced",
+    )
     parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:

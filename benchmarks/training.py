@@ -79,7 +79,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=15, help="timed, of each, for every patch size")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "training.csv")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "training.csv",
+        help="default: the training.csv of benchmarks/results is replaced",
+    )
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)

@@ -148,7 +148,7 @@ def _faults_explained() -> Iterator[None]:
     except OSError as error:
         code, fault = 2, UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        code, fault = 130, UsageError("interrupted; the same command goes on from here")
+        code, fault = 130, UsageError("interrupted")
     else:
         return
     text = "\n".join(map(harmless, str(fault).split("\n")))
@@ -354,7 +354,7 @@ def demo(
 @app.command()
 def evaluate(
     dataset: Annotated[
-        str, typer.Option(help="sots, rain100l, cbsd68, gopro, lol, kodak24, urban100, or pairs: your own.")
+        str, typer.Option(help="sots (outdoor), rain100l, cbsd68, gopro, lol, kodak24, urban100, or pairs: your own.")
     ],
     root: Annotated[
         Path, typer.Option(parser=_named, help="Folder of the set as downloaded; pairs: degraded/, reference/.")
@@ -400,9 +400,10 @@ def evaluate(
             target.unlink()
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
         try:
-            for row in track(found, dataset, total=len(examples), console=messages, transient=True):
-                rows.append(row)
-        except UsageError:  # a file that cannot be read does not cost the results before it
+            with sigterm_raises(goes_on=False):
+                for row in track(found, dataset, total=len(examples), console=messages, transient=True):
+                    rows.append(row)
+        except BaseException:  # a file that cannot be read, or Ctrl-C, does not cost the results before it
             if rows:
                 done = f"{len(rows)} of {len(examples)} images"
                 evaluation.write(rows, partial, told | {"rows": done})
@@ -410,6 +411,7 @@ def evaluate(
             raise
         results.print(evaluation.table(dataset, rows))
         evaluation.write(rows, target, told)
+        partial.unlink(missing_ok=True)
         results.print(f"one row per image: {out or target.name}", markup=False, soft_wrap=True)
 
 
@@ -462,15 +464,17 @@ ClassifierConfig = Annotated[
 TrainingFolder = Annotated[
     Path, typer.Argument(metavar="OUT", parser=_named, help="Folder: checkpoints, logs, samples.")
 ]
-Threads = Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.")]
-Loaders = Annotated[int, typer.Option(help="Processes that make samples ahead.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of torch; 0: its own choice.")]
+Loaders = Annotated[int, typer.Option(min=0, help="Processes that make samples ahead.")]
 LoadersOfEach = Annotated[
-    int, typer.Option(help="Processes that make samples ahead; of each worker, if there are several.")
+    int, typer.Option(min=0, help="Processes that make samples ahead; of each worker, if there are several.")
 ]
 Compiled = Annotated[
     bool, typer.Option("--compile", help="Faster steps after minutes of compiling; needs a C++ compiler.")
 ]
-MaxMinutes = Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")]
+MaxMinutes = Annotated[
+    float, typer.Option(min=0, help="Stop at the first step after so long; the same command goes on.")
+]
 
 
 @train.command("restorer")

@@ -19,22 +19,37 @@ NOISE_SIGMAS_255 = (15, 25, 50)
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """An image as H x W x 3 uint8, the way up that EXIF tells; raises UsageError naming the file and the fault."""
+    """An image as H x W x 3 uint8, the way up that EXIF tells.
+
+    Raises UsageError naming the file and the fault, and MemoryError.
+    """
     try:
         with Image.open(path) as image:
             return np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # on damaged files Pillow raises nearly anything, SyntaxError for one
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits in eight, of which Pillow would cut off all above 255; any other image as it is."""
+    """Greyscale of 16 bits or from 0 to 1 in eight bits, to which Pillow would cut it off; other images as they are."""
+    if image.mode == "F":
+        levels = np.asarray(image)
+        if not (np.isfinite(levels).all() and levels.min() >= 0 and levels.max() <= 1):
+            raise ValueError("floating-point values beyond 0..1 have no known white level")
+        return Image.fromarray(np.rint(levels * 255).astype(np.uint8))
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit integers beyond 0..65535 have no known white level")
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def is_photograph(path: Path) -> bool:
+    """Whether a file's name says so; one that begins with a dot is another file's shadow, as macOS's archives have."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def with_noise(image: NDArray[np.uint8], sigma_255: int, *, seed: int) -> NDArray[np.uint8]:
@@ -139,7 +154,7 @@ TEST_SETS: dict[str, TestSet] = {
     ),
     "rain100l": TestSet(
         Degradation.RAIN,
-        (("rain", "norain"), ("rainy", "norain"), ("rainy", ""), ("rain/X2", "norain"), INPUT_TARGET),
+        (("rain", "norain"), ("rainy", "norain"), ("rainy", "gt"), ("rainy", ""), ("rain/X2", "norain"), INPUT_TARGET),
         images=100,
         match="number",
         first=1,
@@ -207,7 +222,8 @@ def find_examples(dataset: str, root: Path, *, label: str | None = None, limit: 
 def _missing(found: Sequence[Example], count: int, test_set: TestSet) -> str:
     """What is wrong with the number of images: which are missing where names count, or that there are too many."""
     if count > test_set.images:
-        return "more than one set lies there; name the folder of one"
+        folders = sorted({str(example.reference.parent) for example in found})
+        return f"more than one set lies there; name the folder of one: {', '.join(folders)}"
     if test_set.first is not None:
         wanted = set(range(test_set.first, test_set.first + test_set.images))
         there = {int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()}
@@ -255,4 +271,4 @@ def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
 def _images(folder: Path) -> Sequence[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_photograph(path))

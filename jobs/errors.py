@@ -16,8 +16,10 @@ class RunError(Exception):
 
 
 class InterruptedBySignalError(Exception):
-    """SIGINT or SIGTERM: what was done is committed, or in a checkpoint. Exit code 128 + its number."""
+    """A signal asked for the end: what was done is committed, or in a checkpoint. Exit code 128 + its number."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signal_number).name}; the same command goes on from here")
+    def __init__(self, signal_number: int, *, goes_on: bool = True) -> None:
+        """`goes_on`: whether the same command does not begin anew."""
+        then = "; the same command goes on from here" if goes_on else ""
+        super().__init__(f"ended by {signal.Signals(signal_number).name}{then}")
         self.signal_number = signal_number

@@ -24,9 +24,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from classifier.base import Classifier
 from classifier.labels import Degradation
 from jobs.datasets import Example
-from jobs.errors import UsageError
+from jobs.errors import RunError, UsageError
 from jobs.restore import code_version
 from models import Restorer
+from models.memory import is_out_of_memory
 from models.registry import list_models
 from pipeline.metrics import PSNR_CAP_DB
 from pipeline.prompting import decide, noise_prompt, prompts_for
@@ -130,38 +131,48 @@ def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classi
 
     Raises:
         UsageError: a file cannot be read.
+        RunError: an image does not fit into memory, whole as the protocol has it.
         KeyError: the model has no prompt for the label.
     """
     for example in examples:
-        degraded, reference = example.read()
-        image, truth = (from_uint8(pixels) for pixels in (degraded, reference))
-        prediction = classifier.predict([degraded])[0]
-        sigma_255 = prediction.noise_sigma_255 if example.sigma_255 is None else example.sigma_255
-        given = noise_prompt(sigma_255) if example.label is Degradation.NOISE else str(example.label)
-        decision = decide(prediction, prompts=restorer.prompts.keys)
-        by_prompt: dict[str | None, tuple[float, float]] = {None: scores(image, truth)}
-        for prompt in (given, decision.prompt):
-            if prompt is not None and prompt not in by_prompt:
-                by_prompt[prompt] = scores(restorer.restore([image], [prompt])[0], truth)
-        height, width = truth.shape[:2]
-        yield Result(
-            name=example.name,
-            label=str(example.label),
-            sigma_255=example.sigma_255,
-            height=height,
-            width=width,
-            predicted_label=str(prediction.label),
-            confidence=prediction.confidence,
-            predicted_status=str(decision.status),
-            predicted_prompt=decision.prompt,
-            given_prompt=given,
-            psnr_input_db=by_prompt[None][0],
-            psnr_given_db=by_prompt[given][0],
-            psnr_predicted_db=by_prompt[decision.prompt][0],
-            ssim_input=by_prompt[None][1],
-            ssim_given=by_prompt[given][1],
-            ssim_predicted=by_prompt[decision.prompt][1],
-        )
+        try:
+            yield _result(example, restorer, classifier)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(f"{example.name} does not fit into memory, whole as the protocol has it") from error
+
+
+def _result(example: Example, restorer: Restorer, classifier: Classifier) -> Result:
+    degraded, reference = example.read()
+    image, truth = (from_uint8(pixels) for pixels in (degraded, reference))
+    prediction = classifier.predict([degraded])[0]
+    sigma_255 = prediction.noise_sigma_255 if example.sigma_255 is None else example.sigma_255
+    given = noise_prompt(sigma_255) if example.label is Degradation.NOISE else str(example.label)
+    decision = decide(prediction, prompts=restorer.prompts.keys)
+    by_prompt: dict[str | None, tuple[float, float]] = {None: scores(image, truth)}
+    for prompt in (given, decision.prompt):
+        if prompt is not None and prompt not in by_prompt:
+            by_prompt[prompt] = scores(restorer.restore([image], [prompt])[0], truth)
+    height, width = truth.shape[:2]
+    return Result(
+        name=example.name,
+        label=str(example.label),
+        sigma_255=example.sigma_255,
+        height=height,
+        width=width,
+        predicted_label=str(prediction.label),
+        confidence=prediction.confidence,
+        predicted_status=str(decision.status),
+        predicted_prompt=decision.prompt,
+        given_prompt=given,
+        psnr_input_db=by_prompt[None][0],
+        psnr_given_db=by_prompt[given][0],
+        psnr_predicted_db=by_prompt[decision.prompt][0],
+        ssim_input=by_prompt[None][1],
+        ssim_given=by_prompt[given][1],
+        ssim_predicted=by_prompt[decision.prompt][1],
+    )
 
 
 def interval(values: Sequence[float]) -> float:
@@ -207,4 +218,9 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
 def write(results: Sequence[Result], path: Path, provenance: dict[str, str]) -> None:
     """One row per image as Parquet, with what made them in the file's metadata."""
     rows = pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA)
-    pq.write_table(rows.replace_schema_metadata(provenance), path)
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        pq.write_table(rows.replace_schema_metadata(provenance), unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

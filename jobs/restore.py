@@ -191,7 +191,7 @@ def _load_restorer(options: RestoreOptions) -> Restorer:
     device, dtype = _device_and_dtype(options)
     try:
         return load_restorer(options.model, device=device, dtype=dtype, tile=parse_tile(options.tile))
-    except WeightsError as error:
+    except (WeightsError, ValueError) as error:
         raise UsageError(str(error)) from error
 
 

@@ -54,8 +54,11 @@ class _EndedError(BaseException):
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """While open, SIGTERM ends what is being done and raises InterruptedBySignalError, in the main thread alone."""
+def sigterm_raises(*, goes_on: bool = True) -> Iterator[None]:
+    """While open, SIGTERM ends what is being done and raises InterruptedBySignalError, in the main thread alone.
+
+    `goes_on`: whether the same command does not begin anew.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -67,7 +70,7 @@ def sigterm_raises() -> Iterator[None]:
     try:
         yield
     except _EndedError:
-        raise InterruptedBySignalError(signal.SIGTERM) from None
+        raise InterruptedBySignalError(signal.SIGTERM, goes_on=goes_on) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

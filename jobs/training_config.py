@@ -184,10 +184,8 @@ class RestorerTraining(TrainingConfig):
         _check(self, "from 0 up", _is_amount, "clip_norm")
         _check(self, "from 0 to 1", _is_share, "jpeg_share")
         dim, blocks = self.model.dim, self.model.num_refinement_blocks
-        if dim < 1 or blocks < 0 or not 1 <= dim * self.model.ffn_expansion_factor < math.inf:
-            raise ValueError(
-                "model needs a dim, and a dim x ffn_expansion_factor, of at least 1, and no negative blocks"
-            )
+        if blocks < 0 or not 1 <= dim * self.model.ffn_expansion_factor < math.inf:
+            raise ValueError("model needs a dim x ffn_expansion_factor of at least 1, and no negative blocks")
         if not self.phases or self.phases[0].start != 0:
             raise ValueError("the first of phases starts at 0")
         if [p.start for p in self.phases] != sorted(p.start for p in self.phases):
@@ -288,6 +286,8 @@ def _read_table(path: Path, *extending: Path) -> dict[str, Any]:
         raise ValueError(f"extends itself, by way of {', '.join(each.name for each in extending)}")
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     base = table.pop("extends", None)
+    if base is not None:
+        _checked(str, base, "extends")
     return _merged(_read_table(path.parent / base, *extending, path.resolve()), table) if base is not None else table
 
 

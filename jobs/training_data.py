@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.datasets import PARTNERS, SUFFIXES, partnered, read_rgb
+from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
 from jobs.errors import UsageError
 
 log = logging.getLogger("training")
@@ -44,7 +44,7 @@ def photographs_in(folders: Iterable[Path]) -> list[Path]:
                 f"{folder} is not a folder; paths start at the working directory, those of data.clean and data.pairs "
                 "in a configuration too"
             )
-    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    return [path for folder in folders for path in sorted(folder.iterdir()) if is_photograph(path)]
 
 
 def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = False) -> dict[Path, Picture]:
@@ -61,6 +61,10 @@ def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = Fa
             log.warning("skipped a photograph: %s", error)
             unreadable.append(path.name)
             continue
+        except MemoryError as error:
+            raise UsageError(
+                f"the photographs do not fit into memory, from {path} on; `on_disk = true` reads them when needed"
+            ) from error
         if min(pixels.shape[:2]) >= SMALLEST_SIDE_PX:
             found[path] = path if on_disk else pixels
         else:

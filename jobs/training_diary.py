@@ -1,6 +1,8 @@
 """What a training writes for people."""
 
+import fcntl
 import logging
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jobs.errors import UsageError
 from pipeline.synthesis import FloatImage, to_uint8
 
 log = logging.getLogger("training")
@@ -19,11 +22,18 @@ LOG_EVERY = 50
 class Diary:
     """Writes `training.log`, logs for TensorBoard where that is installed, and sheets of samples.
 
-    Nothing is written before there is something to say, so that a training that cannot begin leaves its folder empty.
+    It holds the folder against a second training. Nothing is written before there is something to say, so that a
+    training that cannot begin leaves its folder empty.
     """
 
     def __init__(self, out: Path) -> None:
         self.out, self.losses = out, list[float]()
+        self._folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._folder)
+            raise UsageError(f"another training is working on {out}; wait for it, or end it") from error
         self.file = logging.FileHandler(out / "training.log", encoding="utf-8", delay=True)
         self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(self.file)
@@ -40,7 +50,9 @@ class Diary:
         return SummaryWriter(str(self.out / "tensorboard"))
 
     def close(self) -> None:
-        """Ends the log."""
+        """Ends the log, and lets go of the folder."""
+        fcntl.flock(self._folder, fcntl.LOCK_UN)  # processes that make samples still have it open
+        os.close(self._folder)
         log.removeHandler(self.file)
         self.file.close()
         if vars(self).get("board") is not None:

@@ -44,6 +44,8 @@ class DFPIRConfig:
             raise ValueError("num_blocks and heads need four entries, one per level")
         if min(self.heads) < 1 or min(self.num_blocks) < 1:
             raise ValueError(f"num_blocks and heads must be at least 1, not {self.num_blocks} and {self.heads}")
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"dim must be even and at least 2, as channels are halved between levels, not {self.dim}")
         if not 0 < self.kept_fraction <= 1:
             raise ValueError(f"kept_fraction must be in (0, 1], not {self.kept_fraction}")
         if self.shuffle_expansion < 1 or self.unshuffle_factor < 1:
@@ -53,6 +55,8 @@ class DFPIRConfig:
                 raise ValueError(
                     f"level {level + 1} has {self.dim * 2**level} channels, not divisible by {heads} heads"
                 )
+            if int(self.dim * 2**level // heads * self.kept_fraction) < 1:
+                raise ValueError(f"kept_fraction {self.kept_fraction} keeps nothing of a head at level {level + 1}")
 
     @property
     def is_ablation(self) -> bool:

@@ -5,7 +5,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from classifier.labels import Degradation
-from jobs.datasets import TEST_SETS, find_examples, read_rgb
+from jobs.datasets import TEST_SETS, find_examples, is_photograph, read_rgb
 from jobs.errors import UsageError
 
 
@@ -34,6 +34,7 @@ def numbered(pattern: str) -> list[str]:
         ("sots", "input/000{}_0.9_0.16.jpg", "target/000{}.png"),
         ("rain100l", "Rain100L/rain/rain-00{}.png", "Rain100L/norain/norain-00{}.png"),
         ("rain100l", "rainy/rain-00{}.png", "norain-00{}.png"),
+        ("rain100l", "rainy/rain-00{}.png", "gt/norain-00{}.png"),
         ("rain100l", "rain/X2/norain-00{}x2.png", "norain/norain-00{}.png"),
         ("rain100l", "input/{}.png", "target/{}.png"),
         ("gopro", "test/GOPR0384_11_0{}/blur/000001.png", "test/GOPR0384_11_0{}/sharp/000001.png"),
@@ -180,6 +181,19 @@ def test_deep_greyscale_is_scaled_to_eight_bits(tmp_path: Path, name: str) -> No
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
     expected = np.rint(values / 257)[..., None].repeat(3, axis=2)
     assert np.abs(read_rgb(tmp_path / name) - expected).max() <= 1
+
+
+def test_floating_point_greyscale_is_scaled_to_eight_bits(tmp_path: Path) -> None:
+    levels = np.linspace(0, 1, 256, dtype=np.float32)[None, :]
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    assert np.array_equal(read_rgb(tmp_path / "a.tif")[0, :, 1], np.arange(256))
+    Image.fromarray(levels * 255).save(tmp_path / "b.tif")
+    with pytest.raises(UsageError, match=r"b\.tif: floating-point values beyond 0..1 have no known white level"):
+        read_rgb(tmp_path / "b.tif")
+
+
+def test_the_shadows_that_macos_makes_are_no_photographs() -> None:
+    assert [is_photograph(Path(name)) for name in ("a.PNG", "._a.png", "a.txt")] == [True, False, False]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16"])

@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import Result
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from scipy import stats
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from synthetic_classifier import write_tiny_classifier
-from synthetic_weights import write_tiny_model
+from synthetic_weights import TINY, write_tiny_model
 from typer.testing import CliRunner
 
 from classifier.base import Prediction
@@ -24,7 +25,9 @@ from classifier.view import Views
 from jobs import evaluate as evaluation
 from jobs.cli import app
 from jobs.datasets import TEST_SETS, find_examples
-from models import Restorer, load_restorer
+from models import Restorer, load_restorer, orthogonal_bank
+from models.dfpir import DFPIR
+from models.weights import save_checkpoint
 
 runner = CliRunner()
 
@@ -228,6 +231,44 @@ def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: P
     rows = pq.read_table(tmp_path / "rows.partial.parquet")
     assert rows.column("name").to_pylist() == ["degraded/0", "degraded/1"]
     assert rows.schema.metadata[b"rows"] == b"2 of 3 images"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "dfpir: interrupted\n"),
+        (MemoryError(), 1, "2 does not fit into memory, whole as the protocol has it"),
+    ],
+)
+def test_what_was_measured_before_an_interruption_or_a_full_memory_is_kept_until_the_evaluation_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, code: int, said: str
+) -> None:
+    hazy_pairs(tmp_path, 3)
+    restore = Restorer.restore
+
+    def broken(restorer: Restorer, images: list[NDArray[np.float32]], keys: list[str]) -> object:
+        if images[0][0, 0, 0] * 255 > 1.5:
+            raise fault
+        return restore(restorer, images, keys)
+
+    with monkeypatch.context() as breaking:
+        breaking.setattr(Restorer, "restore", broken)
+        result, _ = evaluated(tmp_path)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert pq.read_table(tmp_path / "rows.partial.parquet")["name"].to_pylist() == ["degraded/0", "degraded/1"]
+    assert evaluated(tmp_path)[0].exit_code == 0
+    assert [path.name for path in tmp_path.glob("rows*")] == ["rows.parquet"]
+
+
+def test_an_ablation_is_refused_in_plain_words(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 1)
+    config = replace(TINY, attention_perturbation=False)
+    path = tmp_path / "ablation.safetensors"
+    save_checkpoint(path, DFPIR(config), orthogonal_bank(), licence="CC0-1.0", provenance={"by": "a test"})
+    result, _ = evaluated(tmp_path, "--model", str(path))
+    assert result.exit_code == 2
+    assert "is an ablation" in result.stderr
 
 
 def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:

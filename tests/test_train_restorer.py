@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from jobs.train_restorer import (
 )
 from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
 from jobs.training_data import is_validation
+from jobs.training_diary import Diary
 from jobs.training_loop import made_ahead
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
@@ -655,3 +657,13 @@ def test_prompts_that_a_task_needs_are_asked_for(photographs: Path, tmp_path: Pa
 def test_banks_are_told_by_name() -> None:
     assert torch.equal(prompt_bank("orthogonal").embeddings, orthogonal_bank().embeddings)
     assert prompt_bank("dfpir-compact").keys == orthogonal_bank().keys
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_folder_has_one_training_at_a_time(photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with closing(Diary(out)), pytest.raises(UsageError, match="another training is working on"):
+        train(tiny(photographs), out, threads=1)
+    assert list(out.iterdir()) == []
+    assert train(tiny(photographs), out, threads=1, max_minutes=0.0).step == 0
