@@ -106,6 +106,8 @@ class Dispatcher:
         self._deaths: Counter[int] = Counter()
         """Over shards, by the worker's number, since it last got an image done."""
         self._retired: set[int] = set()
+        self._told: set[int] = set()
+        """Workers of which has been told that they get no more."""
         self._fruitless: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
         """Machines, by shard."""
@@ -273,7 +275,8 @@ class Dispatcher:
         self._tell_if_useless(number, fault, log)
 
     def _tell_if_useless(self, number: int, fault: str, log: str) -> None:
-        if not self.is_of_use(number):
+        if not self.is_of_use(number) and number not in self._told:
+            self._told.add(number)
             _log.warning("worker %d failed %d times in a row (%s) and gets no more: see %s",
                          number, FAILURES_ALLOWED, fault, log)  # fmt: skip
 

@@ -399,11 +399,13 @@ def test_a_shard_of_which_every_image_failed_is_for_another_worker_whose_word_is
 
 
 @pytest.mark.parametrize("others_succeed", [True, False])
-def test_a_worker_that_is_alone_with_its_failures_gets_no_more(make_run: MakeRun, others_succeed: bool) -> None:
-    run = make_run([f"{number}.png" for number in range(4)], per_shard=1)
+def test_a_worker_that_is_alone_with_its_failures_gets_no_more(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture, others_succeed: bool
+) -> None:
+    run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     status = Status.RESTORED if others_succeed else Status.FAILED
-    for _ in range(3):
+    for _ in range(5):
         assignment = dispatcher.take(1, is_alone=False)
         assert assignment is not None
         dispatcher.doubted(1, assignment.shard.shard_id)
@@ -413,3 +415,5 @@ def test_a_worker_that_is_alone_with_its_failures_gets_no_more(make_run: MakeRun
         dispatcher.done(0, shard.shard_id)
     assert dispatcher.is_finished
     assert dispatcher.is_of_use(1) != others_succeed
+    told = [record.getMessage() for record in caplog.records if "gets no more" in record.getMessage()]
+    assert len(told) == others_succeed, "once"
