@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import io as torchvision_io
 
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from jobs.datasets import is_photograph
 from pipeline.png import encode_png
 
@@ -33,12 +33,7 @@ def main() -> None:
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--most", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "codecs.csv",
-        help="default: the codecs.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "codecs.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     paths = sorted(path for path in arguments.photographs.iterdir() if is_photograph(path))

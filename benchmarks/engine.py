@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from skimage import data
 from torch import Tensor
 
 from benchmarks.process_memory import peak_bytes
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from models import graphs
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.graphs import Forward, Recorded
@@ -276,12 +275,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall clock's")
     parser.add_argument("--memory", metavar="SHAPE", help="measure peak memory too, at this shape")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "engine.csv",
-        help="default: the engine.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "engine.csv")
     parser.add_argument("--profile", metavar="VARIANT", help="only print where a variant's time goes, by operator")
     parser.add_argument("--peak-of", metavar="VARIANT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

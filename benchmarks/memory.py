@@ -17,7 +17,7 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.process_memory import resident_bytes
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from jobs.datasets import with_noise
 
 COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()"]
@@ -70,12 +70,7 @@ def main() -> None:
     parser.add_argument("--marks", type=int, nargs="+", default=[1000, 2000, 5000, 9900])
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--engine", default="local")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "memory.csv",
-        help="default: the memory.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "memory.csv")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "src", Path(folder) / "out"

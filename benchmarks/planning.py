@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 
 PER_FOLDER = 1000
 
@@ -55,12 +55,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "planning.csv",
-        help="default: the planning.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "planning.csv")
     arguments = parser.parse_args()
     rows = []
     print(f"{'source':<8}{'call':<8}{'images':>10}{'seconds':>10}{'peak MB':>10}")

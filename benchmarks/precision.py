@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.engine import network_and_bank, padded_tensor
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from jobs.datasets import with_noise
 from models import inference
 from models.dfpir import keep_largest
@@ -60,12 +60,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["dfpir-compact", "full"], help="full: random weights")
     parser.add_argument("--most", type=int, default=1000, help="photographs taken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "precision.csv",
-        help="default: the precision.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "precision.csv")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:

@@ -1,5 +1,6 @@
 """Results as CSV, with the hardware, versions and commit they were measured on."""
 
+import argparse
 import csv
 import platform
 import subprocess
@@ -32,6 +33,12 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(RESULTS.parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def add_csv_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """`--csv FILE`, by default the file of this name among the results."""
+    text = f"default: the {name} of benchmarks/results is replaced"
+    parser.add_argument("--csv", type=Path, default=RESULTS / name, help=text)
 
 
 def write_csv(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.engine import network_and_bank, padded_tensor
 from benchmarks.process_memory import peak_bytes
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from jobs.datasets import with_noise
 from models import bands
 from models.inference import InferenceDFPIR
@@ -122,12 +122,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders of clean photographs")
     parser.add_argument("--model", default="dfpir-compact")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "tiling.csv",
-        help="default: the tiling.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "tiling.csv")
     parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from jobs.restorer_samples import Ahead, Batch, Sample, Sources
 from jobs.train_restorer import Training, batches
 from jobs.training_config import Phase, RestorerTraining, read_config
@@ -79,12 +79,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=15, help="timed, of each, for every patch size")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "training.csv",
-        help="default: the training.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "training.csv")
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import add_csv_option, write_csv
 from classifier.labels import Degradation
 from jobs.training_data import Photographs
 from models import Restorer, load_restorer
@@ -32,12 +32,7 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", default=["noise", "rain", "haze", "blur", "lowlight"])
     parser.add_argument("--tiles", nargs="+", type=int, default=[192, 256, 384, 512])
     parser.add_argument("--least-px", type=int, default=0, help="only photographs with a longer side above this")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        default=RESULTS / "windows.csv",
-        help="default: the windows.csv of benchmarks/results is replaced",
-    )
+    add_csv_option(parser, "windows.csv")
     arguments = parser.parse_args()
     photographs = Photographs.clean((arguments.photographs,), least_readable=0.9).part(validation=True)
     scenes = (np.asarray(picture) for scene in photographs.scenes for picture in scene)

@@ -18,6 +18,7 @@ from jobs.errors import UsageError
 from jobs.restore import read_job
 from pipeline.plan import PlanError, load_plan
 from pipeline.records import Status, first_rows
+from pipeline.report import label_counts, status_counts
 from pipeline.sink import ManifestError, RunDirectory, is_partial, read_rows
 from pipeline.source import local_path
 
@@ -128,10 +129,9 @@ def audit(
         *_unmatched(planned, counting),
         *_unlike_the_job(counting, job),
         *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
-        *_shared(counting),
-        *_unnamed(directory, rows),
     ]
     counting = counting.take(pa.array(first_rows(counting["image_id"])))
+    findings += [*_shared(counting), *_unnamed(directory, rows)]
     outputs, inputs = (_with_values(counting, names) for names in (OUTPUT_COLUMNS, SOURCE_COLUMNS))
     files = [_outputs(directory, outputs), *([_inputs(inputs)] if sources else [])]
     total = outputs.num_rows + (inputs.num_rows if sources else 0)
@@ -145,8 +145,8 @@ def audit(
         planned=planned.num_rows,
         rows=counting.num_rows,
         superseded=pc.sum(is_earlier).as_py() or 0,
-        counts={str(status): 0 for status in Status} | _counts(counting["status"]),
-        labels=_counts(counting["label"]),
+        counts=status_counts(counting),
+        labels=label_counts(counting),
         suspicious=pc.sum(counting["suspicious"]).as_py() or 0,
         with_warnings=pc.sum(pc.greater(pc.list_value_length(counting["warnings"]), 0)).as_py() or 0,
         made_by={name: sorted(counting[name].drop_null().unique().to_pylist()) for name in MADE_BY},
@@ -176,9 +176,7 @@ def _about(rows: pa.Table, kind: Kind, message: str) -> Iterator[Finding]:
 def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
     without = planned.filter(pc.invert(pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())))
     yield from _about(without, "no_row", "planned, but not done: the run is unfinished")
-    doubles = pc.value_counts(counting["image_id"])
-    more = doubles.field("values").filter(pc.greater(doubles.field("counts"), 1))
-    several = counting.filter(pc.is_in(counting["image_id"], more))
+    several = counting.filter(pc.is_in(counting["image_id"], _repeated(counting["image_id"]).field("values")))
     several = several.take(pa.array(first_rows(several["image_id"])))
     yield from _about(several, "double_row", "several rows for one revision of this image")
 
@@ -219,11 +217,15 @@ def _is_inside(uris: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _shared(counting: pa.Table) -> Iterator[Finding]:
-    named = counting.filter(pc.is_valid(counting["output_uri"]))
-    named = named.take(pa.array(first_rows(named["image_id"])))
-    for uri, count in _counts(named["output_uri"]).items():
-        if count > 1:
-            yield Finding("output_shared", uri, f"{count} images name this file as their result")
+    for shared in _repeated(counting["output_uri"].drop_null()).to_pylist():
+        message = f"{shared['counts']} images name this file as their result"
+        yield Finding("output_shared", shared["values"], message)
+
+
+def _repeated(values: pa.ChunkedArray) -> pa.StructArray:
+    """Those that occur more than once, with how often: `values` and `counts`."""
+    found = values.value_counts()
+    return found.filter(pc.greater(found.field("counts"), 1))
 
 
 def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
@@ -278,8 +280,3 @@ def _fault(file: _File, *, contents: bool) -> Finding | None:
     except OSError as error:
         return Finding(file.missing, file.subject, f"{file.path} cannot be read ({error.strerror})")
     return None
-
-
-def _counts(values: pa.ChunkedArray) -> dict[str, int]:
-    found = {count["values"]: count["counts"] for count in values.drop_null().value_counts().to_pylist()}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))

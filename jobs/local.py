@@ -187,7 +187,6 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
             return
         case "outcomes":
             dispatcher.report(shard_id, list(message.outcomes))
-            dispatcher.require_fruit(str(child.log))
             return
         case "done":
             dispatcher.done(child.number, shard_id)

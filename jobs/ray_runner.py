@@ -306,7 +306,6 @@ class _Crew:
             self._dispatcher.worker_ready(member.number)
         elif call == "outcomes":
             self._report(answer)
-            self._dispatcher.require_fruit(str(member.log))
             if member.assignment is not None:
                 member.pending[member.actor.outcomes.remote()] = "outcomes"
         else:

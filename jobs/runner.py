@@ -148,7 +148,10 @@ class Dispatcher:
         del self._failures[number]
 
     def report(self, shard_id: str, outcomes: list[Outcome]) -> None:
-        """Passes on images as they get done; those done again after a death are passed on once."""
+        """Passes on images as they get done; those done again after a death are passed on once.
+
+        Raises RunError when one image after the other is set aside and none gets done.
+        """
         if shard_id in self._done:
             return  # on their way while the shard's end was told, which has reported them
         reported = self._reported.setdefault(shard_id, set())
@@ -163,6 +166,12 @@ class Dispatcher:
                 self._is_fruitful = True
             if any(outcome.status not in (Status.QUARANTINED, Status.FAILED) for outcome in fresh):
                 self._has_headway.add(shard_id)
+            if self._quarantined >= FRUITLESS_QUARANTINES_ALLOWED and not self._is_fruitful:
+                raise _broken_off(
+                    f"workers died over each of {self._quarantined} images, and none got done: it is rather the "
+                    "machine's fault than theirs (--retry-failed does them again)",
+                    str(self._directory.logs_dir),
+                )
 
     def done(self, number: int, shard_id: str) -> None:
         """The worker of this number has committed a row for each image of its shard."""
@@ -179,15 +188,7 @@ class Dispatcher:
         doubter = assignment.doubted_by
         if doubter not in (None, number) and shard_id in self._has_headway:
             self._note_failure(doubter, "no image that others could read or restore", f"its log, worker-{doubter}.log")
-
-    def require_fruit(self, log: str) -> None:
-        """Raises RunError when one image after the other is set aside and none gets done."""
-        if self._quarantined >= FRUITLESS_QUARANTINES_ALLOWED and not self._is_fruitful:
-            raise _broken_off(
-                f"workers died over each of {self._quarantined} images, and none got done: it is rather the machine's "
-                "fault than theirs (--retry-failed does them again)",
-                log,
-            )
+        self._has_headway.discard(shard_id)
 
     def give_back(self, shard_id: str) -> None:
         """The shard's worker ended before its end through no fault of an image: same attempt, elsewhere."""

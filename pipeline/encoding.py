@@ -66,25 +66,26 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
         )
     name = encoded_format(source.source_format, format)
     channels, notes = _compose(source, pixels, name)
-    image = Image.fromarray(channels)
+    height, width = channels.shape[:2]
     if format == "same" and name != source.source_format:
         notes.append(f"{source.source_format} was written as {name}")
     options = _save_options(source, name, quality, notes)
     if format == "same" and source.lossless_webp:
         options |= {"lossless": True, "quality": _LOSSLESS_EFFORT}
     try:
-        data = encode_png(channels, options) if name == "PNG" else _saved(image, name, options)
+        data = encode_png(channels, options) if name == "PNG" else _saved(channels, name, options)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC):
             raise MemoryError(str(error)) from error
-        size = f"{image.width} x {image.height}"
-        raise ImageFault(Stage.ENCODE, "not_encodable", f"{name} cannot hold this {size} image: {error}") from error
-    return EncodedImage(data, name, image.mode, image.width, image.height, tuple(notes))
+        fault = f"{name} cannot hold this {width} x {height} image: {error}"
+        raise ImageFault(Stage.ENCODE, "not_encodable", fault) from error
+    mode = Image.fromarray(channels[:1, :1]).mode
+    return EncodedImage(data, name, mode, width, height, tuple(notes))
 
 
-def _saved(image: Image.Image, name: str, options: dict[str, object]) -> bytes:
+def _saved(channels: Pixels, name: str, options: dict[str, object]) -> bytes:
     with _file() if name == "JPEG" else io.BytesIO() as file:
-        image.save(file, name, **options)
+        Image.fromarray(channels).save(file, name, **options)
         file.seek(0)
         return file.read()
 

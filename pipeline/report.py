@@ -90,10 +90,9 @@ def summarise(
 ) -> Summary:
     """Counts and means over the whole manifest (`SUMMARY_COLUMNS`), rates over `fresh` and `elapsed_s` seconds."""
     undone = manifest.filter(pc.is_in(manifest["status"], pa.array([Status.FAILED, Status.QUARANTINED])))
-    labels = sorted(_counts(manifest["label"].drop_null()).items(), key=lambda item: -item[1])
     return Summary(
-        counts={str(status): 0 for status in Status} | _counts(manifest["status"]),
-        labels=dict(labels),
+        counts=status_counts(manifest),
+        labels=label_counts(manifest),
         images_per_s=fresh.images / elapsed_s if elapsed_s > 0 else 0.0,
         megapixels_per_s=fresh.megapixels / elapsed_s if elapsed_s > 0 else 0.0,
         psnr_input_db=pc.mean(manifest["psnr_input_db"]).as_py(),
@@ -122,6 +121,16 @@ def summarise(
         ignored=ignored,
         unreadable_directories=unreadable_directories,
     )
+
+
+def status_counts(rows: pa.Table) -> dict[str, int]:
+    """How many rows of a manifest have each status."""
+    return {str(status): 0 for status in Status} | _counts(rows["status"])
+
+
+def label_counts(rows: pa.Table) -> dict[str, int]:
+    """How many rows of a manifest have each label, the most frequent first."""
+    return dict(sorted(_counts(rows["label"].drop_null()).items(), key=lambda item: -item[1]))
 
 
 def _counts(values: pa.ChunkedArray) -> dict[str, int]:

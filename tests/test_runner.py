@@ -354,7 +354,6 @@ def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -
             shard = assignment.shard
             outcome = replace(row(run, shard.images[0], shard.shard_id), status=Status.QUARANTINED)
             dispatcher.report(shard.shard_id, [outcome])
-            dispatcher.require_fruit("log")
 
     with pytest.raises(RunError, match="over each of 8 images"):
         set_aside(Dispatcher(run.shards, run.context, lambda rows: None), 8)
