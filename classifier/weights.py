@@ -62,8 +62,11 @@ def save_classifier(
     partial = path.with_name(path.name + ".partial")
     tensors = {name: _stored(tensor) for name, tensor in network.state_dict().items()}
     metadata = {"format": FORMAT, "classifier": json.dumps(description, sort_keys=True)}
-    partial.write_bytes(save(tensors, metadata))  # `save_file` would leave a file that its owner alone may read
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(save(tensors, metadata))  # `save_file` would leave a file that its owner alone may read
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_card(path: Path, *, quality: Mapping[str, Any]) -> Path:

@@ -213,6 +213,8 @@ def draw(
     }
     if len(usable) > 3:
         figures["latent"] = latent_map(latent_features(checkpoint, usable), [picture.label for picture, _ in usable])
+    else:
+        log.warning("no figure of latent features: t-SNE needs more than 3 pictures, and %d can be used", len(usable))
     return figures
 
 

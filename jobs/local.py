@@ -26,7 +26,7 @@ from jobs.runner import (
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
-from pipeline.sink import RunDirectory
+from pipeline.sink import RunDirectory, ShardBusyError
 
 POLL_S = 0.5
 START_PATIENCE_S = 1800.0
@@ -47,7 +47,7 @@ def crew_size(context: RunContext, gpu_bytes: Sequence[int], *, max_workers: int
 class _Message:
     """From a child to the driver."""
 
-    kind: Literal["ready", "outcomes", "done", "given_back", "doubted", "failed", "start_failed"]
+    kind: Literal["ready", "outcomes", "done", "given_back", "doubted", "busy", "failed", "start_failed"]
     outcomes: tuple[Outcome, ...] = ()
     fault: str = ""
 
@@ -195,6 +195,8 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
             dispatcher.give_back(shard_id)
         case "doubted":
             dispatcher.doubted(child.number, shard_id)
+        case "busy":
+            dispatcher.busy(shard_id, message.fault, str(child.log))
         case "failed":
             dispatcher.failed(child.number, shard_id, message.fault, str(child.log))
     child.assignment = None
@@ -271,6 +273,9 @@ def _child_main(
         except DoubtfulShardError:
             note_traceback()
             connection.send(_Message("doubted"))
+            continue
+        except ShardBusyError as error:
+            connection.send(_Message("busy", fault=str(error)))
             continue
         except Exception as error:
             if is_device_lost(error):

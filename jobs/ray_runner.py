@@ -31,7 +31,7 @@ from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
-from pipeline.sink import RunDirectory
+from pipeline.sink import RunDirectory, ShardBusyError
 
 if TYPE_CHECKING:
     from pipeline.worker import Worker
@@ -48,7 +48,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Report:
-    """What came of an assignment: `done`, `given_back`, `doubted` or `failed`, and the outcomes not yet fetched."""
+    """What came of an assignment, and the outcomes not yet fetched.
+
+    `kind` is `done`, `given_back`, `doubted`, `busy` or `failed`.
+    """
 
     kind: str
     outcomes: list[Outcome]
@@ -95,6 +98,8 @@ class WorkerActor:
         except DoubtfulShardError:
             note_traceback()
             return _Report("doubted", self._take())
+        except ShardBusyError as error:
+            return _Report("busy", self._take(), str(error))
         except Exception as error:
             if is_device_lost(error):
                 raise  # the next process finds the GPU anew
@@ -324,6 +329,8 @@ class _Crew:
             self._dispatcher.done(member.number, shard_id)
         elif report.kind == "doubted":
             self._dispatcher.doubted(member.number, shard_id)
+        elif report.kind == "busy":
+            self._dispatcher.busy(shard_id, report.fault, str(member.log))
         elif report.kind == "failed":
             self._dispatcher.failed(member.number, shard_id, report.fault, str(member.log))
         else:

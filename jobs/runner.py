@@ -200,6 +200,13 @@ class Dispatcher:
         """Every image of the shard failed on the worker of this number, which may be its machine's fault."""
         self._last.append(replace(self._assigned.pop(shard_id), doubted_by=number))
 
+    def busy(self, shard_id: str, fault: str, log: str) -> None:
+        """Another process holds the shard, such as one of a machine that hangs: not the fault of who was given it.
+
+        Raises RunError when that process has held it through several attempts.
+        """
+        self._retry(shard_id, fault, log, is_fruitless=True, is_death=False)
+
     def machine_lost(self, number: int, shard_id: str, log: str) -> None:
         """The shard's worker went away with its machine: no image's fault, as far as one such loss can tell.
 

@@ -3,7 +3,8 @@
 import fcntl
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class Diary:
         log.removeHandler(self.file)
         self.file.close()
         if vars(self).get("board") is not None:
-            self.board.close()
+            with suppress(OSError):
+                self.board.close()
 
     def step(self, step: int, *, loss: float, rate: float, seconds: float, progress: float) -> None:
         """Notes a step, and every fiftieth the mean loss since the last time."""
@@ -66,18 +68,29 @@ class Diary:
         mean = float(np.mean(self.losses))
         log.info("step %d, %.1f min, %.1f %%, loss %.4f", step, seconds / 60, 100 * progress, mean)
         self.losses.clear()
-        if self.board is not None:
-            self.board.add_scalar("loss", mean, step)
-            self.board.add_scalar("learning rate", rate, step)
+        with self._without_full_disk():
+            if self.board is not None:
+                self.board.add_scalar("loss", mean, step)
+                self.board.add_scalar("learning rate", rate, step)
 
     def validation(self, step: int, line: str, values: Mapping[str, float], sheet: FloatImage) -> None:
         """Notes a line for the log, values for TensorBoard, and a sheet of samples, H x W x 3 in [0, 1], for both."""
         log.info("validation: %s", line)
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(to_uint8(sheet)).save(folder / f"step-{step:07d}.png")
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.add_image("samples", sheet, step, dataformats="HWC")
-            self.board.flush()
+        with self._without_full_disk():
+            folder = self.out / "samples"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(to_uint8(sheet)).save(folder / f"step-{step:07d}.png")
+            if self.board is not None:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+                self.board.add_image("samples", sheet, step, dataformats="HWC")
+                self.board.flush()
+
+    @contextmanager
+    def _without_full_disk(self) -> Iterator[None]:
+        """Goes without what cannot be written: only checkpoints are worth the end of a training."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("no more logs for TensorBoard, and perhaps no sheet of samples: %s", error)
+            self.board = None

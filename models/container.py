@@ -39,8 +39,11 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     partial = Path(path).with_name(Path(path).name + ".partial")
     contiguous = {key: value.contiguous() for key, value in tensors.items()}
     # `save_file` would leave a file that its owner alone may read.
-    partial.write_bytes(safetensors.torch.save(contiguous, {"format_version": str(FORMAT_VERSION), **metadata}))
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(safetensors.torch.save(contiguous, {"format_version": str(FORMAT_VERSION), **metadata}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def metadata_entry(path: Path, metadata: Mapping[str, str], key: str) -> str:

@@ -103,8 +103,9 @@ class Item:
             alone = f"for this {width} x {height} image alone" if width else "while this image was read"
             error_class, message = "out_of_memory", f"memory ran out {alone}" + (f": {error}" if str(error) else "")
         elif isinstance(error, OSError):
-            error_class = type(error).__name__
-            message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+            error_class = "name_too_long" if error.errno == errno.ENAMETOOLONG else type(error).__name__
+            name = error.filename2 or error.filename  # the former is the final one of a file that was to be renamed
+            message = f"{error.strerror or error}" + (f": {name}" if name else "")
         else:
             error_class, message = type(error).__name__, str(error) or type(error).__name__
         self.facts.update(stage=stage, error_class=error_class, error_message=printable(message))

@@ -70,6 +70,7 @@ class RunDirectory:
         self.lock_path = self.root / ".dfpir.lock"
         self.plan_dir = self.root / "plan"
         self.images_dir = self.root / "images"
+        self._images_realpath = os.path.realpath(self.images_dir)
         self.manifest_dir = self.root / "manifest"
         self.logs_dir = self.root / "logs"
         self.journal_dir = self.logs_dir / "journal"
@@ -108,6 +109,10 @@ class RunDirectory:
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
             raise ValueError(f"{relative_path!r} is not a path inside the images folder")
         return self.images_dir / pure
+
+    def holds(self, source: Path) -> bool:
+        """Whether a file lies among the results, by way of a symbolic link too."""
+        return os.path.realpath(source).startswith(os.path.join(self._images_realpath, ""))
 
     def uri(self, path: Path) -> str:
         """How the manifest names a file of the run: relative to the run's root, so that the run can be moved."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Sequence
 
 from pipeline.faults import fault_point
-from pipeline.images import decode, encode, encoded_format, to_uint8
+from pipeline.images import ImageFault, decode, encode, encoded_format, to_uint8
 from pipeline.item import Item, SourceGoneError
 from pipeline.metrics import change_rmse_255, clipped_fraction, psnr_db, ssim
 from pipeline.outputs import ReferenceIndex, restored_name
@@ -24,9 +24,16 @@ SUSPICIOUS_CHANGE_255 = 100.0
 """A result is suspicious if it moved by more than this root mean square, on the 0..255 scale."""
 
 
-def load(item: Item, config: RunConfig, *, source_root: str, shard: Sequence[ImageRef]) -> None:
+def load(
+    item: Item, config: RunConfig, *, source_root: str, shard: Sequence[ImageRef], directory: RunDirectory
+) -> None:
     """Fetches and decodes. Raises SourceGoneError when no image of the source, or of a part, is there any more."""
     with item.stage(Stage.FETCH):
+        if directory.holds(local_path(item.ref.uri)):
+            # A new revision of it would be written over what it was read from.
+            raise ImageFault(
+                Stage.FETCH, "own_result", "a link to a result of this run; put the photograph in its place"
+            )
         item.data = fetch(item.ref)
         item.facts.update(source_bytes=len(item.data), source_sha256=hashlib.sha256(item.data).hexdigest())
         if len(item.data) != item.ref.size_bytes:

@@ -294,7 +294,7 @@ class Worker:
 
     def _load(self, ref: ImageRef, base: dict[str, Any], refs: Sequence[ImageRef]) -> Item:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
-        load(item, self._config, source_root=self._context.source_root, shard=refs)
+        load(item, self._config, source_root=self._context.source_root, shard=refs, directory=self._directory)
         measure_input(item, self._references, self._config)
         if self._threads_look and not item.has_failed:
             self._judge.look(item)

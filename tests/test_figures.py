@@ -112,6 +112,16 @@ def test_pictures_too_small_for_the_network_are_left_out_and_told(
     assert "leave out 2 pictures with a side of less than 16 px" in caplog.text
 
 
+def test_too_few_pictures_for_a_map_of_features_are_told(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_tiny_model(tmp_path / "m.safetensors")
+    found = list(figures.pictures(labelled, per_label=1))
+    drawn = figures.draw(found, load_restorer(model), Oracle(Degradation.RAIN), load_checkpoint(model))
+    assert set(drawn) == {"confusion", "reliability", "before-after"}
+    assert "t-SNE needs more than 3 pictures, and 2 can be used" in caplog.text
+
+
 def test_pictures_are_read_one_at_a_time(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     monkeypatch.setattr(figures, "read_rgb", lambda path: read.append(path) or data.coffee()[:64, :64])

@@ -145,10 +145,35 @@ def test_a_worker_that_lives_and_fails_again_and_again_ends_the_run(run: TinyRun
     Journal(run.directory.journal_dir, "s000").begin("held by a process that cannot be ended")
     for _ in range(2):
         dispatcher.take(0, is_alone=True)
-        dispatcher.failed(0, "s000", "ShardBusyError", "log")
+        dispatcher.failed(0, "s000", "ValueError", "log")
     dispatcher.take(0, is_alone=True)
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
-        dispatcher.failed(0, "s000", "ShardBusyError", "log")
+        dispatcher.failed(0, "s000", "ValueError", "log")
+
+
+def test_a_shard_that_another_process_holds_is_no_workers_fault_and_ends_the_run_after_all_else(
+    make_run: MakeRun,
+) -> None:
+    run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    done, attempts = list[str](), list[int]()
+
+    def work_all_off() -> None:
+        while (assignment := dispatcher.take(0, is_alone=False)) is not None:
+            shard_id = assignment.shard.shard_id
+            if shard_id == "s000":
+                attempts.append(assignment.attempt)
+                dispatcher.busy(shard_id, "held by another process (s000.lock)", "log")
+                assert dispatcher.is_of_use(0)
+            else:
+                done.append(shard_id)
+                dispatcher.report(shard_id, [row(run, assignment.shard.images[0], shard_id)])
+                dispatcher.done(0, shard_id)
+
+    with pytest.raises(RunError, match=r"s000 made no headway in 3 attempts in a row: held by .*\.lock"):
+        work_all_off()
+    assert done == [f"s00{number}" for number in range(1, 6)]
+    assert attempts == [1, 1, 1]
 
 
 def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on(make_run: MakeRun) -> None:

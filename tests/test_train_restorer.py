@@ -1,3 +1,5 @@
+import errno
+import logging
 import math
 import multiprocessing
 import os
@@ -657,6 +659,25 @@ def test_prompts_that_a_task_needs_are_asked_for(photographs: Path, tmp_path: Pa
 def test_banks_are_told_by_name() -> None:
     assert torch.equal(prompt_bank("orthogonal").embeddings, orthogonal_bank().embeddings)
     assert prompt_bank("dfpir-compact").keys == orthogonal_bank().keys
+
+
+def test_logs_that_the_disk_has_no_room_for_do_not_end_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sheet = np.zeros((8, 8, 3), np.float32)
+    with caplog.at_level(logging.INFO, logger="training"), closing(Diary(tmp_path)) as diary:
+        assert diary.board is not None
+        monkeypatch.setattr(diary.board, "add_scalar", full)
+        diary.step(50, loss=0.5, rate=1e-3, seconds=1.0, progress=0.1)
+        assert "no more logs for TensorBoard" in caplog.text
+        diary.step(100, loss=0.25, rate=1e-3, seconds=2.0, progress=0.2)
+        monkeypatch.setattr(Image.Image, "save", full)
+        diary.validation(100, "as usual", {"PSNR": 30.0}, sheet)
+    assert "step 100, 0.0 min, 20.0 %, loss 0.2500" in caplog.text
+    assert caplog.text.count("No space left") == 2
 
 
 @pytest.mark.usefixtures("quick_validation")

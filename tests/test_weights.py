@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -77,6 +79,21 @@ def test_what_was_saved_comes_back_rounded_to_float16_with_exact_guidance(own):
     assert torch.equal(checkpoint.prompts.embeddings, bank.embeddings)
     for block, order in prompt_permutations(network, bank.embeddings).items():
         assert torch.equal(checkpoint.prompts.permutations[block], order)
+
+
+def test_weights_that_cannot_be_written_leave_the_previous_ones_alone(tmp_path, monkeypatch):
+    path = write_tiny_model(tmp_path / "tiny.safetensors")
+    before = path.read_bytes()
+
+    def full(self, data):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, tiny_network(), orthogonal_bank(), licence="MIT", provenance={})
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
 
 
 def test_weights_may_be_read_by_whom_other_files_may(own, tmp_path):

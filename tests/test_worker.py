@@ -183,6 +183,32 @@ def test_a_bad_file_fails_alone_with_its_stage(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["good.png"]
 
 
+def test_a_source_file_that_became_a_link_to_its_result_does_not_overwrite_it(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    for name in ("a.png", "b.png"):
+        marked(source / name, red(Degradation.RAIN))
+    work(plan(tmp_path))
+    result = tmp_path / "out" / "images" / "a.png"
+    before = result.read_bytes()
+    (source / "a.png").unlink()
+    (source / "a.png").symlink_to(result)
+    (source / "b.png").rename(tmp_path / "b.png")
+    (source / "b.png").symlink_to(tmp_path / "b.png")  # a link to anything else is as good as a file
+    for part in (tmp_path / "out" / "manifest").iterdir():
+        part.unlink()
+    rows = work(plan(tmp_path))
+    assert {name: row["error_class"] for name, row in rows.items()} == {"a.png": "own_result", "b.png": None}
+    assert result.read_bytes() == before
+
+
+def test_a_result_whose_name_is_too_long_for_the_file_system_is_told_as_that(tmp_path: Path) -> None:
+    name = "n" * 250 + ".bmp"
+    marked(tmp_path / "src" / name, red(Degradation.RAIN))
+    row = work(plan(tmp_path, output_format="png"))[name]
+    assert (row["status"], row["stage"], row["error_class"]) == ("failed", "write", "name_too_long")
+    assert f"{name}.png" in row["error_message"]
+
+
 def test_batches_are_of_one_padded_shape_and_within_the_limit(tmp_path: Path) -> None:
     for number in range(5):
         marked(tmp_path / "src" / f"a{number}.png", red(Degradation.HAZE), height=15 + number % 2, width=20)
