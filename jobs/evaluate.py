@@ -191,14 +191,14 @@ def published(dataset: str, sigma_255: int | None) -> dict[str, float]:
 
 def table(dataset: str, results: Sequence[Result]) -> Table:
     """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
-    shown = Table(box=None, padding=(0, 1, 0, 0), title="recognised: predicted right, and surely enough to be restored")
+    shown = Table(box=None, padding=(0, 1, 0, 0), title="right: labels predicted right, and surely enough to be restored")
     for column in ("set", "images", "", "input", "label given", "predicted", "published"):
         shown.add_column(column, justify="left" if column == "set" else "right")
     for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):
         group = [result for result in results if result.sigma_255 == sigma_255]
         recognised = sum(result.recognised for result in group)
         name = dataset if sigma_255 is None else f"{dataset} {sigma_255}"
-        reported = ", ".join(
+        reported = "\n".join(
             f"{model.removeprefix('dfpir-')} {psnr:.2f}" for model, psnr in published(dataset, sigma_255).items()
         )
 
@@ -211,7 +211,7 @@ def table(dataset: str, results: Sequence[Result]) -> Table:
             return [f"{np.mean(v):.{digits}f}{sides}" for v, sides in zip(columns, either_side, strict=True)]
 
         shown.add_row(name, str(len(group)), "PSNR", *cells("psnr", 2), reported)
-        shown.add_row("", f"{recognised} recognised", "SSIM", *cells("ssim", 3), "")
+        shown.add_row("", f"{recognised} right", "SSIM", *cells("ssim", 3), "")
     return shown
 
 
