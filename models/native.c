@@ -9,17 +9,18 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-/* Of a layer norm. */
+/* Of a layer norm, and of queries and keys. */
 #define MOST_CHANNELS 2048
 /* Pixels. */
 #define STRETCH 32
 
 /* What models/native.py has to know. Another version for every change of what it calls or hands over. */
-const int dfpir_version = 1;
-const int dfpir_lanes = LANES, dfpir_most_channels = MOST_CHANNELS, dfpir_stretch = STRETCH;
+const int dfpir_version = 2;
+const int dfpir_lanes = LANES, dfpir_most_channels = MOST_CHANNELS;
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -116,8 +117,8 @@ INLINE floats step(floats pending[2], const floats taps[9], const Row *row, int6
     return done;
 }
 
-/* Channels `channel` to `channel + LANES - 1` of a convolved row, pixels `first` to `end - 1`; their sums of squares go to
- * `power`, if there is one. */
+/* Channels `channel` to `channel + LANES - 1` of a convolved row, pixels `first` to `end - 1`, to `out`, where `first`
+ * is; their sums of squares go to `power`, if there is one. */
 INLINE void convolve_lanes(
     const Row *row, int64_t first, int64_t end, int64_t channel, void *out, int64_t channels, float *power, int half,
     int out_half) {
@@ -127,7 +128,7 @@ INLINE void convolve_lanes(
         floats done = x < row->width ? step(pending, taps, row, x * row->stride + channel, half) : pending[0];
         if (x > first) {
             squares += done * done;
-            store(out, (x - 1) * channels + channel, done, out_half);
+            store(out, (x - 1 - first) * channels + channel, done, out_half);
         }
     }
     if (power)
@@ -274,23 +275,77 @@ void dfpir_depthwise_gate(const Wide *in, void *out) {
     }
 }
 
-/* Query, key and value side by side in `wide`. Queries and keys come out as float32, 2 x images x height x width x
- * channels, with the sums of squares of each stretch, 2 x images x (height * stretches) x channels; values in their own
- * type, their images `image_stride` apart. */
+/* As many sums as AVX2 has registers for. */
+#define MOST_ROWS 4
+#define MOST_VECTORS 3
+
+/* Adds query^T key of `count` pixels to `rows` x `vectors * LANES` sums. */
+INLINE void add_products(
+    const float *query, const float *key, int64_t channels, int64_t count, float *sums, int64_t stride, int rows,
+    int vectors) {
+    floats held[MOST_ROWS][MOST_VECTORS] = {};
+    for (int64_t i = 0; i < count; i++) {
+        floats keys[MOST_VECTORS];
+        for (int v = 0; v < vectors; v++)
+            keys[v] = load(key, i * channels + v * LANES, 0);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++)
+                held[r][v] += query[i * channels + r] * keys[v];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            store(sums, r * stride + v * LANES, load(sums, r * stride + v * LANES, 0) + held[r][v], 0);
+}
+
+/* The same for all channels of a head; sums are per_head x stride, those behind column per_head of no meaning. */
+static void add_gram(
+    const float *query, const float *key, int64_t channels, int64_t count, float *sums, int64_t per_head, int64_t stride) {
+    int64_t column = 0;
+#define ADD(rows, vectors)                                                                                            \
+    for (; row + rows <= per_head; row += rows)                                                                       \
+        add_products(                                                                                                 \
+            query + row, key + column, channels, count, sums + row * stride + column, stride, rows, vectors);
+#define ADD_COLUMNS(vectors)                                                                                          \
+    for (; column + vectors * LANES <= stride; column += vectors * LANES) {                                           \
+        int64_t row = 0;                                                                                              \
+        ADD(MOST_ROWS, vectors)                                                                                       \
+        ADD(1, vectors)                                                                                               \
+    }
+    ADD_COLUMNS(MOST_VECTORS)
+    ADD_COLUMNS(1)
+}
+
+/* Query, key and value side by side in `wide`. Values come out in their own type, their images `image_stride` apart. To
+ * `gram`, threads x images x heads x per_head x stride, is added query^T key, per_head being channels / heads and stride
+ * that filled up to LANES, and to `power`, threads x images x 2 x channels, the squares of queries and of keys. */
 void dfpir_depthwise_attention(
-    const Wide *in, float *query_key, float *power, void *values, int64_t image_stride, int values_half) {
-    int64_t each = stretches(in), rows = in->images * in->height, pixels = in->width * in->channels;
-#pragma omp parallel for num_threads(in->threads) schedule(static)
-    for (int64_t i = 0; i < rows * each; i++) {
-        int64_t number = i / each, image = number / in->height, y = number % in->height;
-        int64_t first = i % each * STRETCH, end = end_of(in, first);
-        for (int part = 0; part < 2; part++) {
-            Row row = row_of(in, image, y, part * in->channels);
-            float *squares = power + (part * rows * each + i) * in->channels;
-            convolve(&row, first, end, in->channels, query_key + (part * rows + number) * pixels, squares, 0);
+    const Wide *in, float *gram, float *power, void *values, int64_t heads, int64_t image_stride, int values_half) {
+    int64_t each = stretches(in), rows = in->images * in->height, channels = in->channels;
+    int64_t per_head = channels / heads, stride = (per_head + LANES - 1) / LANES * LANES;
+#pragma omp parallel num_threads(in->threads)
+    {
+        /* The last head's last vector of keys may reach behind the channels. */
+        float parts[2][STRETCH * channels + LANES], squares[channels];
+        memset(parts, 0, sizeof parts);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * each; i++) {
+            int64_t number = i / each, image = number / in->height, y = number % in->height;
+            int64_t first = i % each * STRETCH, end = end_of(in, first);
+            int64_t place = omp_get_thread_num() * in->images + image;
+            for (int part = 0; part < 2; part++) {
+                Row row = row_of(in, image, y, part * channels);
+                convolve(&row, first, end, channels, parts[part], squares, 0);
+                for (int64_t c = 0; c < channels; c++)
+                    power[(2 * place + part) * channels + c] += squares[c];
+            }
+            for (int64_t head = 0; head < heads; head++)
+                add_gram(
+                    parts[0] + head * per_head, parts[1] + head * per_head, channels, end - first,
+                    gram + (place * heads + head) * per_head * stride, per_head, stride);
+            Row row = row_of(in, image, y, 2 * channels);
+            int64_t start = image * image_stride + (y * in->width + first) * channels;
+            void *out = (void *)at(values, start, values_half);
+            convolve(&row, first, end, channels, out, 0, values_half);
         }
-        Row row = row_of(in, image, y, 2 * in->channels);
-        void *place = (void *)at(values, image * image_stride + y * pixels, values_half);
-        convolve(&row, first, end, in->channels, place, 0, values_half);
     }
 }

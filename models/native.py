@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 PROCESSORS = ("AVX512", "AVX2")
 """What `native.c` is compiled for, in torch's terms."""
-_VERSION = 1
+_VERSION = 2
 """Of what is called here; compiled code of another one is left alone."""
 _TILE_DEPTH, _TILE_COLUMNS = 32, 16
 """Of a matrix, as tiles hold it."""
@@ -85,9 +85,7 @@ tiles = _load_tiles()
 _LANES = _constant(library, "dfpir_lanes")
 """Channels that are computed at once; at least so many are needed."""
 _MOST_CHANNELS = _constant(library, "dfpir_most_channels")
-"""Of a layer norm."""
-_STRETCH_PX = _constant(library, "dfpir_stretch")
-"""Sums of squares come for so many pixels of a row at once."""
+"""Of a layer norm, and of queries and keys."""
 _MOST_DEPTH = _constant(tiles, "dfpir_amx_most_depth")
 _MOST_COLUMNS = _constant(tiles, "dfpir_amx_most_columns")
 """Of a matrix for the tiles, as is `_MOST_DEPTH`."""
@@ -136,21 +134,22 @@ def depthwise_attention(
     wide: Tensor, taps: Tensor, values: Tensor, *, heads: int, border: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `models.passes.depthwise_attention`."""
-    batch, height, width, channels = values.shape
-    if library is None or channels < _LANES:
+    batch, channels = len(values), values.shape[-1]
+    if library is None or not _LANES <= channels <= _MOST_CHANNELS:
         return passes.depthwise_attention(wide, taps, values, heads=heads, border=border)
     described = _described(wide, taps, channels, border)
-    query_key = wide.new_empty(2, batch, height * width, heads, channels // heads, dtype=torch.float32)
-    stretches = height * -(-width // _STRETCH_PX)
-    power = wide.new_empty(2, batch, stretches, heads, channels // heads, dtype=torch.float32)
+    per_head = channels // heads
+    # Each thread sums up what it meets; rows of a Gram matrix are filled up to whole vectors.
+    threads, padded = torch.get_num_threads(), -(-per_head // _LANES) * _LANES
+    gram = values.new_zeros(threads, batch, heads, per_head, padded, dtype=torch.float32)
+    power = values.new_zeros(threads, batch, 2, heads, per_head, dtype=torch.float32)
     library.dfpir_depthwise_attention(
         ctypes.byref(described),
-        *(_POINTER(tensor.data_ptr()) for tensor in (query_key, power, values)),
-        _INT64(values.stride(0)), _INT(values.dtype is torch.bfloat16),
+        *(_POINTER(tensor.data_ptr()) for tensor in (gram, power, values)),
+        _INT64(heads), _INT64(values.stride(0)), _INT(values.dtype is torch.bfloat16),
     )  # fmt: skip
-    query, key = query_key.transpose(2, 3)
-    query_power, key_power = power.sum(2)
-    return query.transpose(-2, -1) @ key, query_power, key_power
+    query_power, key_power = power.sum(0).unbind(1)
+    return gram.sum(0)[..., :per_head], query_power, key_power
 
 
 def packed(matrix: Tensor) -> Tensor | None:

@@ -46,7 +46,7 @@ def test_what_was_compiled_for_other_code_is_left_alone(monkeypatch):
     kind = torch.backends.cpu.get_cpu_capability().lower()
     assert native._load(kind) is not None
     monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
-    with pytest.warns(UserWarning, match="is of version 1, not 2; install the package again"):
+    with pytest.warns(UserWarning, match="is of version 2, not 3; install the package again"):
         assert native._load(kind) is None
 
 
