@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Of a layer norm, and of queries and keys. */
+/* Of queries and of keys. */
 #define MOST_CHANNELS 2048
 /* Pixels. */
 #define STRETCH 32
@@ -179,9 +179,7 @@ static void gate(const Row *row, int64_t first, int64_t end, int64_t channels, v
 
 /* x with its first lanes, which were met before, set to 0. */
 INLINE floats new_lanes(floats x, int64_t known) {
-    for (int64_t lane = 0; lane < known; lane++)
-        x[lane] = 0;
-    return x;
+    return (floats)((words)x & (words)(COUNTED >= (uint32_t)known));
 }
 
 INLINE float total(floats x) {
@@ -191,36 +189,55 @@ INLINE float total(floats x) {
     return x[0];
 }
 
+/* Pixels of a layer norm at once, whose sums then do not wait for each other. */
+#define TOGETHER 4
+
+/* `pixels` is 1 or TOGETHER. */
 INLINE void normalise(
-    const void *x, const float *weight, const float *bias, void *out, int64_t channels, float eps, int half) {
-    floats held[MOST_CHANNELS / LANES], sum = {}, squares = {};
+    const void *x, const float *weight, const float *bias, void *out, int64_t channels, float eps, int half, int pixels) {
+    floats sums[TOGETHER] = {}, squares[TOGETHER] = {};
+    float means[TOGETHER], scales[TOGETHER];
     for (int64_t c = 0; c < channels; c += LANES) {
         int64_t channel = c + LANES <= channels ? c : channels - LANES;
-        held[c / LANES] = load(x, channel, half);
-        sum += new_lanes(held[c / LANES], c - channel);
+        for (int i = 0; i < pixels; i++)
+            sums[i] += new_lanes(load(x, i * channels + channel, half), c - channel);
     }
-    float mean = total(sum) / channels;
+    for (int i = 0; i < pixels; i++)
+        means[i] = total(sums[i]) / channels;
     for (int64_t c = 0; c < channels; c += LANES) {
         int64_t channel = c + LANES <= channels ? c : channels - LANES;
-        floats centred = held[c / LANES] -= mean;
-        squares += new_lanes(centred * centred, c - channel);
+        for (int i = 0; i < pixels; i++) {
+            floats centred = load(x, i * channels + channel, half) - means[i];
+            squares[i] += new_lanes(centred * centred, c - channel);
+        }
     }
-    float scale = 1.0f / sqrtf(total(squares) / channels + eps);
+    for (int i = 0; i < pixels; i++)
+        scales[i] = 1.0f / sqrtf(total(squares[i]) / channels + eps);
     for (int64_t c = 0; c < channels; c += LANES) {
         int64_t channel = c + LANES <= channels ? c : channels - LANES;
-        store(out, channel, held[c / LANES] * scale * load(weight, channel, 0) + load(bias, channel, 0), half);
+        floats scale = load(weight, channel, 0), shift = load(bias, channel, 0);
+        for (int i = 0; i < pixels; i++) {
+            floats centred = load(x, i * channels + channel, half) - means[i];
+            store(out, i * channels + channel, centred * scales[i] * scale + shift, half);
+        }
     }
 }
 
 static void normalise_pixels(
     const void *x, const float *weight, const float *bias, void *out, int64_t pixels, int64_t channels, float eps,
     int half) {
-    for (int64_t i = 0; i < pixels; i++) {
-        if (half)
-            normalise(at(x, i * channels, 1), weight, bias, (void *)at(out, i * channels, 1), channels, eps, 1);
-        else
-            normalise(at(x, i * channels, 0), weight, bias, (void *)at(out, i * channels, 0), channels, eps, 0);
+    int64_t i = 0;
+#define NORMALISE(count)                                                                                              \
+    for (; i + count <= pixels; i += count) {                                                                         \
+        const void *in = at(x, i * channels, half);                                                                   \
+        void *place = (void *)at(out, i * channels, half);                                                            \
+        if (half)                                                                                                     \
+            normalise(in, weight, bias, place, channels, eps, 1, count);                                              \
+        else                                                                                                          \
+            normalise(in, weight, bias, place, channels, eps, 0, count);                                              \
     }
+    NORMALISE(TOGETHER)
+    NORMALISE(1)
 }
 
 void dfpir_layer_norm(

@@ -85,7 +85,7 @@ tiles = _load_tiles()
 _LANES = _constant(library, "dfpir_lanes")
 """Channels that are computed at once; at least so many are needed."""
 _MOST_CHANNELS = _constant(library, "dfpir_most_channels")
-"""Of a layer norm, and of queries and keys."""
+"""Of queries and of keys."""
 _MOST_DEPTH = _constant(tiles, "dfpir_amx_most_depth")
 _MOST_COLUMNS = _constant(tiles, "dfpir_amx_most_columns")
 """Of a matrix for the tiles, as is `_MOST_DEPTH`."""
@@ -94,7 +94,7 @@ _MOST_COLUMNS = _constant(tiles, "dfpir_amx_most_columns")
 def normalise(x: Tensor, norm: Tensor) -> Tensor:
     """See `models.passes.normalise`."""
     pixels, channels = x.shape
-    if library is None or not _LANES <= channels <= _MOST_CHANNELS:
+    if library is None or channels < _LANES:
         return passes.normalise(x, norm)
     x = x.contiguous()
     normalised = torch.empty_like(x)
