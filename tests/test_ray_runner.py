@@ -1,4 +1,5 @@
 import os
+import queue
 import re
 import signal
 import socket
@@ -30,10 +31,11 @@ from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
-from jobs.runner import Dispatcher
+from jobs.runner import Assignment, Dispatcher
 from jobs.signals import sigterm_raises
 from pipeline.faults import FAULT, MARKER
-from pipeline.sink import read_rows
+from pipeline.records import Shard
+from pipeline.sink import ShardBusyError, read_rows
 
 MakeRun = Callable[..., TinyRun]
 NAMES = ["a.png", "b.png", "deep/c.jpg", "deep/d.png", "e.png"]
@@ -46,6 +48,17 @@ def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict[str, Any]:
 def test_room_is_counted_node_by_node() -> None:
     assert measure_room([node(4), node(3), node(1)], device="cpu", threads=2) == (Needs(cpus=2, sharers=2), 3)
     assert measure_room([node(16, 4), node(8)], device="cuda", threads=16) == (Needs(cpus=4, on_gpu=True), 4)
+
+
+def test_a_shard_that_another_process_holds_is_reported_as_busy_and_not_as_a_failure() -> None:
+    def held(*_: object, **__: object) -> None:
+        raise ShardBusyError("shard s000 is still held by another process")
+
+    actor = object.__new__(ray_runner.WorkerActor)
+    vars(actor).update(_worker=held, _outcomes=queue.SimpleQueue())
+    report = actor.work(Assignment(Shard("s000", ()), attempt=1))
+    assert (report.kind, report.outcomes) == ("busy", [])
+    assert "still held by another process" in report.fault
 
 
 @pytest.mark.parametrize(
