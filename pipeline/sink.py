@@ -24,6 +24,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,7 +71,6 @@ class RunDirectory:
         self.lock_path = self.root / ".dfpir.lock"
         self.plan_dir = self.root / "plan"
         self.images_dir = self.root / "images"
-        self._images_realpath = os.path.realpath(self.images_dir)
         self.manifest_dir = self.root / "manifest"
         self.logs_dir = self.root / "logs"
         self.journal_dir = self.logs_dir / "journal"
@@ -112,7 +112,11 @@ class RunDirectory:
 
     def holds(self, source: Path) -> bool:
         """Whether a file lies among the results, by way of a symbolic link too."""
-        return os.path.realpath(source).startswith(os.path.join(self._images_realpath, ""))
+        return Path(os.path.realpath(source)).is_relative_to(self._real_images_dir)
+
+    @cached_property
+    def _real_images_dir(self) -> str:
+        return os.path.realpath(self.images_dir)
 
     def uri(self, path: Path) -> str:
         """How the manifest names a file of the run: relative to the run's root, so that the run can be moved."""
