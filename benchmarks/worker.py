@@ -38,8 +38,6 @@ from pipeline.sink import read_manifest
 from pipeline.worker import WINDOW_IMAGES
 
 PROMPT = "noise25"
-TURNS_ON_GPU = 10
-"""Of the network alone, which takes a moment."""
 
 
 def make_noisy(folders: list[Path], most: int, out: Path, *, suffix: str, copies: int) -> list[Path]:
@@ -91,19 +89,19 @@ def seconds_alone(images: list[NDArray[np.uint8]], classifier: Classifier, resto
 
 @torch.inference_mode()
 def seconds_resident(images: list[NDArray[np.uint8]], restorer: Restorer) -> float:
-    """The network over images that lie on the GPU, in batches of one shape."""
-    groups = batches(images, key=lambda image: image.shape, limit=lambda shape: WINDOW_IMAGES["cuda"])
+    """The network over images that lie on the GPU, each as often as fills batches of its shape."""
+    times = WINDOW_IMAGES["cuda"]
+    groups = batches(images * times, key=lambda image: image.shape, limit=lambda shape: times)
     ready = []
     for group in groups:
         ready.append(torch.cat([padded_tensor(each, restorer.size_multiple) for each in group]).to(restorer.device))
     prompt = restorer.prompts.indices([PROMPT])
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    for _ in range(TURNS_ON_GPU):
-        for batch in ready:
-            restorer._run(batch, prompt * len(batch))
+    for batch in ready:
+        restorer._run(batch, prompt * len(batch))
     torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / TURNS_ON_GPU
+    return (time.perf_counter() - begun) / times
 
 
 def speed_of_run(source: Path, out: Path, chosen: RestoreOptions) -> tuple[float, RunContext, Counter[str]]:

@@ -168,7 +168,7 @@ class Training(TrainingRun):
         self.average = DFPIR(config.model).to(device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        if device.type == "cuda" and not compiled:
+        if device.type == "cuda":
             self.gradients = RecordedGradients(self._gradients, list(self.trained.values()))
         averaged = dict(self.average.named_parameters())
         self.averaged = {name: averaged[name] for name in self.trained}

@@ -25,6 +25,7 @@ from pipeline.point_spread import (
     smooth_field,
     spread_px,
     trajectory_kernel,
+    tremor_kernel,
 )
 
 
@@ -286,10 +287,17 @@ class MotionBlur(Recipe):
     sigma_255: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, *, longest_px: float = 40.0, wander: float = 1.0) -> "MotionBlur":
-        """For an image of any size."""
+    def draw(
+        cls, rng: np.random.Generator, *, longest_px: float = 40.0, wander: float = 1.0, tremor: bool = False
+    ) -> "MotionBlur":
+        """For an image of any size; with `tremor` the path is a `tremor_kernel`, else one that turns by `wander`."""
         while True:
-            path = trajectory_kernel(rng, length_px=_log_uniform(rng, 6, longest_px), wander=wander)
+            length_px = _log_uniform(rng, 6, longest_px)
+            path = (
+                tremor_kernel(rng, length_px=length_px)
+                if tremor
+                else trajectory_kernel(rng, length_px=length_px, wander=wander)
+            )
             if spread_px(path) >= 1.4 * CLEAN_LIMITS.blur_px:
                 break
         highlights = float(rng.uniform(0, 3)) if rng.random() < 0.3 else None

@@ -1,5 +1,6 @@
 """Small arrays that degradations are made of: point spread functions, streaks, and smooth fields over an image."""
 
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -56,7 +57,33 @@ def trajectory_kernel(rng: np.random.Generator, *, length_px: float, wander: flo
         turn[int(rng.integers(steps // 4, steps)) :] += rng.uniform(-np.pi, np.pi)
     speed = np.exp(rng.normal(0, 0.5) * np.linspace(-1, 1, steps) + 0.3 * rng.standard_normal(steps))
     speed *= length_px / speed.sum()
-    x, y = np.cumsum(speed * np.cos(heading + turn)), np.cumsum(speed * np.sin(heading + turn))
+    return _drawn(np.cumsum(speed * np.cos(heading + turn)), np.cumsum(speed * np.sin(heading + turn)))
+
+
+@cache
+def _tremor() -> NDArray[np.float64]:
+    """What makes white noise a coordinate of the hand over an exposure."""
+    apart = np.sqrt(3) / 0.3 * np.abs(np.subtract.outer(*[np.linspace(0, 1, 256)] * 2))
+    return np.linalg.cholesky((1 + apart) * np.exp(-apart) + 1e-9 * np.eye(len(apart)))
+
+
+def tremor_kernel(rng: np.random.Generator, *, length_px: float) -> Kernel:
+    """Point spread function of a trembling hand, summing to 1: it turns back, and lingers where it does.
+
+    Both coordinates are Gaussian processes with a Matern 3/2 covariance of length scale 0.3 of the exposure (Schuler,
+    Hirsch, Harmeling and Schoelkopf, "Learning to Deblur", TPAMI 2016).
+
+    Args:
+        rng: the source of the path.
+        length_px: of the straight, even path that spreads as much as this one along its longest axis.
+    """
+    path = _tremor() @ rng.standard_normal((256, 2))
+    widest = np.linalg.eigvalsh(np.cov(path.T, ddof=0))[-1] ** 0.5
+    return _drawn(*(path * (length_px / np.sqrt(12) / widest)).T)
+
+
+def _drawn(x: NDArray[np.float64], y: NDArray[np.float64]) -> Kernel:
+    """The kernel of a path that stays equally long at each of its points, which are given in pixels."""
     x, y = x - x.mean(), y - y.mean()
     radius = int(np.ceil(max(np.abs(x).max(), np.abs(y).max()))) + 2  # a pixel more for the softening
     kernel = np.zeros((2 * radius + 1, 2 * radius + 1))

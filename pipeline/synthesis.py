@@ -164,7 +164,8 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
 def draw_recipe(label: Degradation, rng: np.random.Generator, height: int, width: int) -> Recipe:
     """Damage under a label that has a prompt, as a restorer trains on it, for an image of this size.
 
-    A quarter of the noise is a camera's, and two fifths of low light are deep shadows.
+    A quarter of the noise is a camera's, half of the blur a trembling hand's, and two fifths of low light are deep
+    shadows.
     """
     match label:
         case Degradation.NOISE:
@@ -175,6 +176,8 @@ def draw_recipe(label: Degradation, rng: np.random.Generator, height: int, width
         case Degradation.HAZE:
             return Haze.draw(rng, height, width)
         case Degradation.BLUR:
+            if rng.random() < 0.5:
+                return MotionBlur.draw(rng, tremor=True)
             return MotionBlur.draw(rng, wander=float(rng.choice([1.0, 4.0])))
         case Degradation.LOWLIGHT:
             return (DeepShadow if rng.random() < 0.4 else LowLight).draw(rng)

@@ -11,6 +11,7 @@ from pipeline.point_spread import (
     smooth_field,
     spread_px,
     trajectory_kernel,
+    tremor_kernel,
 )
 
 
@@ -43,6 +44,31 @@ def test_a_trajectory_sums_to_one_and_is_no_longer_than_its_path(seed, length_px
     assert kernel.sum() == pytest.approx(1, abs=1e-4)
     assert kernel.min() >= 0
     assert spread_px(kernel) <= length_px / 2 + 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), length_px=st.floats(6, 60))
+def test_a_tremor_sums_to_one_and_spreads_as_far_as_asked_for(seed, length_px):
+    kernel = tremor_kernel(np.random.default_rng(seed), length_px=length_px)
+    assert kernel.sum() == pytest.approx(1, abs=1e-4)
+    assert kernel.min() >= 0
+    softening = 2 * 0.05 + 0.25  # px^2: of the two neighbours, and at most of a point's share between two pixels
+    assert length_px**2 / 12 - 0.1 <= spread_px(kernel) ** 2 <= length_px**2 / 12 + softening
+
+
+def test_a_trembling_hand_winds_and_lingers():
+    def winding(kernel):
+        y, x = np.mgrid[: kernel.shape[0], : kernel.shape[1]]
+        covariance = np.cov(np.stack([y.ravel(), x.ravel()]), aweights=kernel.ravel(), ddof=0)
+        low, high = np.linalg.eigvalsh(covariance)
+        return (low / high) ** 0.5
+
+    rng = np.random.default_rng(0)
+    tremors = [tremor_kernel(rng, length_px=30) for _ in range(40)]
+    straight = [trajectory_kernel(rng, length_px=30) for _ in range(40)]
+    assert np.median([winding(kernel) for kernel in tremors]) > 3 * np.median([winding(kernel) for kernel in straight])
+    # The busiest pixel holds several times what one of even travel would.
+    assert np.median([kernel.max() * np.count_nonzero(kernel) for kernel in tremors]) > 8
 
 
 def test_the_spread_of_a_kernel():

@@ -238,3 +238,12 @@ def test_motion_blur_spreads_beyond_what_counts_as_clean():
         drawn = replace(MotionBlur.draw(np.random.default_rng(seed), wander=4.0), sigma_255=0.0, highlights=None)
         spread = damaged(point, drawn).mean(axis=2).clip(0)
         assert spread_px(spread) >= 1.39 * CLEAN_LIMITS.blur_px, seed
+
+
+def test_half_of_the_blur_is_a_trembling_hands(monkeypatch):
+    made = []
+    monkeypatch.setattr("pipeline.degradations.tremor_kernel", lambda rng, **_: made.append(1) or np.eye(15) / 15)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        draw_recipe(Degradation.BLUR, rng, 64, 64)
+    assert 75 <= len(made) <= 125
