@@ -46,15 +46,17 @@ def _starts(length: int, window: int) -> NDArray[np.intp]:
     return np.rint(np.linspace(0, length - window, count)).astype(np.intp)
 
 
-def _contrasts(image: NDArray[np.uint8], tops: NDArray[np.intp], lefts: NDArray[np.intp], px: int) -> list[float]:
+def _contrasts(
+    image: NDArray[np.uint8], tops: NDArray[np.intp], lefts: NDArray[np.intp], px: int
+) -> NDArray[np.float64]:
     """Mean absolute difference of neighbours in the green channel, on every fourth row, of each window."""
-    found: list[float] = []
-    for top in tops:
-        rows = image[top : top + px : 4, :, 1].astype(np.int16)
-        change = np.abs(np.diff(rows, axis=1)).sum(axis=0, dtype=np.int32)
-        upto = np.concatenate([[0], change.cumsum()])
-        found.extend((upto[lefts + px - 1] - upto[lefts]) / max(1, len(rows) * (px - 1)))
-    return found
+    # All windows in few calls: threads that look at images at once wait for each other between calls.
+    rows = image[tops[:, None] + np.arange(0, px, 4), :, 1].astype(np.int16)
+    change = np.abs(rows[:, :, 1:] - rows[:, :, :-1]).sum(axis=1, dtype=np.int32)
+    upto = np.zeros((len(tops), image.shape[1]), np.int64)
+    np.cumsum(change, axis=1, out=upto[:, 1:])
+    found = (upto[:, lefts + px - 1] - upto[:, lefts]) / max(1, rows.shape[1] * (px - 1))
+    return cast(NDArray[np.float64], found.ravel())
 
 
 def native_crops(image: NDArray[np.uint8], settings: ViewSettings) -> NDArray[np.uint8]:
