@@ -191,7 +191,7 @@ def published(dataset: str, sigma_255: int | None) -> dict[str, float]:
 
 def table(dataset: str, results: Sequence[Result]) -> Table:
     """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
-    shown = Table(box=None, padding=(0, 1, 0, 0), title="right: predicted right, and surely enough to be restored")
+    shown = Table(box=None, padding=(0, 1, 0, 0), title="right: the true label, surely enough to be restored")
     for column in ("set", "images", "", "input", "label given", "predicted", "published"):
         shown.add_column(column, justify="left" if column == "set" else "right")
     for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):

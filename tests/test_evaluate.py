@@ -170,7 +170,7 @@ def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
     text = console.export_text()
     assert "…" not in text
     title, _, first = text.splitlines()[:3]
-    assert "right: predicted right, and surely enough to be restored" in title
+    assert "right: the true label, surely enough to be restored" in title
     assert first.startswith("cbsd68 15")
     assert "2 right" in text
     assert "34.14" in text
