@@ -119,7 +119,7 @@ def draw_wide_recipe(label: Degradation, rng: np.random.Generator, height: int, 
         case Degradation.RAIN:
             return Rain.draw(rng, height, width, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)
         case Degradation.HAZE:
-            return Haze.draw(rng, height, width, tint=float(rng.choice([0.04, 0.12])), clear_foregrounds=True)
+            return Haze.draw(rng, height, width, tint=float(rng.choice([0.04, 0.12])))
         case Degradation.BLUR:
             return MotionBlur.draw(rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
         case Degradation.LOWLIGHT:
