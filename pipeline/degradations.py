@@ -226,8 +226,8 @@ class Haze(Recipe):
     """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
 
     d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth, and in half of the
-    cases 1 where there is `sky`; beta is 0.4..2.4. In a quarter of the cases the foreground is clear: d begins at 0..0.1,
-    and beta is 1..4. The airlight A is 0.65..1 with a tint of up to `tint` per channel.
+    cases 1 where there is `sky`; beta is 0.4..2.4. In a quarter of the cases the foreground is clear: d begins at
+    0..0.1, and beta is 1..4. The airlight A is 0.65..1 with a tint of up to `tint` per channel.
     """
 
     depth: Field
