@@ -2,8 +2,9 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -42,15 +43,16 @@ SHARES: dict[Degradation, float] = {
 """Share of each label in the samples; `clean` is what every kind of damage must be told from."""
 
 
-def draw_scene(photographs: Photographs, rng: np.random.Generator) -> FloatImage:
+def draw_scene(photographs: Photographs, rng: np.random.Generator, *, whole: bool = False) -> FloatImage:
     """A photograph or a part of one, H x W x 3 in [0, 1], sides from 160 to 640 px, at native or reduced scale.
 
-    Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are.
+    Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are. A `whole`
+    one is reduced, and cut only where it is more than twice as wide as high.
     """
     image = photographs.draw(rng)
     height, width = image.shape[:2]
     kind = rng.random()
-    if kind < 0.35:
+    if whole or kind < 0.35:
         scale = float(np.exp(rng.uniform(np.log(224), np.log(480)))) / min(height, width)
         source_height, source_width = height, min(width, 2 * height)
     else:
@@ -108,14 +110,19 @@ SHRINKABLE = {Degradation.RAIN, Degradation.HAZE, Degradation.LOWLIGHT, Degradat
 def draw_wide_recipe(label: Degradation, rng: np.random.Generator, height: int, width: int) -> Recipe:
     """As `draw_recipe`, in wider ranges than a restorer trains on: what cannot be restored well is still seen.
 
-    Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs.
+    Noise starts above the limit of `CleanLimits`, so that a gap parts it from grainy clean photographs; a camera's
+    coarse grain, which is seen the sooner, at four fifths of it.
     """
     match label:
         case Degradation.NOISE:
-            lowest = 1.2 * CLEAN_LIMITS.noise_sigma_255
-            if rng.random() < 0.5:
-                return Noise.draw(rng, sigma_255=float(rng.uniform(lowest, 60)))
-            return CameraNoise.draw(rng, sigma_255=float(rng.uniform(lowest, 40)), coarsest_px=1.3)
+            limit = CLEAN_LIMITS.noise_sigma_255
+            kind = rng.random()
+            if kind < 0.4:
+                return Noise.draw(rng, sigma_255=float(rng.uniform(1.2 * limit, 60)))
+            if kind < 0.7:
+                return CameraNoise.draw(rng, sigma_255=float(rng.uniform(1.2 * limit, 40)), coarsest_px=1.3)
+            sigma_255 = float(np.exp(rng.uniform(np.log(0.8 * limit), np.log(25))))
+            return CameraNoise.draw(rng, sigma_255=sigma_255, grain_px=float(rng.uniform(1, 2.2)))
         case Degradation.RAIN:
             return Rain.draw(rng, height, width, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)
         case Degradation.HAZE:
@@ -175,6 +182,23 @@ def draw_damaged(
     raise ValueError(f"{label} shows on none of the photographs; are they blank?")
 
 
+LABELLED_WEIGHT = 40
+"""As many images of a label weigh as much as its synthesis: of five, each is drawn in one of 45 cases."""
+
+
+def draw_labelled(
+    labelled: Photographs, label: Degradation, rng: np.random.Generator, *, training: bool = False
+) -> FloatImage:
+    """An image that carries its label already, varied as `draw_damaged` varies scenes before it damages them.
+
+    It is seen whole, since a part of it may be undamaged, unless it is clean.
+    """
+    image = draw_scene(labelled, rng, whole=label is not Degradation.CLEAN)
+    if training and rng.random() < 0.6:
+        image = vary_tone(image, rng)
+    return vary_clean(image, rng) if label is Degradation.CLEAN or rng.random() < 0.5 else image
+
+
 def as_filed(image: FloatImage, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The image in eight bits, in two of five cases after JPEG of a quality that still counts as clean."""
     pixels = to_uint8(image)
@@ -200,11 +224,29 @@ def sample_type(view: ViewSettings) -> np.dtype[np.void]:
 class Synthesis(Dataset[Samples]):
     """Samples by their numbers: each is the same whenever and wherever it is made.
 
-    Those for `training` and those for validation have their scenes as `draw_damaged` says.
+    Those for `training` and those for validation have their scenes as `draw_damaged` says. Of what is `labelled` as
+    clean each image is drawn as often as a photograph, of other labels as `LABELLED_WEIGHT` says.
     """
 
-    def __init__(self, photographs: Photographs, *, seed: int, view: ViewSettings, training: bool) -> None:
-        self.photographs, self.seed, self.view, self.training = photographs, seed, view, training
+    def __init__(
+        self,
+        photographs: Photographs,
+        labelled: Mapping[Degradation, Photographs] = MappingProxyType({}),
+        *,
+        seed: int,
+        view: ViewSettings,
+        training: bool,
+    ) -> None:
+        self.photographs, self.labelled = photographs, labelled
+        self.seed, self.view, self.training = seed, view, training
+
+    def _image(self, label: Degradation, rng: np.random.Generator) -> FloatImage:
+        if (labelled := self.labelled.get(label)) is not None:
+            count = len(labelled.names)
+            others = len(self.photographs.names) if label is Degradation.CLEAN else LABELLED_WEIGHT
+            if rng.random() < count / (count + others):
+                return draw_labelled(labelled, label, rng, training=self.training)
+        return draw_damaged(self.photographs, label, rng, training=self.training)
 
     def __getitem__(self, numbers: Sequence[int]) -> Samples:
         samples = np.zeros(len(numbers), sample_type(self.view))
@@ -212,8 +254,7 @@ class Synthesis(Dataset[Samples]):
         for sample, number in zip(samples, numbers, strict=True):
             rng = np.random.default_rng([self.seed, number])
             label = int(rng.choice(len(LABELS), p=shares / shares.sum()))
-            image = draw_damaged(self.photographs, LABELS[label], rng, training=self.training)
-            views = take_views(as_filed(image, rng), self.view)
+            views = take_views(as_filed(self._image(LABELS[label], rng), rng), self.view)
             sample["number"], sample["label"] = number, label
             sample["crops"], sample["thumbnail"] = views.crops, views.thumbnail
         return samples

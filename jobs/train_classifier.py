@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,15 @@ from torch import Tensor
 
 from classifier.calibration import fit_temperature, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
-from classifier.labels import LABELS
+from classifier.labels import LABELS, Degradation
 from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
+from jobs.signals import stop_on_signals
 from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
-from jobs.training_data import Photographs, inventory, tell_if_changed
+from jobs.training_data import Photographs, inventory, parts, tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_group import Group
 from jobs.training_loop import (
@@ -215,8 +216,9 @@ class Training(TrainingRun):
     def loss(self, crops: Tensor, thumbnails: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
         """Cross-entropy with the labels; under a teacher the divergence from its predictions has the larger part.
 
-        Half of a taught batch is `blended` and has that divergence alone, at `SOFTNESS` (Hinton et al., "Distilling the
-        knowledge in a neural network", 2015).
+        Where the teacher takes a sample for something else, the label alone counts. Half of a taught batch is `blended`
+        and has that divergence alone, at `SOFTNESS` (Hinton et al., "Distilling the knowledge in a neural network",
+        2015).
         """
         with mixed_precision(self.device):
             if self.teacher is None:
@@ -228,7 +230,7 @@ class Training(TrainingRun):
         said = (logits / SOFTNESS).log_softmax(dim=1)
         divergence = SOFTNESS**2 * F.kl_div(said, taught, log_target=True, reduction="none").sum(dim=1)
         wrong = F.cross_entropy(logits, labels, label_smoothing=0.02, reduction="none")
-        share = torch.full_like(wrong, LABELS_SHARE)
+        share = torch.where(taught.argmax(dim=1) == labels, LABELS_SHARE, 1.0)
         share[: len(share) // 2] = 0
         return (share * wrong + (1 - share) * divergence).mean()
 
@@ -270,6 +272,8 @@ class Trained:
     network: DegradationNetwork
     held_out: Samples
     photographs: int
+    labelled: Mapping[Degradation, int]
+    """Images that carried their label, besides the photographs."""
     step: int
     samples: int
     minutes: float
@@ -289,7 +293,7 @@ def _run(
     loaders: int,
     max_minutes: float,
 ) -> None:
-    """Fills the pool, then learns."""
+    """Fills the pool, then learns; raises as `run` does, and InterruptedBySignalError while the pool fills."""
     if training.step:
         log.info("resumed at step %d", training.step)
     lacking, renewed = training.numbers()
@@ -313,10 +317,14 @@ def _run(
         values = {"cross-entropy": loss} | {f"recall/{name}": r for name, r in recall.items()}
         diary.validation(training.step, line, values, hardest(logits, held_out))
 
-    for _ in lacking:
-        if time.monotonic() - begun >= 60 * max_minutes:
-            break
-        renew()
+    with stop_on_signals() as request:
+        for _ in lacking:
+            if request or time.monotonic() - begun >= 60 * max_minutes:
+                break
+            renew()
+    if request.signal_number is not None:
+        training.save()  # with it the pool is taken up
+        raise InterruptedBySignalError(request.signal_number)
     run(
         training,
         learn,
@@ -359,17 +367,23 @@ def train(
     used = usable_device(device)
     out.mkdir(parents=True, exist_ok=True)
     with closing(Diary(out)) as diary:
-        everything = Photographs.clean(config.data.clean, least_readable=config.data.least_readable)
+
+        def read(folders: Sequence[Path]) -> Photographs:
+            return Photographs.clean(folders, least_readable=config.data.least_readable)
+
+        everything = read(config.data.clean)
+        labelled = {label: read(folders) for label, folders in config.data.labelled.items()}
         photographs, others = (everything.part(validation=validation) for validation in (False, True))
+        known, other_known = (parts(labelled, validation=validation) for validation in (False, True))
         training = Training(config, out, used)
-        validation_set = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW, training=False)
+        validation_set = Synthesis(others, other_known, seed=HELD_OUT_SEED, view=VIEW, training=False)
         held_out = validation_set[range(1, config.validation_samples + 1)]
         if training.progress < 1:
             log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
-            now = inventory([photographs])
+            now = inventory([photographs, *known.values()])
             tell_if_changed(training.inventory, now)
             training.inventory = now
-            synthesis = Synthesis(photographs, seed=config.seed, view=VIEW, training=True)
+            synthesis = Synthesis(photographs, known, seed=config.seed, view=VIEW, training=True)
             _run(training, synthesis, held_out, diary, begun, loaders, max_minutes)
         else:
             log.info("the training is over, at step %d", training.step)
@@ -378,6 +392,7 @@ def train(
         network=copy.deepcopy(training.average).cpu(),
         held_out=held_out,
         photographs=len(photographs.names),
+        labelled={label: len(images.names) for label, images in known.items()},
         step=training.step,
         samples=training.newest,
         minutes=training.seconds / 60,
@@ -405,6 +420,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         "start_from": str(trained.config.start_from or "nothing"),
         "teacher": str(trained.config.teacher or "none"),
         "photographs": trained.photographs,
+        "labelled": ", ".join(f"{label} {count}" for label, count in sorted(trained.labelled.items())) or "none",
         "degradations": "synthesised, jobs/classifier_samples.py",
         "minutes": round(trained.minutes, 1),
         "steps": trained.step,

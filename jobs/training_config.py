@@ -70,6 +70,8 @@ class Data:
     clean: tuple[Path, ...] = ()
     """Folders of clean photographs, which are degraded by synthesis."""
     pairs: tuple[Pairs, ...] = ()
+    labelled: Mapping[Degradation, tuple[Path, ...]] = field(default_factory=dict)
+    """For a classifier, by label: folders of images that carry it as they are and are never degraded by synthesis."""
     least_readable: float = 0.9
     """Training stops before it begins where a smaller share of the files can be read."""
     pair_share: float = 0.5
@@ -180,6 +182,8 @@ class RestorerTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.labelled:
+            raise ValueError("data.labelled is for a classifier; a restorer learns from clean photographs and pairs")
         _check(self, "from 0 to below 1", _is_below_one, "betas")
         _check(self, "from 0 up", _is_amount, "clip_norm")
         _check(self, "from 0 to 1", _is_share, "jpeg_share")

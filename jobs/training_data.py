@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from classifier.labels import Degradation
 from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
 from jobs.errors import UsageError
 
@@ -178,16 +179,21 @@ class Photographs:
 
         Raises UsageError if there is none.
         """
+        part = self._part(validation=validation, match=match)
+        if not part.names:
+            raise UsageError(
+                f"none of {len(self.names)} photographs ({self.names[0]} is the first) falls into the "
+                f"{'held-out' if validation else 'training'} part, which their names decide; add more"
+            )
+        return part
+
+    def _part(self, *, validation: bool, match: str = "name") -> "Photographs":
+        """As `part`, but it may be empty."""
         chosen = [
             number
             for number, name in enumerate(self.names)
             if is_validation(name if match == "name" else PARTNERS[match](Path(name).stem)) is validation
         ]
-        if not chosen:
-            raise UsageError(
-                f"none of {len(self.names)} photographs ({self.names[0]} is the first) falls into the "
-                f"{'held-out' if validation else 'training'} part, which their names decide; add more"
-            )
         return Photographs(
             tuple(self.names[number] for number in chosen), tuple(self.scenes[number] for number in chosen)
         )
@@ -218,3 +224,9 @@ class Photographs:
             return np.ascontiguousarray(np.rot90(crop, turns))
 
         return self.names[chosen], tuple(cut(image) for image in versions)
+
+
+def parts(labelled: Mapping[Degradation, Photographs], *, validation: bool) -> dict[Degradation, Photographs]:
+    """Of images by label those held out for validation, or the others; a label that has none there is left out."""
+    found = {label: images._part(validation=validation) for label, images in labelled.items()}
+    return {label: images for label, images in found.items() if images.names}

@@ -102,10 +102,18 @@ class CameraNoise(Recipe):
     colour: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, *, sigma_255: float, coarsest_px: float = 0.8) -> "CameraNoise":
-        """Of the given strength."""
-        smooth = rng.random() < 0.7
-        grain = gaussian_kernel(float(rng.uniform(0.3, coarsest_px))) if smooth else np.ones((1, 1), np.float32)
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        *,
+        sigma_255: float,
+        coarsest_px: float = 0.8,
+        grain_px: float | None = None,
+    ) -> "CameraNoise":
+        """Of the given strength, and smoothed by the given `grain_px` if there is one."""
+        if grain_px is None and rng.random() < 0.7:
+            grain_px = float(rng.uniform(0.3, coarsest_px))
+        grain = gaussian_kernel(grain_px) if grain_px is not None else np.ones((1, 1), np.float32)
         colour = float(rng.uniform(1, 2.5)) if rng.random() < 0.5 else 1.0
         return cls(_draw_seed(rng), sigma_255, float(rng.uniform(0.02, 0.3)), grain, colour)
 

@@ -1,5 +1,7 @@
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,10 +27,11 @@ from jobs.classifier_samples import (
     as_filed,
     damage,
     draw_damaged,
+    draw_labelled,
     draw_scene,
     vary_tone,
 )
-from jobs.errors import TrainingError, UsageError
+from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.train_classifier import Training, all_logits, blended, export, main, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
@@ -65,6 +68,12 @@ def small(folder, **more):
 
 
 # Samples
+
+SEEN = {Degradation.HAZE, Degradation.CLEAN, Degradation.RAIN}
+
+
+def _grey(level):
+    return np.full((170, 180, 3), level / 255, np.float32)
 
 
 def test_scenes_lie_within_the_sizes_promised(folder):
@@ -136,6 +145,36 @@ def test_photographs_that_show_no_damage_are_refused(monkeypatch):
     monkeypatch.setattr(classifier_samples, "damage", lambda image, label, rng: image)
     with pytest.raises(ValueError, match="blur shows on none of the photographs"):
         draw_damaged(blank, Degradation.BLUR, np.random.default_rng(0))
+
+
+def test_labelled_images_are_seen_as_they_are_and_as_often_as_promised(monkeypatch):
+    def photograph(level, name):
+        return Photographs((name,), ((np.full((170, 180, 3), level, np.uint8),),))
+
+    monkeypatch.setattr(classifier_samples, "draw_damaged", lambda photographs, *rest, **more: _grey(200))
+    monkeypatch.setattr(classifier_samples, "LABELLED_WEIGHT", 3)
+    monkeypatch.setattr(classifier_samples, "SHARES", {label: float(label in SEEN) for label in LABELS})
+    labelled = {Degradation.HAZE: photograph(60, "fog.png"), Degradation.CLEAN: photograph(120, "drawing.png")}
+    synthesis = Synthesis(photograph(0, "a.png"), labelled, seed=0, view=SMALL_VIEW, training=False)
+    samples = synthesis[range(1, 401)]
+    for label, expected in (Degradation.HAZE, 1 / 4), (Degradation.CLEAN, 1 / 2), (Degradation.RAIN, 0):
+        of_label = samples[samples["label"] == LABELS.index(label)]
+        known = of_label["thumbnail"].mean(axis=(1, 2, 3)) < 180
+        assert abs(known.mean() - expected) < 0.1, label
+        assert len(of_label) > 100
+
+
+def test_a_labelled_image_is_seen_whole_unless_it_is_clean(monkeypatch):
+    monkeypatch.setattr(classifier_samples, "vary_clean", lambda image, rng: image)
+    ramp = np.linspace(0, 255, 400, dtype=np.uint8)[None, :, None] + np.zeros((320, 1, 3), np.uint8)
+    fog = Photographs(("fog.png",), ((ramp,),))
+    rng = np.random.default_rng(0)
+    spans = {
+        label: [np.ptp(draw_labelled(fog, label, rng)) for _ in range(40)]
+        for label in (Degradation.HAZE, Degradation.CLEAN)
+    }
+    assert min(spans[Degradation.HAZE]) > 0.98
+    assert min(spans[Degradation.CLEAN]) < 0.9
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -453,13 +492,55 @@ def test_who_agrees_with_the_teacher_has_the_labels_to_learn(folder, tmp_path):
     synthesis = Synthesis(Photographs.clean([folder]).part(validation=False), seed=0, view=SMALL_VIEW, training=True)
     crops, thumbnails, labels = as_batch(synthesis[range(1, 9)])
     with torch.no_grad():
-        loss = training.loss(crops, thumbnails, labels, np.random.default_rng(0))
         with mixed_precision(torch.device("cpu")):
             logits = training.network(crops, thumbnails).float()[4:]
-        wrong = torch.nn.functional.cross_entropy(logits, labels[4:], label_smoothing=0.02)
-        assert float(loss) == pytest.approx(0.4 * 0.5 * float(wrong), rel=1e-4)
+        labels[4:] = logits.argmax(dim=1)
+        labels[6:] = (labels[6:] + 1) % len(LABELS)  # the teacher is wrong here, and not followed
+        loss = training.loss(crops, thumbnails, labels, np.random.default_rng(0))
+        wrong = torch.nn.functional.cross_entropy(logits, labels[4:], label_smoothing=0.02, reduction="none")
+        share = torch.tensor([0.4, 0.4, 1.0, 1.0])  # and agreed with already, on the half that is blended too
+        assert float(loss) == pytest.approx(float((share * wrong).sum()) / 8, rel=1e-4)
         training.network.head[-1].bias[0] += 3
         assert training.loss(crops, thumbnails, labels, np.random.default_rng(0)) > 2 * loss
+
+
+@pytest.mark.usefixtures("tiny")
+def test_labelled_images_are_trained_on_beside_the_photographs(folder, tmp_path):
+    fog = tmp_path / "fog"
+    fog.mkdir()
+    for number in range(3):
+        (fog / f"photo-{number}.png").symlink_to(folder / f"photo-{number}.png")
+    known = sum(not is_validation(f"photo-{number}.png") for number in range(3))
+    config = small(folder, steps=1)
+    config = replace(config, data=replace(config.data, labelled={Degradation.HAZE: (fog,)}))
+    trained = train(config, tmp_path / "out", threads=1)
+    assert trained.labelled == {Degradation.HAZE: known}
+    export(trained, tmp_path / "own.safetensors")
+    assert load_classifier(str(tmp_path / "own.safetensors")).weights.provenance["labelled"] == f"haze {known}"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_ctrl_c_while_the_pool_fills_ends_a_training_and_the_next_call_goes_on(folder, tmp_path):
+    train(small(folder, steps=2), tmp_path / "whole", threads=1)
+    add, added = Pool.add, []
+
+    def add_and_interrupt(pool, samples):
+        add(pool, samples)
+        added.append(len(samples))
+        if len(added) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "add", add_and_interrupt)
+        with pytest.raises(InterruptedBySignalError, match="ended by SIGINT; the same command goes on"):
+            train(small(folder, steps=2), tmp_path / "cut", threads=1)
+    assert added == [2, 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "add", lambda pool, samples: (added.append(len(samples)), add(pool, samples)))
+        train(small(folder, steps=2), tmp_path / "cut", threads=1)
+    assert sum(added) == 8 + 2 * 2  # none is made twice
+    first, second = (torch.load(tmp_path / each / CHECKPOINT, weights_only=True) for each in ("whole", "cut"))
+    assert all(torch.equal(first["average"][key], second["average"][key]) for key in first["average"])
 
 
 @pytest.mark.usefixtures("tiny")

@@ -111,6 +111,8 @@ def test_phases_follow_the_progress(tmp_path: Path) -> None:
         ("steps = 100", "steps = 1\nbetas = [0.9, 1.0]", "betas is from 0 to below 1, not 1.0"),
         ("steps = 100", "steps = 1\nclip_norm = -2.0", "clip_norm is from 0 up"),
         ("steps = 100", "steps = 1\njpeg_share = 1.5", "jpeg_share is from 0 to 1"),
+        ("[data]", '[data]\nlabelled = { haze = ["x"] }', "data.labelled is for a classifier"),
+        ("[data]", '[data]\nlabelled = { fog = ["x"] }', "data.labelled: 'fog' is none of"),
         ("[data]", "[data]\npair_share = 1.5", "data: pair_share is from 0 to 1"),
         ("[data]", "[data]\nsmallest_scale = { haze = 0 }", "data: smallest_scale is above 0, up to 1, not 0.0"),
         ("[data]", "[data]\nnoise_sigmas_255 = [15.0, -1.0]", "data: noise_sigmas_255 is from 0 up, not -1.0"),
