@@ -25,7 +25,7 @@ from classifier.labels import LABELS
 from jobs.classifier_samples import as_filed, draw_damaged
 from jobs.errors import UsageError
 from jobs.training_data import Photographs
-from jobs.training_loop import told_plainly, usable_device
+from jobs.training_loop import run_as_command, usable_device
 
 FloatArray = NDArray[np.float64]
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
         print(f"wrote {path}")
 
-    told_plainly(work)
+    run_as_command(work)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from classifier.labels import Degradation
 from jobs.errors import UsageError
 from jobs.train_restorer import prompt_bank
-from jobs.training_loop import told_plainly
+from jobs.training_loop import run_as_command
 from jobs.training_state import CHECKPOINT, config_digest, require_target
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--window", type=_window, action="append", default=[], metavar="PROMPT=PX", help=window_help)
     parser.add_argument("--quality", type=Path, help="JSON object of measured figures, named after data and unit")
     arguments = parser.parse_args()
-    told_plainly(lambda: export(arguments))
+    run_as_command(lambda: export(arguments))
 
 
 if __name__ == "__main__":

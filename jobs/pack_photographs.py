@@ -11,7 +11,7 @@ from PIL import Image
 from jobs.datasets import read_rgb
 from jobs.errors import UsageError
 from jobs.training_data import photographs_in
-from jobs.training_loop import told_plainly
+from jobs.training_loop import run_as_command
 
 QUALITIES = range(95, 49, -5)
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         quality = pack(arguments.folder, target, **sizes)
         print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, JPEG quality {quality}")
 
-    told_plainly(work)
+    run_as_command(work)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ from jobs.training_diary import Diary
 from jobs.training_group import Group
 from jobs.training_loop import (
     TrainingRun,
-    made_ahead,
     mixed_precision,
+    prefetch,
     read_arguments,
     run,
-    told_plainly,
+    run_as_command,
     usable_device,
 )
 from jobs.training_state import (
@@ -50,12 +50,12 @@ from jobs.training_state import (
     PORTABLE,
     config_digest,
     found_state,
-    halved,
     last_good,
     require_target,
+    resuming,
     save_atomically,
     start_from,
-    taken_up,
+    to_float16,
 )
 from pipeline.synthesis import FloatImage, from_uint8
 
@@ -175,7 +175,7 @@ class Training(TrainingRun):
             self.network.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True
         )
         if state is not None:
-            with taken_up(out):
+            with resuming(out):
                 self.network.load_state_dict(state["network"])
                 self.average.load_state_dict(state["average"])
                 if "optimiser" in state:
@@ -211,7 +211,9 @@ class Training(TrainingRun):
         network, average = self.network.state_dict(), self.average.state_dict()
         whole = {"network": network, "average": average, "optimiser": self.optimiser.state_dict()}
         save_atomically(self.place() | whole, self.out / CHECKPOINT)
-        save_atomically(self.place() | {"network": halved(network), "average": halved(average)}, self.out / PORTABLE)
+        save_atomically(
+            self.place() | {"network": to_float16(network), "average": to_float16(average)}, self.out / PORTABLE
+        )
 
     def loss(self, crops: Tensor, thumbnails: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
         """Cross-entropy with the labels; under a teacher the divergence from its predictions has the larger part.
@@ -298,7 +300,7 @@ def _run(
         log.info("resumed at step %d", training.step)
     lacking, renewed = training.numbers()
     numbers = itertools.chain(lacking, renewed)
-    coming = iter(made_ahead(synthesis, numbers, loaders=loaders, collate_fn=_as_bytes))
+    coming = iter(prefetch(synthesis, numbers, loaders=loaders, collate_fn=_as_bytes))
 
     def renew() -> None:
         training.pool.add(next(coming).numpy().view(training.pool.samples.dtype))
@@ -454,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if target is not None:
             log.info("wrote %s; validation: %s", target, export(trained, target))
 
-    told_plainly(work)
+    run_as_command(work)
 
 
 if __name__ == "__main__":

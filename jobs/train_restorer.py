@@ -31,22 +31,22 @@ from jobs.training_graphs import Gradients, RecordedGradients
 from jobs.training_group import Group
 from jobs.training_loop import (
     TrainingRun,
-    made_ahead,
     mixed_precision,
+    prefetch,
     read_arguments,
     run,
-    told_plainly,
+    run_as_command,
     usable_device,
 )
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
     found_state,
-    halved,
     last_good,
+    resuming,
     save_atomically,
     start_from,
-    taken_up,
+    to_float16,
 )
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.errors import WeightsError
@@ -176,7 +176,7 @@ class Training(TrainingRun):
             self.trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         if state is not None:
-            with taken_up(out):
+            with resuming(out):
                 self._resume(state)
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -201,8 +201,8 @@ class Training(TrainingRun):
             "optimiser": self.optimiser.state_dict(),
         }
         save_atomically(self.place() | whole, self.out / CHECKPOINT)
-        fixed = halved({name: tensor for name, tensor in whole["network"].items() if name not in self.trained})
-        light = {"network": halved(self.trained) | fixed, "average": halved(self.averaged) | fixed}
+        fixed = to_float16({name: tensor for name, tensor in whole["network"].items() if name not in self.trained})
+        light = {"network": to_float16(self.trained) | fixed, "average": to_float16(self.averaged) | fixed}
         save_atomically(self.place() | light, self.out / PORTABLE)
 
     def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:
@@ -276,7 +276,7 @@ def batches(
     """This process's part of the batch of every step and phase; a GPU gets recipes, and makes the pixels itself."""
     on_gpu = training.device.type == "cuda"
     made = Batches(sources, training.config, training.group.part, as_recipe=on_gpu)
-    return made_ahead(made, places, loaders=loaders, pin_memory=on_gpu)
+    return prefetch(made, places, loaders=loaders, pin_memory=on_gpu)
 
 
 def train(
@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     more: dict[str, Any] = {"compile": {"action": "store_true", "dest": "compiled", "help": help_text}}
     options = read_arguments(str(__doc__), argv, **more)
     config, out = options.pop("config"), options.pop("out")
-    told_plainly(lambda: train(read_config(RestorerTraining, config), out, **options))
+    run_as_command(lambda: train(read_config(RestorerTraining, config), out, **options))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def made_ahead(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int, **options: Any) -> DataLoader[Sample]:
+def prefetch(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int, **options: Any) -> DataLoader[Sample]:
     """The samples of each place in turn; `loaders` processes make them ahead, with 0 each is made when it is asked for.
 
     The processes are forked where the system can, so that they share the photographs in memory; begun in another way,
@@ -171,7 +171,7 @@ def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[st
     return vars(parser.parse_args(argv))
 
 
-def told_plainly(work: Callable[[], object]) -> None:
+def run_as_command(work: Callable[[], object]) -> None:
     """Does the work with its log on the terminal; a fault that a user can mend ends the process with its message."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

@@ -132,7 +132,7 @@ def _unusable(path: Path, error: Exception) -> UsageError:
 
 
 @contextmanager
-def taken_up(out: Path) -> Iterator[None]:
+def resuming(out: Path) -> Iterator[None]:
     """While the state found in a folder is put into network and optimiser; raises UsageError if it does not fit."""
     try:
         yield
@@ -163,7 +163,7 @@ def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
     return state
 
 
-def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in float16, for a portable checkpoint; integers and guidance layers stay as they are.
 
     A rounded guidance reorders channels.

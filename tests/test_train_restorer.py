@@ -36,7 +36,7 @@ from jobs.train_restorer import (
 from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraining, read_config
 from jobs.training_data import is_validation
 from jobs.training_diary import Diary
-from jobs.training_loop import made_ahead
+from jobs.training_loop import prefetch
 from jobs.training_state import CHECKPOINT
 from models.dfpir import DFPIR, DFPIRConfig
 from models.prompts import PromptBank, orthogonal_bank
@@ -293,7 +293,7 @@ def test_loader_processes_share_the_photographs(photographs: Path, monkeypatch: 
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     try:
-        (made,) = made_ahead(samples, [(0, config.phases[0])], loaders=1)
+        (made,) = prefetch(samples, [(0, config.phases[0])], loaders=1)
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert isinstance(made, Batch)
