@@ -30,8 +30,7 @@ from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
 from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
 from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
-from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
-from jobs.signals import stop_on_signals
+from jobs.errors import TrainingError, UsageError
 from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
 from jobs.training_data import Photographs, inventory, parts, tell_if_changed
 from jobs.training_diary import Diary
@@ -295,7 +294,7 @@ def _run(
     loaders: int,
     max_minutes: float,
 ) -> None:
-    """Fills the pool, then learns; raises as `run` does, and InterruptedBySignalError while the pool fills."""
+    """Fills the pool, then learns."""
     if training.step:
         log.info("resumed at step %d", training.step)
     lacking, renewed = training.numbers()
@@ -319,14 +318,6 @@ def _run(
         values = {"cross-entropy": loss} | {f"recall/{name}": r for name, r in recall.items()}
         diary.validation(training.step, line, values, hardest(logits, held_out))
 
-    with stop_on_signals() as request:
-        for _ in lacking:
-            if request or time.monotonic() - begun >= 60 * max_minutes:
-                break
-            renew()
-    if request.signal_number is not None:
-        training.save()  # with it the pool is taken up
-        raise InterruptedBySignalError(request.signal_number)
     run(
         training,
         learn,
@@ -335,6 +326,7 @@ def _run(
         group=Group(training.device),
         begun=begun,
         max_minutes=max_minutes,
+        preparations=[renew] * len(lacking),
     )
 
 

@@ -109,6 +109,7 @@ def run(
     group: Group,
     begun: float,
     max_minutes: float,
+    preparations: Iterable[Callable[[], object]] = (),
 ) -> None:
     """Learns step by step until the training is over, or until the call is.
 
@@ -120,19 +121,24 @@ def run(
         group: whose first process has the clock.
         begun: when the call began, by `time.monotonic`.
         max_minutes: of the call.
+        preparations: come before the first step, as far as time and signals allow, and are no time of the training.
 
     Raises:
         InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
         TrainingError: a photograph that is read again and again cannot be read any more. The first of several processes
             writes a checkpoint before that, if the photograph is one of its own.
     """
-    first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
 
     def goes_on() -> bool:
         return training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes
 
     # One of several processes must not leave the others waiting for it.
     with stop_on_signals() if group.size == 1 else nullcontext(StopRequest()) as request:
+        for prepare in preparations:
+            if request or not goes_on():
+                break
+            prepare()
+        first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
         while goes_on() and not request:
             try:
                 loss = learn()
