@@ -28,6 +28,7 @@ from pipeline.degradations import (
     Noise,
     Rain,
     Recipe,
+    log_uniform,
 )
 from pipeline.synthesis import FloatImage, add_other, damaged, from_uint8, resize, to_uint8, vary_clean
 
@@ -53,10 +54,10 @@ def draw_scene(photographs: Photographs, rng: np.random.Generator, *, whole: boo
     height, width = image.shape[:2]
     kind = rng.random()
     if whole or kind < 0.35:
-        scale = float(np.exp(rng.uniform(np.log(224), np.log(480)))) / min(height, width)
+        scale = log_uniform(rng, 224, 480) / min(height, width)
         source_height, source_width = height, min(width, 2 * height)
     else:
-        scale = 1.0 if kind > 0.75 else float(np.exp(rng.uniform(np.log(0.35), 0)))
+        scale = 1.0 if kind > 0.75 else log_uniform(rng, 0.35, 1)
         sides = np.exp(rng.uniform(np.log(224), np.log(512), 2)) / scale
         source_height, source_width = min(height, round(sides[0])), min(width, round(sides[1]))
     top = rng.integers(height - source_height + 1)
@@ -121,7 +122,7 @@ def draw_wide_recipe(label: Degradation, rng: np.random.Generator, height: int, 
                 return Noise.draw(rng, sigma_255=float(rng.uniform(1.2 * limit, 60)))
             if kind < 0.7:
                 return CameraNoise.draw(rng, sigma_255=float(rng.uniform(1.2 * limit, 40)), coarsest_px=1.3)
-            sigma_255 = float(np.exp(rng.uniform(np.log(0.8 * limit), np.log(25))))
+            sigma_255 = log_uniform(rng, 0.8 * limit, 25)
             return CameraNoise.draw(rng, sigma_255=sigma_255, grain_px=float(rng.uniform(1, 2.2)))
         case Degradation.RAIN:
             return Rain.draw(rng, height, width, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)

@@ -37,7 +37,8 @@ def _draw_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**63))
 
 
-def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """A number between both, its logarithm uniform."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
@@ -152,13 +153,13 @@ class Streaks:
     @classmethod
     def draw(cls, rng: np.random.Generator, height: int, width: int, *, angle_deg: float, downpours: bool) -> "Streaks":
         """See `Rain`."""
-        length_px = _log_uniform(rng, 6 if downpours else 8, 80)
-        width_px = _log_uniform(rng, 0.8, min(6.0, 0.2 * length_px))
+        length_px = log_uniform(rng, 6 if downpours else 8, 80)
+        width_px = log_uniform(rng, 0.8, min(6.0, 0.2 * length_px))
         fewest, most = (4e-3, 2e-2) if downpours and rng.random() < 1 / 6 else (2e-4, 4e-3)
         in_parts = downpours and rng.random() < 1 / 3
         return cls(
             streak=line_kernel(length_px, angle_deg, width_px, taper=rng.uniform(0, 1)),
-            density=_log_uniform(rng, fewest, most) * min(1.0, 40 / (length_px * width_px)),
+            density=log_uniform(rng, fewest, most) * min(1.0, 40 / (length_px * width_px)),
             opacity=float(rng.uniform(0.1, 0.9)),
             where=smooth_field(height, width, rng, cells=int(rng.integers(2, 6))) if in_parts else 1.0,
             added=bool(rng.random() < 0.5),
@@ -292,7 +293,7 @@ class MotionBlur(Recipe):
     ) -> "MotionBlur":
         """For an image of any size; with `tremor` the path is a `tremor_kernel`, else one that turns by `wander`."""
         while True:
-            length_px = _log_uniform(rng, 6, longest_px)
+            length_px = log_uniform(rng, 6, longest_px)
             path = (
                 tremor_kernel(rng, length_px=length_px)
                 if tremor
@@ -343,7 +344,7 @@ class LowLight(Recipe):
             seed=_draw_seed(rng),
             gamma=float(rng.uniform(1.2, 3.0)),
             warmth=float(rng.uniform(-0.1, 0.1)) if rng.random() < 0.5 else 0.0,
-            gain=_log_uniform(rng, lowest_gain, 0.9),
+            gain=log_uniform(rng, lowest_gain, 0.9),
             shot_255=float(rng.uniform(0, 4)),
             constant_255=float(rng.uniform(0, 4) * rng.random()),
         )
@@ -397,7 +398,7 @@ class DeepShadow(Recipe):
             high=float(rng.uniform(0.9, 0.99)),
             linear=linear,
             dark_gamma=1.0 if linear else float(rng.uniform(1.1, 2.2)),
-            dark_gain=float(np.exp2(rng.uniform(-6, -2))) if linear else _log_uniform(rng, 0.04, 0.35),
+            dark_gain=float(np.exp2(rng.uniform(-6, -2))) if linear else log_uniform(rng, 0.04, 0.35),
             lit_gamma=1.0 if linear else float(rng.uniform(0.9, 1.5)),
             lit_gain=float(np.exp2(rng.uniform(-1.5, 0.3)) if linear else rng.uniform(0.4, 1)),
             sigma_255=float(rng.uniform(0, 2)),
