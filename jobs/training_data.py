@@ -13,6 +13,7 @@ from PIL import Image
 from classifier.labels import Degradation
 from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
 from jobs.errors import UsageError
+from pipeline.degradations import log_uniform
 
 log = logging.getLogger("training")
 
@@ -207,7 +208,7 @@ class Photographs:
         """
         chosen = int(rng.integers(len(self.scenes)))
         versions = [_pixels(picture) for picture in self.scenes[chosen]]
-        scale = np.exp(rng.uniform(np.log(smallest_scale), 0))
+        scale = log_uniform(rng, smallest_scale, 1)
         if rng.random() < 0.3:
             scale = 1.0
         height, width = versions[0].shape[:2]
