@@ -32,6 +32,7 @@ from models import Restorer, load_restorer
 from models.graphs import RUNS_BEFORE
 from models.memory import keep_freed_memory
 from models.weights import save_checkpoint
+from pipeline import plan
 from pipeline.batching import batches
 from pipeline.run_config import RunContext
 from pipeline.sink import read_manifest
@@ -129,11 +130,18 @@ def main() -> None:
     parser.add_argument("--model", default="dfpir-compact", help="full: the published size, random weights")
     parser.add_argument("--engine", default="local", help="local or ray")
     parser.add_argument("--workers", type=int, default=1, help="0: as many as by default")
+    parser.add_argument(
+        "--shard-images",
+        type=int,
+        default=plan.MAX_SHARD_IMAGES,
+        help="at most; jobs of 130,000 images have 256",
+    )
     parser.add_argument("--no-second-look", dest="second_look", action="store_false")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=RESULTS / "worker.csv", help="a row is added")
     arguments = parser.parse_args()
+    plan.MAX_SHARD_IMAGES = arguments.shard_images
     keep_freed_memory()
     ratios, alone, whole, shares = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -173,6 +181,7 @@ def main() -> None:
         "engine": arguments.engine, "workers": arguments.workers, "source": arguments.suffix, "model": arguments.model,
         "dtype": context.config.dtype, "device": context.device,
         "threads": context.threads, "images": len(images), "copies": arguments.copies,
+        "shard_images": arguments.shard_images,
         "megapixels": round(megapixels, 2),
         "rounds": arguments.rounds, "ratio": round(statistics.median(ratios), 3),
         "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from classifier.network import DegradationNetwork, to_input
 from classifier.view import Views, ViewSettings
 
-TOGETHER = {"cpu": 8, "cuda": 16}
+TOGETHER = {"cpu": 8, "cuda": 32}
 """Images in a group, all of which are computed however few are asked about: kernels, and with them the last digits of
 an image's logits, depend on the number of images."""
 

@@ -270,6 +270,8 @@ def _scale_transparent_colour(image: Image.Image, bit_depth: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
     try:
         return image.convert("RGB")
     except ValueError as error:

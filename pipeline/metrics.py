@@ -4,6 +4,7 @@ Images are H x W x 3, uint8 or uint16, RGB; both of a pair have the same shape a
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ PSNR_CAP_DB = 100.0
 SSIM_WINDOW_PX = 11
 _SSIM_BAND_PIXELS = 2**20
 """Windows that are compared at once: scikit-image takes some 80 bytes for each."""
+_VALUES_AT_ONCE = 2**18
+"""As many as stay in a processor's cache from one step over them to the next."""
 
 
 def psnr_db(image: Pixels, reference: Pixels) -> float:
@@ -62,15 +65,25 @@ def ssim(image: Pixels, reference: Pixels) -> float | None:
 def change_rmse_255(before: Pixels, after: Pixels) -> float:
     """Root mean square difference of two images on the 0..255 scale; raises ValueError if they do not match."""
     _check_pair(before, after)
-    difference = np.subtract(after, before, dtype=np.float32)
-    np.square(difference, out=difference)
-    return float(np.sqrt(np.mean(difference, dtype=np.float64))) * 255 / np.iinfo(before.dtype).max
+    squares = 0.0
+    for old, new in zip(_parts(before), _parts(after), strict=True):
+        # Twice a comparison in integers, of which a processor does dozens at once, instead of two conversions.
+        difference = (np.maximum(old, new) - np.minimum(old, new)).astype(np.float32)
+        squares += float(np.dot(difference, difference))
+    return math.sqrt(squares / before.size) * 255 / np.iinfo(before.dtype).max
 
 
 def clipped_fraction(image: Pixels) -> float:
     """Share of all values, channels counted one by one, that are at either end of the range."""
-    black = image.size - np.count_nonzero(image)
-    return float((black + np.count_nonzero(image == np.iinfo(image.dtype).max)) / image.size)
+    white = np.iinfo(image.dtype).max
+    between = sum(np.count_nonzero(part) - np.count_nonzero(part == white) for part in _parts(image))
+    return float(1 - between / image.size)
+
+
+def _parts(image: Pixels) -> Iterator[NDArray[np.uint8 | np.uint16]]:
+    """All values of an image, some at a time."""
+    values = image.reshape(-1)
+    return (values[first : first + _VALUES_AT_ONCE] for first in range(0, values.size, _VALUES_AT_ONCE))
 
 
 def _check_pair(image: Pixels, reference: Pixels) -> None:

@@ -32,6 +32,8 @@ from pipeline.watchdog import Watchdog
 
 WINDOW_IMAGES = {"cpu": 16, "cuda": 32}
 """Decoded images among which batches are formed, for a worker on a device; a GPU wants many of one shape at once."""
+FIRST_WINDOW_IMAGES = 8
+"""Of a shard; each further window has twice as many, up to those above."""
 WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
@@ -233,14 +235,17 @@ class Worker:
                 self._book(finishing, ledger, least=min(self._window, len(finishing)))
 
     def _windows(self, ahead: ReadAhead) -> Iterator[list[Item]]:
-        """Loaded images, some at a time."""
+        """Loaded images, some at a time: few at first, so that the network soon has something to do."""
         window: list[Item] = []
+        most, pixels = FIRST_WINDOW_IMAGES, 0
         while not ahead.is_empty and not self.is_stopping:
-            window.append(ahead.next())
+            item = ahead.next()
+            window.append(item)
+            pixels += _pixels(item)
             self._watchdog.headway()
-            if len(window) == self._window or sum(map(_pixels, window)) >= WINDOW_PIXELS or ahead.is_empty:
+            if len(window) == most or pixels >= WINDOW_PIXELS or ahead.is_empty:
                 yield window
-                window = []
+                window, most, pixels = [], min(2 * most, self._window), 0
 
     def _finish_behind(
         self, batch: Sequence[Item], writers: ThreadPoolExecutor, finishing: "deque[_Writing]", ledger: Ledger
