@@ -79,7 +79,9 @@ class LocalRunner:
                     _wind_up(children, dispatcher, request)
             finally:
                 for child in children.values():
-                    child.end()
+                    child.dismiss()
+                for child in children.values():  # all at once: a process with a GPU takes a second to end
+                    child.join()
 
 
 class _Child:
@@ -116,11 +118,14 @@ class _Child:
         if self.process.is_alive() and self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGTERM)
 
-    def end(self) -> None:
-        """Ends the process: an idle one by closing its pipe, else by force."""
+    def dismiss(self) -> None:
+        """Has the process end: an idle one by closing its pipe, else by force."""
         self.connection.close()
         if self.assignment is not None or not self.is_ready:
             self.process.kill()
+
+    def join(self) -> None:
+        """Waits for the end of a process that was dismissed."""
         self.process.join(timeout=10)
         if self.process.is_alive():
             self.process.kill()
@@ -142,7 +147,8 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
     if give:
         for child in list(children.values()):
             if child.assignment is None and not dispatcher.is_of_use(child.number):
-                children.pop(child.number).end()
+                child.dismiss()
+                children.pop(child.number).join()
             elif child.is_ready and child.assignment is None:
                 is_alone = sum(each.is_ready for each in children.values()) == 1
                 if (assignment := dispatcher.take(child.number, is_alone=is_alone)) is not None:

@@ -59,6 +59,24 @@ def test_a_gpu_gets_several_workers_if_there_are_cpus_memory_and_shards_for_them
     assert crew_size(context, gpu_bytes, max_workers=max_workers, shards=shards) == expected
 
 
+def test_workers_end_together_and_not_one_after_the_other(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, open_at_join, made = make_run(NAMES), [], []
+
+    class Observed(local._Child):
+        def __init__(self, number: int, context: RunContext, *, gpu: int | None) -> None:
+            super().__init__(number, context, gpu=gpu)
+            made.append(self)
+
+        def join(self) -> None:
+            open_at_join.append(sum(not child.connection.closed for child in made))
+            super().join()
+
+    monkeypatch.setattr(local, "_Child", Observed)
+    drive(LocalRunner(max_workers=2), run.context, run.shards)
+    assert open_at_join == [0, 0]
+    check_complete(run)
+
+
 def test_workers_divide_the_machine_among_them(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(NAMES)
     seen = []
