@@ -96,3 +96,17 @@ def test_clipped_values_are_those_at_either_end(dtype):
     assert clipped_fraction(image) == 0
     image[0, 0], image[1, 1, 0] = 0, np.iinfo(dtype).max
     assert clipped_fraction(image) == pytest.approx(4 / 12)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_figures_of_large_images_are_those_of_all_their_parts(monkeypatch, dtype):
+    monkeypatch.setattr(metrics, "_VALUES_AT_ONCE", 100)
+    one, two = random_pair(13, 17, 3, dtype=dtype)
+    top = np.iinfo(dtype).max
+    rmse = np.sqrt(np.mean((one.astype(float) - two) ** 2)) * 255 / top
+    assert change_rmse_255(one, two) == pytest.approx(rmse, rel=1e-6)
+    assert change_rmse_255(one[:, ::-1], two[:, ::-1]) == pytest.approx(rmse, rel=1e-6)  # not contiguous in memory
+    two[12:] = 0, top, 7
+    clipped = np.mean((two == 0) | (two == top))
+    assert clipped >= 2 / 3 / 13
+    assert clipped_fraction(two) == pytest.approx(clipped)
