@@ -32,9 +32,8 @@ from pipeline.watchdog import Watchdog
 
 WINDOW_IMAGES = {"cpu": 16, "cuda": 32}
 """Decoded images among which batches are formed, for a worker on a device; a GPU wants many of one shape at once."""
-LEAST_WINDOW_IMAGES = 8
-"""In the first window of a shard, of which each further one has twice as many up to those above, and in its last ones:
-while the first images are read, and the last ones written, the network has nothing to do."""
+FIRST_WINDOW_IMAGES = 8
+"""Of a shard; each further window has twice as many, up to those above."""
 WINDOW_PIXELS = 32_000_000
 """Decoded pixels from which a window is full, however few images it has."""
 
@@ -126,9 +125,9 @@ class ReadAhead:
         self._readers.shutdown(cancel_futures=True)
 
     @property
-    def left(self) -> int:
-        """Images that have not been handed out."""
-        return len(self._ahead) + len(self._waiting)
+    def is_empty(self) -> bool:
+        """Whether every image has been handed out."""
+        return not self._ahead and not self._waiting
 
     def next(self) -> Item:
         """The next image, once it is loaded. Raises what loading it raised; IndexError after the last."""
@@ -236,19 +235,17 @@ class Worker:
                 self._book(finishing, ledger, least=min(self._window, len(finishing)))
 
     def _windows(self, ahead: ReadAhead) -> Iterator[list[Item]]:
-        """Loaded images, some at a time: few at first and in the end (see `LEAST_WINDOW_IMAGES`)."""
+        """Loaded images, some at a time: few at first, so that the network soon has something to do."""
         window: list[Item] = []
-        most, pixels = LEAST_WINDOW_IMAGES, 0
-        while ahead.left and not self.is_stopping:
+        most, pixels = FIRST_WINDOW_IMAGES, 0
+        while not ahead.is_empty and not self.is_stopping:
             item = ahead.next()
             window.append(item)
             pixels += _pixels(item)
             self._watchdog.headway()
-            if len(window) == most or pixels >= WINDOW_PIXELS or not ahead.left:
+            if len(window) == most or pixels >= WINDOW_PIXELS or ahead.is_empty:
                 yield window
-                window, pixels = [], 0
-                half = ahead.left // 2 // LEAST_WINDOW_IMAGES * LEAST_WINDOW_IMAGES
-                most = max(LEAST_WINDOW_IMAGES, min(2 * most, self._window, half))
+                window, most, pixels = [], min(2 * most, self._window), 0
 
     def _finish_behind(
         self, batch: Sequence[Item], writers: ThreadPoolExecutor, finishing: "deque[_Writing]", ledger: Ledger

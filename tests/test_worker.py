@@ -352,17 +352,15 @@ class Counting(Reader):
         return super().probabilities(views)
 
 
-@pytest.mark.parametrize(
-    ("device", "asked"), [("cuda", [8, 16, 32, 16, 8, 8, 8, 4]), ("cpu", [8, 16, 16, 16, 16, 8, 8, 8, 4])]
-)
-def test_windows_are_small_where_the_network_would_wait_for_readers_or_writers(
+@pytest.mark.parametrize(("device", "asked"), [("cuda", [8, 16, 32, 4]), ("cpu", [8, 16, 16, 16, 4])])
+def test_windows_grow_so_that_the_network_soon_has_something_to_do(
     tmp_path: Path, device: str, asked: list[int]
 ) -> None:
-    for number in range(100):
+    for number in range(60):
         marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
     run, reader = plan(tmp_path, second_look=False), Counting()
     worker = Worker(replace(run.context, device=device), restorer=Brightener(), classifier=reader, worker_id="w")
-    assert len(work(run, worker=worker)) == 100
+    assert len(work(run, worker=worker)) == 60
     assert reader.asked == asked
 
 
@@ -375,7 +373,7 @@ def test_results_that_are_there_are_looked_at_together(tmp_path: Path) -> None:
     )
     assert len(work(run, worker=worker)) == 20
     assert sum(reader.asked) == 40
-    assert len(reader.asked) <= 7
+    assert len(reader.asked) <= 5
 
 
 @pytest.mark.parametrize(("device", "pixels", "most"), [("cpu", 10**6, 16), ("cuda", 10**6, 32), ("cuda", 3 * 256, 3)])
@@ -813,7 +811,7 @@ def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.Mon
 
     handed_out = []
     with ReadAhead(refs, loading, threads=2, most=16) as ahead:
-        while ahead.left:
+        while not ahead.is_empty:
             time.sleep(0.02)  # as long as the network is busy, the readers could go on
             assert len(begun) <= len(handed_out) + 3  # two make the limit, one more was under way
             handed_out.append(ahead.next().ref.image_id)
