@@ -131,10 +131,7 @@ def main() -> None:
     parser.add_argument("--engine", default="local", help="local or ray")
     parser.add_argument("--workers", type=int, default=1, help="0: as many as by default")
     parser.add_argument(
-        "--shard-images",
-        type=int,
-        default=plan.MAX_SHARD_IMAGES,
-        help="at most; jobs of 130,000 images have 256",
+        "--shard-images", type=int, default=plan.MAX_SHARD_IMAGES, help="at most; large jobs have up to 256"
     )
     parser.add_argument("--no-second-look", dest="second_look", action="store_false")
     parser.add_argument("--dtype", default="auto")

@@ -30,7 +30,7 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 """Of red, green and blue in brightness (ITU-R BT.601), as JPEG has it."""
 
 _SUM_OF_PATCH = torch.eye(3).repeat(PATCH_PX**2, 1)
-"""Makes a flattened patch the exact sum of its colours, as a product: a sum over pixels takes several times as long."""
+"""Makes a flattened patch the exact sum of its colours, as a product: a sum over pixels takes over twice as long."""
 
 LUMA_NORM = float(LUMA.norm())
 """What white noise of all colours has in brightness, as a share of its sigma."""

@@ -5,7 +5,6 @@ alone has lost the first, a crop alone the second).
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -41,7 +40,6 @@ class Views:
     thumbnail: NDArray[np.uint8]
 
 
-@lru_cache(1024)
 def _starts(length: int, window: int) -> NDArray[np.intp]:
     """Evenly spread first pixels of windows that together cover a side, as far as the limit allows."""
     count = min(CANDIDATES_PER_SIDE, -(-length // window))
