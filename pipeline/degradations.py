@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from classifier.labels import CLEAN_LIMITS
-from pipeline.pixels import RandomPixels, column, convolve, maps, mean, quantiles, sky, to_linear, to_srgb
+from pipeline.pixels import (
+    RandomPixels,
+    column,
+    convolve,
+    follow_edges,
+    maps,
+    mean,
+    quantiles,
+    sky,
+    to_linear,
+    to_srgb,
+)
 from pipeline.point_spread import (
     Field,
     Kernel,
@@ -177,8 +188,8 @@ class Rain(Recipe):
     With `downpours` streaks may be 6 px short, one of six layers has 4 to 20 drops, and a third of the layers show in
     parts of the picture only: drops are seen where light falls on them.
     Where streaks change the image by `FAINTEST_STREAKS`, three in ten have a veil of up to a tenth, one in ten of up to
-    0.4, thicker with `pseudo_depth`: distant drops that are too small to be seen as streaks (Li et al., "Heavy rain
-    image restoration", CVPR 2019).
+    0.4, thicker with `pseudo_depth` that follows the picture's edges: distant drops that are too small to be seen as
+    streaks (Li et al., "Heavy rain image restoration", CVPR 2019).
     """
 
     seed: int
@@ -215,7 +226,7 @@ class Rain(Recipe):
             out[index] = _behind(out[index], [recipes[i].layers[number] for i in places], pixels.uniform(places))
         # A veil alone is haze.
         seen = mean((out.clamp(0, 1) - images).abs()) >= FAINTEST_STREAKS
-        veil = maps([r.veil for r in recipes], images) * seen
+        veil = follow_edges(maps([r.veil for r in recipes], images), images) * seen
         return (out * (1 - veil) + veil * column([r.veil_light for r in recipes], images)).clamp(0, 1)
 
 
@@ -234,9 +245,10 @@ def _behind(images: Tensor, layers: Sequence[Streaks], chance: Tensor) -> Tensor
 class Haze(Recipe):
     """The scattering model I = J t + A (1 - t), with t = exp(-beta d) (He et al., "Dark channel prior", 2009).
 
-    d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth, and in half of the
-    cases 1 where there is `sky`; beta is 0.4..2.4. In a quarter of the cases the foreground is clear: d begins at
-    0..0.1, and beta is 1..4. The airlight A is 0.65..1 with a tint of up to `tint` per channel.
+    d is `pseudo_depth` stretched to 0.2..1, or to a narrower range for scenes without much depth, in half of the cases
+    1 where there is `sky`, and made to follow the picture's edges; beta is 0.4..2.4. In a quarter of the cases the
+    foreground is clear: d begins at 0..0.1, and beta is 1..4. The airlight A is 0.65..1 with a tint of up to `tint` per
+    channel.
     """
 
     depth: Field
@@ -267,7 +279,7 @@ class Haze(Recipe):
         depth = maps([r.depth for r in recipes], images)
         if recipes[0].to_sky:
             depth = torch.maximum(depth, sky(images))
-        transmission = (-column([r.beta for r in recipes], images) * depth).exp()
+        transmission = (-column([r.beta for r in recipes], images) * follow_edges(depth, images)).exp()
         airlight = column([r.airlight for r in recipes], images)
         return (images * transmission + airlight * (1 - transmission)).clamp(0, 1)
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,13 +64,61 @@ def to_srgb(light: Tensor) -> Tensor:
 
 
 def sky(images: Tensor) -> Tensor:
-    """How much each pixel is like sky, 0..1, B x 1 x H x W: bright, smooth, joined to the top through such pixels."""
+    """How much each pixel is like sky, 0..1, B x 1 x H x W: bright, smooth, joined to the top through such pixels.
+
+    What lies in the shadow of a bird is joined to the top by the pixels at its left and at its right.
+    """
     soft = [gaussian_kernel(2.0)] * len(images)
     blurred = convolve(images, soft)
     rough = convolve((images - blurred).abs().mean(dim=1, keepdim=True), soft)
     bright = ((blurred.mean(dim=1, keepdim=True) - 0.45) / 0.2).clamp(0, 1)
     like = bright * ((0.03 - rough) / 0.015).clamp(0, 1)
-    return convolve(like.cummin(dim=2).values, soft).clamp(0, 1)
+    joined = like.cummin(dim=2).values
+    from_left, from_right = _carried(joined, like), _carried(joined.flip(3), like.flip(3)).flip(3)
+    return convolve(torch.minimum(from_left, from_right), soft).clamp(0, 1)
+
+
+def _carried(values: Tensor, like: Tensor) -> Tensor:
+    """Values carried to the right, cut down to the least `like` on their way: the largest that reaches each pixel."""
+    on_the_way, step = like, 1
+    while step < values.shape[3]:  # each round carries them twice as far
+        values = torch.maximum(values, torch.minimum(F.pad(values[..., :-step], (step, 0)), on_the_way))
+        on_the_way = torch.minimum(on_the_way, F.pad(on_the_way[..., :-step], (step, 0)))
+        step *= 2
+    return values
+
+
+EDGE_SHARE, EDGE_VARIANCE = 0.08, 1e-3
+"""Of the shorter side, how far an edge of the picture draws a step of a map to it; and how strong an edge does so."""
+
+
+def follow_edges(values: Tensor, images: Tensor) -> Tensor:
+    """Maps, B x 1 x H x W, whose steps lie at edges of the images, and are slopes where there are none.
+
+    By a guided filter, whose coefficients are found at a smaller size: a map becomes, around each pixel, a linear
+    function of the image's brightness (He and Sun, "Fast Guided Filter", 2015). Its smallest and largest values stay.
+    """
+    size = images.shape[2:]
+    if values.shape[2:] != size:
+        return values  # one number for all of an image
+    radius_px = EDGE_SHARE * min(size)
+    shrink = max(1.0, radius_px / 4)
+    reach = max(1, round(radius_px / shrink))
+    guide = images.mean(dim=1, keepdim=True)
+
+    def around(maps: Tensor) -> Tensor:
+        return F.avg_pool2d(maps, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
+
+    small = [max(1, round(side / shrink)) for side in size]
+    guides, wanted = (F.interpolate(each, small, mode="area") for each in (guide, values))
+    slope = around(guides * wanted) - around(guides) * around(wanted)
+    slope = slope / (around(guides**2) - around(guides) ** 2 + EDGE_VARIANCE)
+    linear = torch.cat([around(slope), around(around(wanted) - slope * around(guides))], dim=1)
+    linear = F.interpolate(linear, size, mode="bilinear")
+    low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
+    found = (linear[:, :1] * guide + linear[:, 1:]).clamp(low, high)
+    least, most = found.amin(dim=(2, 3), keepdim=True), found.amax(dim=(2, 3), keepdim=True)
+    return torch.lerp(low, high, (found - least) / (most - least).clamp_min(1e-6))
 
 
 class RandomPixels:

@@ -151,7 +151,7 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
         black = black * min(1.0, (1 - CLEAN_LIMITS.transmission) / black.mean())
         out = black.astype(np.float32) + (1 - black.astype(np.float32)) * out
     elif kind < 0.4:
-        depth = pseudo_depth(height, width, rng)[:, :, None]
+        depth = _single(pixels.follow_edges(_batched(pseudo_depth(height, width, rng)[:, :, None]), _batched(image)))
         faded = depth * np.float32(rng.uniform(0, 1 - CLEAN_LIMITS.transmission) / depth.mean())
         out = out + faded * (np.float32(rng.uniform(0.65, 1)) - out)
     if rng.random() < 0.4:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.pixels import RandomPixels, column, convolve, maps, quantiles, sky, to_linear, to_srgb
+from pipeline.pixels import RandomPixels, column, convolve, follow_edges, maps, quantiles, sky, to_linear, to_srgb
 from pipeline.point_spread import disk_kernel, gaussian_kernel
 
 
@@ -63,6 +63,44 @@ def test_sky_is_bright_smooth_and_reaches_the_top():
     assert found[5:30, 10:50].min() > 0.9
     assert found[5:30, 70:].max() < 0.1  # rough: leaves against the light
     assert found[62:78, 12:48].max() < 0.1  # below dark ground: a white wall
+
+
+def test_there_is_sky_below_a_bird_but_none_below_a_roof_or_where_it_is_on_one_side():
+    scenes = np.full((3, 120, 120, 3), 0.9, np.float32)
+    scenes[:, 90:] = 0.2
+    bird, house, branch = scenes
+    bird[30:40, 50:70] = 0.1
+    house[20:24, 40:80] = house[20:90, 40:44] = house[20:90, 76:80] = 0.1  # its wall is as bright and smooth as the sky
+    branch[20:24, 60:] = 0.1  # a bright meadow lies below it, and at its left the sky comes down
+    bird, house, meadow = sky(torch.from_numpy(scenes).permute(0, 3, 1, 2))[:, 0]
+    assert bird[50:80, 55:65].min() > 0.9
+    assert bird[33:37, 54:66].max() < 0.1
+    assert house[30:80, 50:70].max() < 0.1 < 0.9 < house[30:80, 10:30].min()
+    assert meadow[34:80, 70:].max() < 0.1 < 0.9 < meadow[34:80, 10:50].min()
+
+
+@pytest.mark.parametrize("size", [(80, 120), (9, 7), (1, 1)])
+def test_a_map_without_steps_stays_as_it_is(size):
+    flat = torch.full((1, 1, *size), 0.4)
+    torch.testing.assert_close(follow_edges(flat, pictures(1, *size)), flat, atol=1e-5, rtol=0)
+    number = torch.full((2, 1, 1, 1), 0.4)
+    assert torch.equal(follow_edges(number, pictures(2, *size)), number)
+
+
+def test_steps_of_a_map_move_to_edges_and_are_slopes_where_there_are_none():
+    step = torch.zeros(1, 1, 80, 120)
+    step[..., 60:] = 1.0
+    plain, edge = torch.full((1, 3, 80, 120), 0.5), torch.full((1, 3, 80, 120), 0.2)
+    edge[..., 63:] = 0.8
+    slope, moved = follow_edges(step, plain)[0, 0, 40], follow_edges(step, edge)[0, 0, 40]
+    assert float(slope.diff().max()) < 0.1
+    for found in (slope, moved):
+        assert (float(found.min()), float(found.max())) == pytest.approx((0.0, 1.0), abs=1e-6)
+        assert float(found[40]) < 0.01 < 0.99 < float(found[80])
+    assert int(moved.diff().argmax()) == 62
+    assert float(moved.diff().max()) > 4 * float(slope.diff().max())
+    together = follow_edges(step.expand(2, -1, -1, -1), torch.cat([plain, edge]))
+    torch.testing.assert_close(together[:, 0, 40], torch.stack([slope, moved]), atol=1e-5, rtol=0)
 
 
 def test_each_image_has_random_pixels_of_its_own_seed():
