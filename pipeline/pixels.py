@@ -88,8 +88,11 @@ def _carried(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-EDGE_SHARE, EDGE_VARIANCE = 0.08, 1e-3
-"""Of the shorter side, how far an edge of the picture draws a step of a map to it; and how strong an edge does so."""
+EDGE_SHARE = 0.08
+"""Of the shorter side: from so far an edge of the picture draws a step of a map to it."""
+
+EDGE_VARIANCE = 1e-3
+"""Of brightness around an edge that draws half of a step to it."""
 
 
 def follow_edges(values: Tensor, images: Tensor) -> Tensor:
@@ -111,9 +114,10 @@ def follow_edges(values: Tensor, images: Tensor) -> Tensor:
 
     small = [max(1, round(side / shrink)) for side in size]
     guides, wanted = (F.interpolate(each, small, mode="area") for each in (guide, values))
-    slope = around(guides * wanted) - around(guides) * around(wanted)
-    slope = slope / (around(guides**2) - around(guides) ** 2 + EDGE_VARIANCE)
-    linear = torch.cat([around(slope), around(around(wanted) - slope * around(guides))], dim=1)
+    mean_guide, mean_wanted = around(guides), around(wanted)
+    covariance, variance = around(guides * wanted) - mean_guide * mean_wanted, around(guides**2) - mean_guide**2
+    slope = covariance / (variance + EDGE_VARIANCE)
+    linear = torch.cat([around(slope), around(mean_wanted - slope * mean_guide)], dim=1)
     linear = F.interpolate(linear, size, mode="bilinear")
     low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
     found = (linear[:, :1] * guide + linear[:, 1:]).clamp(low, high)
