@@ -385,6 +385,11 @@ def test_a_ray_head_answers(ray_cluster: None) -> None:
     ray_cluster_module._check_answers(ray.get_runtime_context().gcs_address)
 
 
+def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: None) -> None:
+    niceness = ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()
+    assert ray.get(niceness) == os.nice(0)
+
+
 def test_what_ray_prints_is_not_taken_for_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
