@@ -9,6 +9,7 @@ run counts from a third of its images to five sixths, since shapes are compiled 
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -175,7 +176,9 @@ def main() -> None:
                 flush=True,
             )
     row = {
-        "engine": arguments.engine, "workers": arguments.workers, "source": arguments.suffix, "model": arguments.model,
+        "engine": arguments.engine, "workers": arguments.workers,
+        "ray_niceness": os.environ.get("RAY_worker_niceness", ""),  # set where Ray was started
+        "source": arguments.suffix, "model": arguments.model,
         "dtype": context.config.dtype, "device": context.device,
         "threads": context.threads, "images": len(images), "copies": arguments.copies,
         "shard_images": arguments.shard_images,
