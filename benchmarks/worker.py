@@ -177,7 +177,7 @@ def main() -> None:
             )
     row = {
         "engine": arguments.engine, "workers": arguments.workers,
-        "ray_niceness": os.environ.get("RAY_worker_niceness", ""),  # set where Ray was started
+        "ray_niceness": os.environ.get("RAY_worker_niceness", ""),  # noqa: SIM112 # Ray's name
         "source": arguments.suffix, "model": arguments.model,
         "dtype": context.config.dtype, "device": context.device,
         "threads": context.threads, "images": len(images), "copies": arguments.copies,
