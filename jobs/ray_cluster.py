@@ -27,6 +27,11 @@ GPU_ANSWER_WITHIN_S = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Only rows cross it."""
 
+TOKEN_HINT = (
+    "set RAY_AUTH_MODE=token, and put what `ray get-auth-token` prints on the head's machine into RAY_AUTH_TOKEN "
+    "or ~/.ray/auth_token here"
+)
+
 CODE, PACKAGES = Path(__file__).resolve().parents[1], ("classifier", "jobs", "models", "pipeline")
 
 
@@ -162,7 +167,10 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
             with _nothing_to_import():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
+            # Ray's client is given no answer without a token, and waits in vain.
+            has_none = "://" in address and os.environ.get("RAY_AUTH_MODE") != "token"
+            hint = f"; if it asks for a token, {TOKEN_HINT}" if has_none else ""
+            raise UsageError(f"no Ray cluster answers at {address}: {error}{hint}") from error
     try:
         # Ray has put a handler in its place that ends the process without a word.
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
@@ -174,7 +182,10 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raises OSError where no Ray head listens at HOST:PORT: Ray would try for minutes, deaf to signals."""
+    """Raises OSError where no Ray head listens at HOST:PORT, UsageError where it wants another token or one at all.
+
+    Ray would try for minutes, deaf to signals. By itself it sends a token to no address but `auto`, and so do we.
+    """
     if place := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address):
         socket.create_connection((place[1], int(place[2])), timeout=ANSWER_WITHIN_S).close()
         ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
@@ -185,6 +196,8 @@ def _check_answers(address: str) -> None:
             fault = asked.stderr.strip().rpartition("\n")[2] if asked.returncode else ""
         except subprocess.TimeoutExpired:
             fault = f"RpcError: no word in {HEAD_ANSWER_WITHIN_S:.0f} s"
+        if "InvalidAuthToken" in fault:
+            raise UsageError(f"the Ray head at {address} asks for a token; {TOKEN_HINT}")
         if "RpcError" in fault:  # any other is told better by `ray.init`
             raise OSError(
                 f"something else than a Ray head answers there ({fault}); "

@@ -385,6 +385,34 @@ def test_a_ray_head_answers(ray_cluster: None) -> None:
     ray_cluster_module._check_answers(ray.get_runtime_context().gcs_address)
 
 
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_a_head_that_asks_for_a_token_is_refused_with_what_to_do(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, mode: str | None
+) -> None:
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+    else:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    address = ray.get_runtime_context().gcs_address
+    with pytest.raises(UsageError, match=f"{address} asks for a token; set RAY_AUTH_MODE=token"):
+        ray_cluster_module._check_answers(address)
+
+
+def test_a_ray_client_without_an_answer_is_told_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_in_vain(**_: object) -> None:
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster_module.ray, "init", wait_in_vain)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UsageError, match=r"timeout; if it asks for a token.*"), connected("ray://head:1", threads=1):
+        pass
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(UsageError, match=r"timeout$"), connected("ray://head:1", threads=1):
+        pass
+
+
 def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: None) -> None:
     niceness = ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()
     assert ray.get(niceness) == os.nice(0)
