@@ -167,9 +167,9 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
             with _nothing_to_import():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
-            # Ray's client is given no answer without a token, and waits in vain.
-            has_none = "://" in address and os.environ.get("RAY_AUTH_MODE") != "token"
-            hint = f"; if it asks for a token, {TOKEN_HINT}" if has_none else ""
+            # Ray's client is given no answer without a token.
+            waited = "client connection timeout" in str(error) and os.environ.get("RAY_AUTH_MODE") != "token"
+            hint = f"; if it asks for a token, {TOKEN_HINT}" if waited else ""
             raise UsageError(f"no Ray cluster answers at {address}: {error}{hint}") from error
     try:
         # Ray has put a handler in its place that ends the process without a word.
@@ -182,12 +182,16 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raises OSError where no Ray head listens at HOST:PORT, UsageError where it wants another token or one at all.
+    """Raises OSError where nothing listens at [ray://]HOST:PORT, or no Ray head where it should.
+
+    Raises UsageError where a head wants another token, or one at all.
 
     Ray would try for minutes, deaf to signals. By itself it sends a token to no address but `auto`, and so do we.
     """
-    if place := re.fullmatch(r"\[?([^/]+?)\]?:(\d{1,5})", address):
-        socket.create_connection((place[1], int(place[2])), timeout=ANSWER_WITHIN_S).close()
+    if place := re.fullmatch(r"(ray://)?\[?([^/]+?)\]?:(\d{1,5})", address):
+        socket.create_connection((place[2], int(place[3])), timeout=ANSWER_WITHIN_S).close()
+        if place[1]:
+            return
         ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
         # In a process of its own, since Ray ends the one that waits for an answer in vain.
         command = [sys.executable, "-c", ask, address]

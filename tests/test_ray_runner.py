@@ -361,7 +361,7 @@ def test_no_more_workers_are_asked_for_than_there_is_work_and_room_for(
     assert sorted(crew._members) == [0, 2, 3]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid", "ray://127.0.0.1", "ray://[::1]"])
 def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -406,11 +406,13 @@ def test_a_ray_client_without_an_answer_is_told_of_tokens(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_cluster_module.ray, "init", wait_in_vain)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with pytest.raises(UsageError, match=r"timeout; if it asks for a token.*"), connected("ray://head:1", threads=1):
-        pass
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(UsageError, match=r"timeout$"), connected("ray://head:1", threads=1):
-        pass
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UsageError, match=r"timeout; if it asks for a token"), connected(address, threads=1):
+            pass
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        with pytest.raises(UsageError, match=r"timeout$"), connected(address, threads=1):
+            pass
 
 
 def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: None) -> None:
