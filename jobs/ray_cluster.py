@@ -220,7 +220,7 @@ def _nothing_to_import() -> chdir[str]:
 def start_local(*, cpus: int) -> None:
     """Starts a cluster of this one machine and connects to it; raises RunError when Ray does not come up."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray would have workers run at 15, behind its own processes and the driver, which do little (decision 34).
+    # Ray would have workers run at 15: beside other programs hardly at all (decision 34).
     os.environ.setdefault("RAY_worker_niceness", "0")
     for attempt in range(1, START_TRIES + 1):
         try:
