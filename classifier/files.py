@@ -119,7 +119,12 @@ def read_weights_file(name_or_path: str | Path, *, check_card: bool = True) -> W
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ClassifierWeightsError(f"{path} is not a readable .safetensors file: {error}") from error
+        hint = (
+            "; a training's checkpoint is exported by `dfpir train classifier CONFIG OUT --export FILE --licence SPDX`"
+        )
+        raise ClassifierWeightsError(
+            f"{path} is not a readable .safetensors file{hint if path.suffix == '.pt' else ''}: {error}"
+        ) from error
     description = _described(path, metadata)
     try:
         file = WeightsFile(

@@ -405,9 +405,9 @@ def evaluate(
                     rows.append(row)
         except BaseException:  # a file that cannot be read, or Ctrl-C, does not cost the results before it
             if rows:
-                done = f"{len(rows)} of {len(examples)} images"
+                done = f"{len(rows)} of {len(examples)} rows"
                 evaluation.write(rows, partial, told | {"rows": done})
-                results.print(f"{done}, a row each: {partial.name}", markup=False, soft_wrap=True)
+                results.print(f"{done}: {partial.name}", markup=False, soft_wrap=True)
             raise
         results.print(evaluation.table(dataset, rows))
         evaluation.write(rows, target, told)
@@ -520,25 +520,26 @@ def train_classifier(
     export: Annotated[
         Path | None, typer.Option(parser=_named, help="Calibrated weights (.safetensors) to write at the end.")
     ] = None,
+    licence: Annotated[str, typer.Option(metavar="SPDX", help="With --export: the weights' licence.")] = "",
 ) -> None:
     """Trains a classifier, or goes on where the last call stopped."""
     with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.restore import resolve_device
         from jobs.train_classifier import export as write_weights
+        from jobs.train_classifier import require_exportable
         from jobs.train_classifier import train as run
-        from jobs.training_config import ClassifierTraining, as_plain, read_config
-        from jobs.training_state import require_target
+        from jobs.training_config import ClassifierTraining, read_config
 
         training = read_config(ClassifierTraining, config)
         if export is not None:
-            require_target(export, as_plain(training))
+            require_exportable(export, licence, training)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(read_options(None, {"device": device}).device)
         options: dict[str, Any] = {"device": chosen, "threads": threads, "loaders": loaders, "max_minutes": max_minutes}
         trained = run(training, out, **options)
         if export is not None:
-            messages.print_json(json.dumps(write_weights(trained, export)))
+            messages.print_json(json.dumps(write_weights(trained, export, licence=licence)))
 
 
 @app.command()

@@ -168,7 +168,7 @@ def models(console: Console) -> None:
             if key in {"name", "kind"} or value in (None, {}, [], ()):
                 continue
             if isinstance(value, dict):
-                value = ", ".join(_figures(value))
+                value = f"\n{'':<16}".join(_figures(value))
             elif isinstance(value, (list, tuple)):
                 value = ", ".join(str(item) for item in value)
             console.print(f"  {key.replace('_', ' '):<14}{value}", markup=False, soft_wrap=True)

@@ -56,7 +56,11 @@ def pictures(folder: Path, *, per_label: int, seed: int = 0) -> Iterator[Labelle
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
-    places = {label: folder / str(label) for label in LABELS if (folder / str(label)).is_dir()}
+    inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    places = {label: folder / str(label) for label in LABELS if str(label) in inside}
+    known = f"the labels are {', '.join(LABELS)}"
+    if left_out := sorted(inside - set(map(str, places))):
+        log.warning("left out folders of %s that are named after no label: %s; %s", folder, ", ".join(left_out), known)
     if places:
         paths = [(path, label) for label, place in places.items() for path in photographs_in([place])[:per_label]]
         if not paths:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from jobs.training_loop import (
     mixed_precision,
     prefetch,
     read_arguments,
+    require_room,
     run,
     run_as_command,
     usable_device,
@@ -158,13 +160,15 @@ class Training(TrainingRun):
 
     def __init__(self, config: ClassifierTraining, out: Path, device: torch.device) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
-        super().__init__(config, out, device)
-        out.mkdir(parents=True, exist_ok=True)
-        state = found_state(out, config)
+        build = partial(DegradationNetwork, config.network, crop_px=VIEW.crop_px)
         try:
-            self.network = DegradationNetwork(config.network, crop_px=VIEW.crop_px)
+            require_room(build, device)
+            super().__init__(config, out, device)
+            self.network = build()
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ConfigError(f"network.backbone {config.network.backbone} is no ResNet of timm: {error}") from error
+        out.mkdir(parents=True, exist_ok=True)
+        state = found_state(out, config)
         if state is None and config.start_from is not None:
             start_from(self.network, config.start_from, lambda name: weights_of(name).network.state_dict())
         self.network.to(device).to(memory_format=torch.channels_last)
@@ -309,8 +313,7 @@ def _run(
         renew()
         return loss
 
-    def keep(last: bool) -> None:
-        training.save()
+    def validate(last: bool) -> None:
         logits, labels = all_logits(training.average, held_out)
         right, loss = logits.argmax(dim=1) == labels, float(F.cross_entropy(logits, labels))
         recall = {str(name): float(right[labels == i].float().mean()) for i, name in enumerate(LABELS)}
@@ -321,7 +324,7 @@ def _run(
     run(
         training,
         learn,
-        keep,
+        validate,
         diary=diary,
         group=Group(training.device),
         begun=begun,
@@ -351,9 +354,10 @@ def train(
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration or network.
-        UsageError: too few photographs can be read, there are no weights to start from, or no such device.
-        TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), or the
-            disk has no room for pool or checkpoint.
+        UsageError: too few photographs can be read, there are no weights to start from, no such device, or too little
+            memory for the network.
+        TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), memory is
+            full, or the disk has no room for pool or checkpoint.
     """
     begun = time.monotonic()
     if threads:
@@ -393,11 +397,19 @@ def train(
     )
 
 
-def export(trained: Trained, path: Path) -> dict[str, Any]:
+def require_exportable(path: Path, licence: str, config: ClassifierTraining) -> None:
+    """Raises UsageError, before the training, where `export` could not write its weights and card."""
+    if not licence:
+        raise UsageError("--export needs --licence, an SPDX identifier; the photographs' licences decide")
+    require_target(path, as_plain(config))
+
+
+def export(trained: Trained, path: Path, *, licence: str) -> dict[str, Any]:
     """Writes the calibrated weights and their card; returns the quality measured on the held-out samples.
 
     Temperature and thresholds are fitted on the even samples, the quality is that of the odd ones, each label
-    counted as often as it is expected in use. That expectation is added to the last layer's bias.
+    counted as often as it is expected in use. That expectation is added to the last layer's bias. `licence` is an SPDX
+    identifier; the photographs' licences decide.
     """
     logits, targets = (t.double().numpy() for t in all_logits(trained.network, trained.held_out))
     labels = targets.astype(np.int64)
@@ -427,7 +439,7 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
         view=VIEW,
         temperature=temperature,
         thresholds=thresholds,
-        licence=trained.config.licence,
+        licence=licence,
         provenance=provenance,
     )
     write_card(path, quality={"validation": quality})
@@ -436,17 +448,20 @@ def export(trained: Trained, path: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of a host that has none of the other commands' libraries."""
-    more: dict[str, Any] = {"export": {"type": Path, "help": "weights file (.safetensors) to write at the end"}}
+    more: dict[str, Any] = {
+        "export": {"type": Path, "help": "weights file (.safetensors) to write at the end"},
+        "licence": {"default": "", "help": "SPDX identifier of the exported weights' licence"},
+    }
     options = read_arguments(str(__doc__), argv, **more)
-    config, out, target = (options.pop(name) for name in ("config", "out", "export"))
+    config, out, target, licence = (options.pop(name) for name in ("config", "out", "export", "licence"))
 
     def work() -> None:
         training = read_config(ClassifierTraining, config)
         if target is not None:
-            require_target(target, as_plain(training))
+            require_exportable(target, licence, training)
         trained = train(training, out, **options)
         if target is not None:
-            log.info("wrote %s; validation: %s", target, export(trained, target))
+            log.info("wrote %s; validation: %s", target, export(trained, target, licence=licence))
 
     run_as_command(work)
 

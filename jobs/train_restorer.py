@@ -34,6 +34,7 @@ from jobs.training_loop import (
     mixed_precision,
     prefetch,
     read_arguments,
+    require_room,
     run,
     run_as_command,
     usable_device,
@@ -150,6 +151,7 @@ class Training(TrainingRun):
 
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
+        require_room(lambda: DFPIR(config.model), device)
         super().__init__(config, out, device)
         self.group = Group(device)
         self.bank = checked_bank(config)
@@ -302,9 +304,11 @@ def train(
 
     Raises:
         ConfigError: the folder has a checkpoint of another configuration.
-        UsageError: too few photographs can be read, there are no weights to start from, or no such device.
+        UsageError: too few photographs can be read, there are no weights to start from, no such device, or too little
+            memory for the network.
         TrainingError: the loss is not finite (the message names step, batch and last good checkpoint), a photograph
-            that is read for every patch cannot be read any more, or the disk has no room for a checkpoint.
+            that is read for every patch cannot be read any more, memory is full, or the disk has no room for a
+            checkpoint.
     """
     begun = time.monotonic()
     if threads:
@@ -346,20 +350,17 @@ def _run(
         for step in itertools.count(training.step):
             yield step, config.phase_at(config.progress(step, training.seconds))
 
-    def keep(last: bool) -> None:
-        if diary is not None:
-            training.save()
-            found, sheet = training.validate(held_out, count=24 if last else 8)
-            line = ", ".join(
-                f"{label} {after:.2f} dB ({after - before:+.2f})" for label, (before, after) in found.items()
-            )
-            diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
+    def validate(last: bool) -> None:
+        assert diary is not None
+        found, sheet = training.validate(held_out, count=24 if last else 8)
+        line = ", ".join(f"{label} {after:.2f} dB ({after - before:+.2f})" for label, (before, after) in found.items())
+        diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 
     ahead = Ahead(iter(batches(training, sources, places(), loaders=loaders)), training.device)
     run(
         training,
         lambda: training.learn(ahead.take(), ahead.meanwhile),
-        keep,
+        validate,
         diary=diary,
         group=group,
         begun=begun,

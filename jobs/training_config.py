@@ -224,8 +224,6 @@ class ClassifierTraining(TrainingConfig):
     validation_samples: int = 1600
     teacher: Path | None = None
     """A classifier's name or weights file, whose predictions are learnt beside the labels: `jobs.train_classifier`."""
-    licence: str = ""
-    """SPDX identifier of what the exported weights may be used for; the photographs' licences decide."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

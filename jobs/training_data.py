@@ -138,10 +138,11 @@ class Photographs:
         paths = photographs_in(folders)
         found = read_all(paths, least_readable=least_readable, on_disk=on_disk)
         if not found:
-            raise UsageError(
-                f"no usable photograph in {', '.join(map(str, folders))}: none of {len(paths)} can be read and has "
-                f"{SMALLEST_SIDE_PX} px a side"
-            )
+            where = ", ".join(map(str, folders))
+            if not paths:
+                raise UsageError(f"no photograph in {where}; folders in it are not searched")
+            wanted = f"can be read and has {SMALLEST_SIDE_PX} px a side"
+            raise UsageError(f"no usable photograph in {where}: none of {len(paths)} {wanted}")
         return cls(tuple(path.name for path in found), tuple((picture,) for picture in found.values()))
 
     @classmethod

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
@@ -21,6 +22,7 @@ from jobs.training_config import TrainingConfig, as_plain
 from jobs.training_diary import Diary
 from jobs.training_group import Group
 from jobs.training_state import last_good
+from models.memory import available_bytes, is_out_of_memory
 from models.precision import fastest_dtype
 
 log = logging.getLogger("training")
@@ -45,6 +47,22 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu")
     return device
+
+
+def require_room(build: Callable[[], nn.Module], device: torch.device) -> None:
+    """Raises UsageError for a network whose training does not fit into the free memory of a device, before it is made.
+
+    Each parameter is there five times: weights, their average, gradient and the optimiser's two moments. What batches
+    take comes on top, and is found out by the first of them.
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build().parameters())
+    needed, free = 5 * 4 * parameters, available_bytes(device)
+    if needed > free:
+        raise UsageError(
+            f"a network of {parameters:,} parameters takes {needed / 1e9:,.1f} GB to train, and {device} has "
+            f"{free / 1e9:,.1f} GB free; choose a smaller one"
+        )
 
 
 def prefetch(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int, **options: Any) -> DataLoader[Sample]:
@@ -103,7 +121,7 @@ class TrainingRun(ABC):
 def run(
     training: TrainingRun,
     learn: Callable[[], float],
-    keep: Callable[[bool], None],
+    validate: Callable[[bool], None],
     *,
     diary: Diary | None,
     group: Group,
@@ -116,7 +134,7 @@ def run(
     Args:
         training: knows how far it is.
         learn: takes a step and returns the loss.
-        keep: writes a checkpoint and validates; told whether it is the last time.
+        validate: by the first process, after a checkpoint; told whether it is the last time.
         diary: of the first process; None in others.
         group: whose first process has the clock.
         begun: when the call began, by `time.monotonic`.
@@ -124,9 +142,10 @@ def run(
         preparations: come before the first step, as far as time and signals allow, and are no time of the training.
 
     Raises:
-        InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint; a second one acts at once.
-        TrainingError: a photograph that is read again and again cannot be read any more. The first of several processes
-            writes a checkpoint before that, if the photograph is one of its own.
+        InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint and without a validation; a
+            second one acts at once.
+        TrainingError: memory is full; or a photograph that is read again and again cannot be read any more. The first
+            of several processes writes a checkpoint before the latter, if the photograph is one of its own.
     """
 
     def goes_on() -> bool:
@@ -139,6 +158,7 @@ def run(
                 break
             prepare()
         first, before, last_save = time.monotonic(), training.seconds, time.monotonic()
+        first_step = training.step
         while goes_on() and not request:
             try:
                 loss = learn()
@@ -149,14 +169,25 @@ def run(
                     f"{fault}, at step {training.step}{group}; {last_good(training.out)}; take it away, with its "
                     "partner if it has one, and the same command goes on"
                 ) from fault
+            except (MemoryError, RuntimeError) as fault:
+                if not is_out_of_memory(fault):
+                    raise
+                raise TrainingError(
+                    f"memory is full at step {training.step}{group}; {last_good(training.out)}; free some and the same "
+                    "command goes on, or begin another training with smaller batches"
+                ) from fault
             training.seconds = before + group.first_says(time.monotonic() - first)
             if diary is not None:
                 rate = training.optimiser.param_groups[0]["lr"]
                 diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
-            if time.monotonic() - last_save > SAVE_EVERY_S:
-                keep(False)
+            if diary is not None and time.monotonic() - last_save > SAVE_EVERY_S:
+                training.save()
+                validate(False)
                 last_save = time.monotonic()
-        keep(True)
+        if diary is not None:
+            training.save()
+            if training.step > first_step and not request:
+                validate(True)
     how = "over" if training.progress >= 1 else "stopped"
     log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
     if request.signal_number is not None:

@@ -60,7 +60,7 @@ KNOWN: tuple[ModelSpec, ...] = (
         parameters=31_104_761,
         prompts=THREE_TASKS,
         size_multiple=8,
-        description="DFPIR as released, three tasks; not shipped: give the path of its .pth.tar",
+        description="as released, three tasks; not shipped: give its .pth.tar",
         quality={
             "published_sots_db": 31.87,
             "published_rain100l_db": 38.65,
@@ -77,7 +77,7 @@ KNOWN: tuple[ModelSpec, ...] = (
         parameters=31_104_761,
         prompts=tuple(PUBLISHED_SENTENCES),
         size_multiple=8,
-        description="DFPIR as released, five tasks; not shipped: give the path of its .pth.tar",
+        description="as released, five tasks; not shipped: give its .pth.tar",
         quality={
             "published_sots_db": 31.64,
             "published_rain100l_db": 37.62,

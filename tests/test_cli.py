@@ -532,7 +532,9 @@ def test_models_lists_hash_licence_and_quality() -> None:
         assert len(records[name]["sha256"]) == 64
         assert records[name]["licence"]
         assert records[name]["quality"]
-    assert "dfpir-compact" in invoke("models")[1]
+    shown = invoke("models")[1]
+    assert "dfpir-compact" in shown
+    assert [line for line in shown.splitlines() if len(line) > 80 and not line.startswith("  file ")] == []
 
 
 TRAINING = """
@@ -566,6 +568,12 @@ def test_a_restorer_is_trained_from_a_configuration(tmp_path: Path) -> None:
     code, _, said = invoke(*command)
     assert code == 2
     assert "belongs to another training" in said
+    config.write_text(TRAINING.format(folder=folder).replace("dim = 8", "dim = 1000000"))
+    code, _, said = invoke("train", "restorer", config, tmp_path / "huge", "--device", "cpu")
+    assert code == 2
+    assert " parameters takes " in said
+    assert "cpu has " in said
+    assert not (tmp_path / "huge").exists()
     config.write_text("steps = 1")
     code, _, said = invoke(*command)
     assert code == 2

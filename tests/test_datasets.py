@@ -131,7 +131,9 @@ def test_pairs_of_ones_own_need_a_label(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEST_SETS, "lol", type(TEST_SETS["lol"])(**{**vars(TEST_SETS["lol"]), "images": 3}))
-    with pytest.raises(UsageError, match=r"found no images.*expected low/ and high/ or input/ and target/"):
+    with pytest.raises(
+        UsageError, match=r"found no images in the folders of lol under .*expected low/ and high/ or input/ and target/"
+    ):
         find_examples("lol", tmp_path)
     write(tmp_path / "low", "1.png", "3.png")
     write(tmp_path / "high", "1.png", "3.png")

@@ -226,11 +226,11 @@ def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: P
     result, out = evaluated(tmp_path)
     assert result.exit_code == 2
     assert "cannot read" in result.stderr
-    assert "2 of 3 images, a row each" in result.stdout
+    assert "2 of 3 rows: rows.partial.parquet" in result.stdout
     assert not out.exists()
     rows = pq.read_table(tmp_path / "rows.partial.parquet")
     assert rows.column("name").to_pylist() == ["degraded/0", "degraded/1"]
-    assert rows.schema.metadata[b"rows"] == b"2 of 3 images"
+    assert rows.schema.metadata[b"rows"] == b"2 of 3 rows"
 
 
 @pytest.mark.parametrize(

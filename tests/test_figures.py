@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,19 @@ def test_pictures_too_small_for_the_network_are_left_out_and_told(
     assert drawn["confusion"].axes[0].get_title() == "5 of 11 right"
     assert [len(points.get_offsets()) for points in drawn["latent"].axes[0].collections] == [3, 3]
     assert "leave out 2 pictures with a side of less than 16 px" in caplog.text
+
+
+def test_folders_that_are_named_after_no_label_are_told(labelled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (labelled / "hase").mkdir()
+    (labelled / ".thumbnails").mkdir()
+    assert list(figures.pictures(labelled, per_label=1))
+    assert f"left out folders of {labelled} that are named after no label: hase; the labels are noise" in caplog.text
+    caplog.clear()
+    for label in ("noise", "rain", "clean"):
+        shutil.rmtree(labelled / label, ignore_errors=True)
+    with pytest.raises(UsageError, match="no photograph in"):
+        next(figures.pictures(labelled, per_label=1))
+    assert "no label: hase;" in caplog.text
 
 
 def test_too_few_pictures_for_a_map_of_features_are_told(

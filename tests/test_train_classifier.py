@@ -312,7 +312,7 @@ def test_a_checkpoint_that_cannot_be_taken_up_is_named(folder, stopped):
 
 def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_path, stopped):
     weights = tmp_path / "own.safetensors"
-    export(train(small(folder, steps=5), stopped, threads=1), weights)
+    export(train(small(folder, steps=5), stopped, threads=1), weights, licence="CC0-1.0")
     assert "recall noise" in (stopped / "training.log").read_text()
     sheet = np.asarray(Image.open(stopped / "samples" / "step-0000005.png"))
     assert sheet.shape[1:] == (3 * SMALL_VIEW.crop_px, 3)
@@ -333,13 +333,18 @@ def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path):
     """Through the command line, so that nothing is trained before the refusal."""
     config = tmp_path / "c.toml"
     config.write_text(
-        f'steps = 1\npool = 8\nfirst_fill = 2\nfresh = 0\nbatch = 2\nvalidation_samples = 42\nlicence = "CC0-1.0"\n'
+        f"steps = 1\npool = 8\nfirst_fill = 2\nfresh = 0\nbatch = 2\nvalidation_samples = 42\n"
         f'[data]\nclean = ["{folder}"]\n[network]\nstem_width = 8\ncrop_channels = [8, 8, 8, 8]\nhidden = 8\n'
         "thumbnail_channels = [8, 8, 8, 8]\nspectrum_channels = [8, 8]\n"
     )
     target = tmp_path / "own.safetensors"
-    again = [str(config), str(tmp_path / "out"), "--device", "cpu", "--threads", "1", "--export", str(target)]
+    unlicensed = [str(config), str(tmp_path / "out"), "--device", "cpu", "--threads", "1", "--export", str(target)]
+    with pytest.raises(SystemExit, match="--export needs --licence"):
+        main(unlicensed)
+    assert not (tmp_path / "out").exists()
+    again = [*unlicensed, "--licence", "CC0-1.0"]
     main(again)
+    assert load_classifier(target).weights.licence == "CC0-1.0"
     target.with_suffix(".json").write_text("{}")
     main(again)
     assert target.with_suffix(".json").read_text() != "{}"
@@ -447,7 +452,7 @@ def test_another_configuration_is_refused_and_its_average_may_be_taken_up(folder
 def test_a_training_may_start_from_a_classifiers_weights(folder, tmp_path):
     """An export adds to the output bias how often labels are expected in use; a training takes it off again."""
     trained = train(small(folder, steps=2), tmp_path / "first", threads=1)
-    export(trained, tmp_path / "first.safetensors")
+    export(trained, tmp_path / "first.safetensors", licence="CC0-1.0")
     again = small(folder, steps=1, start_from=tmp_path / "first.safetensors")
     taken = train(again, tmp_path / "again", threads=1, max_minutes=0.0)
     for name, value in taken.network.state_dict().items():
@@ -485,7 +490,7 @@ def test_half_of_a_batch_is_blended():
 def test_who_agrees_with_the_teacher_has_the_labels_to_learn(folder, tmp_path):
     train(small(folder, steps=1), tmp_path / "first", threads=1, max_minutes=0.0)
     first = train(small(folder, steps=1), tmp_path / "first", threads=1)
-    export(first, tmp_path / "own.safetensors")
+    export(first, tmp_path / "own.safetensors", licence="CC0-1.0")
     config = small(folder, steps=1, start_from=tmp_path / "own.safetensors", teacher=tmp_path / "own.safetensors")
     training = Training(config, tmp_path / "pupil", torch.device("cpu"))
     training.network.eval()  # without dropout, statistics of batches
@@ -515,7 +520,7 @@ def test_labelled_images_are_trained_on_beside_the_photographs(folder, tmp_path)
     config = replace(config, data=replace(config.data, labelled={Degradation.HAZE: (fog,)}))
     trained = train(config, tmp_path / "out", threads=1)
     assert trained.labelled == {Degradation.HAZE: known}
-    export(trained, tmp_path / "own.safetensors")
+    export(trained, tmp_path / "own.safetensors", licence="CC0-1.0")
     assert load_classifier(str(tmp_path / "own.safetensors")).weights.provenance["labelled"] == f"haze {known}"
 
 
@@ -549,7 +554,7 @@ def test_a_pupil_learns_what_its_teacher_says(folder, tmp_path):
     taught = train(small(folder, steps=1), tmp_path / "first", threads=1)
     with torch.no_grad():
         taught.network.head[-1].bias[LABELS.index(Degradation.RAIN)] += 6
-    export(taught, tmp_path / "rain.safetensors")
+    export(taught, tmp_path / "rain.safetensors", licence="CC0-1.0")
     options = {"steps": 25, "pool": 8, "fresh": 0, "batch": 8, "learning_rate": 2e-2}
     one_backbone = replace(TINY, thumbnail_channels=())
     config = small(folder, teacher=tmp_path / "rain.safetensors", **(options | {"network": one_backbone}))
@@ -563,6 +568,13 @@ def test_a_pupil_learns_what_its_teacher_says(folder, tmp_path):
     assert shares[1] < 0.4
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_network_too_large_for_memory_is_refused_before_it_is_made(folder, tmp_path):
+    config = small(folder, steps=1, network=replace(TINY, hidden=10**12))
+    with pytest.raises(UsageError, match=r"parameters takes .* GB to train, and cpu has .* GB free; choose a smaller"):
+        train(config, tmp_path / "out", threads=1)
+
+
 @pytest.mark.parametrize("backbone", ["nonsense", "vit_tiny_patch16_224"])
 def test_another_backbone_than_a_resnet_is_refused(folder, tmp_path, backbone):
     config = small(folder, steps=1, network=replace(TINY, backbone=backbone))
@@ -574,6 +586,10 @@ def test_another_backbone_than_a_resnet_is_refused(folder, tmp_path, backbone):
 def test_a_teacher_that_cannot_teach_is_refused(folder, tmp_path):
     with pytest.raises(UsageError, match="teacher: no classifier 'nowhere'"):
         train(small(folder, steps=1, teacher=Path("nowhere")), tmp_path / "none", threads=1)
+    checkpoint = tmp_path / CHECKPOINT
+    torch.save({"network": {}}, checkpoint)
+    with pytest.raises(UsageError, match=r"teacher: .*checkpoint\.pt is not .*a training's checkpoint is exported by"):
+        train(small(folder, steps=1, teacher=checkpoint), tmp_path / "none", threads=1)
     with pytest.raises(UsageError, match=r"teacher degradation-small sees .*96.*, this training .*80"):
         train(small(folder, steps=1, teacher=Path("degradation-small")), tmp_path / "none", threads=1)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -331,6 +332,7 @@ def test_a_network_that_cannot_be_compiled_is_told_plainly(
 def test_a_call_ends_after_its_minutes_and_the_next_goes_on(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs, steps=2)
     assert train(config, tmp_path / "out", threads=1, max_minutes=0.0).step == 0
+    assert not (tmp_path / "out" / "samples").exists()  # nothing to validate
     assert train(config, tmp_path / "out", threads=1).step == 2
     assert train(config, tmp_path / "out", threads=1).step == 2
     assert (tmp_path / "out" / "samples" / "step-0000002.png").exists()
@@ -351,6 +353,7 @@ def test_ctrl_c_ends_a_training_with_a_checkpoint_and_the_next_call_goes_on(phot
         with pytest.raises(InterruptedBySignalError, match="ended by SIGINT; the same command goes on"):
             train(tiny(photographs), tmp_path / "cut", threads=1)
     assert torch.load(tmp_path / "cut" / CHECKPOINT, weights_only=True)["step"] == 3
+    assert not (tmp_path / "cut" / "samples").exists()  # who asks for the end waits for no validation
     assert train(tiny(photographs), tmp_path / "cut", threads=1).step == 4
     first, second = averages(tmp_path / "whole"), averages(tmp_path / "cut")
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -572,6 +575,22 @@ def test_a_loss_that_is_no_number_stops_with_step_batch_and_checkpoint(photograp
         with pytest.raises(TrainingError, match=r"loss nan.*step 0, batch photo-\d+\.png \(\w+\).*checkpoint\.pt"):
             train(tiny(photographs), out, threads=1)
     assert (out / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick_validation")
+@pytest.mark.parametrize("fault", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_full_memory_ends_a_training_with_its_step_and_checkpoint(
+    photographs: Path, tmp_path: Path, fault: Exception
+) -> None:
+    train(tiny(photographs), tmp_path, threads=1, max_minutes=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "learn", Mock(side_effect=fault))
+        with pytest.raises(TrainingError, match=r"memory is full at step 0; last good checkpoint: .*checkpoint\.pt"):
+            train(tiny(photographs), tmp_path, threads=1)
+        patch.setattr(Training, "learn", Mock(side_effect=RuntimeError("another fault")))
+        with pytest.raises(RuntimeError, match="another fault"):
+            train(tiny(photographs), tmp_path, threads=1)
+    assert train(tiny(photographs), tmp_path, threads=1).step == 4
 
 
 @pytest.mark.parametrize("room", [100, 100_000], ids=["none", "a part"])

@@ -45,7 +45,8 @@ def test_training_and_validation_share_no_photograph_and_lose_none(folder: Path)
 
 
 def test_a_folder_without_photographs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no usable photograph"):
+    write_photographs(tmp_path / "inside", 1)
+    with pytest.raises(UsageError, match=r"no photograph in .*; folders in it are not searched"):
         Photographs.clean([tmp_path])
     with pytest.raises(UsageError, match=r"nowhere is not a folder.*data\.clean"):
         Photographs.clean([tmp_path / "nowhere"])
