@@ -11,16 +11,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def hardware() -> str:
-    """The GPU if there is one, else the processor."""
+    """The GPU if there is one, else the processor, with what it has for products: virtual ones hide their model."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    has = torch.cpu.get_capabilities()
+    native = [feature for feature in ("amx_bf16", "avx512_bf16") if has.get(feature, False)]
+    return f"{name}, {native[0] if native else torch.backends.cpu.get_cpu_capability().lower()}"
 
 
 def commit() -> str:
