@@ -196,7 +196,7 @@ def _uncalibrated(classifier: str) -> str:
 def _precision(dtype: str, device: str) -> str:
     """A run's dtype, and a hint where it is the slower one: another machine's run may go on here."""
     emulated = dtype == "bfloat16" and fastest_dtype(device) is torch.float32
-    return f"{dtype}, which this processor emulates: float32 is many times faster here" if emulated else dtype
+    return f"{dtype}, which this processor emulates: float32 is faster here" if emulated else dtype
 
 
 def _unreadable(folders: Sequence[str]) -> str:
