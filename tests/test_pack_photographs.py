@@ -34,6 +34,27 @@ def test_a_packed_folder_fits_and_is_what_it_was(folder: Path, tmp_path: Path) -
             assert np.abs(one.astype(float) - other).mean() < 4
 
 
+def test_photographs_come_into_the_folders_that_a_table_names(folder: Path, tmp_path: Path) -> None:
+    target, table = tmp_path / "packed.zip", tmp_path / "folders.tsv"
+    command = [str(folder), str(target), "--folders", str(table)]
+    table.write_text("file\tfolder\nphoto-3.png\thazy\nphoto-5.png\tdrawings\n")
+    main(command)
+    names = set(zipfile.ZipFile(target).namelist())
+    assert {name for name in names if not name.startswith("photographs/")} == {
+        "hazy/photo-3.png",
+        "drawings/photo-5.png",
+    }
+    assert len(names) == 30
+    for content, said in (
+        ("file\tfolder\nnone.png\thazy\n", r"1 are not in .*, none\.png among them"),
+        ("file\tfolder\nphoto-3.png\t../hazy\n", r"'\.\./hazy' is no name of a folder"),
+        ("file,folder\nphoto-3.png,hazy\n", "is no table with the columns file and folder"),
+    ):
+        table.write_text(content)
+        with pytest.raises(SystemExit, match=said):
+            main(command)
+
+
 def test_the_quality_falls_with_the_room_until_there_is_none(folder: Path, tmp_path: Path) -> None:
     qualities = [pack(folder, tmp_path / "a.zip", megabytes=room, longest_px=330) for room in (100, 1.2, 0.9)]
     assert qualities == sorted(qualities, reverse=True)
