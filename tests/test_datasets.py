@@ -106,8 +106,8 @@ def test_a_noise_set_that_is_not_there_is_told_where_it_may_lie(tmp_path: Path) 
     with pytest.raises(UsageError) as caught:
         find_examples("cbsd68", tmp_path)
     assert str(caught.value) == (
-        f"found no images under {tmp_path}; expected clean images in original_png/, original/, HR/, image_SRF_4/, at "
-        "any depth, or in it itself"
+        f"found no images of cbsd68 under {tmp_path}; expected clean images in original_png/, original/, HR/, "
+        "image_SRF_4/, at any depth, or in it itself"
     )
 
 
@@ -132,7 +132,7 @@ def test_pairs_of_ones_own_need_a_label(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEST_SETS, "lol", type(TEST_SETS["lol"])(**{**vars(TEST_SETS["lol"]), "images": 3}))
     with pytest.raises(
-        UsageError, match=r"found no images in the folders of lol under .*expected low/ and high/ or input/ and target/"
+        UsageError, match=r"found no images of lol under .*expected low/ and high/ or input/ and target/"
     ):
         find_examples("lol", tmp_path)
     write(tmp_path / "low", "1.png", "3.png")
