@@ -109,6 +109,7 @@ def audit(
 
     Raises:
         UsageError: there is no run, a call works on it, or its plan or manifest cannot be read.
+        OSError: a folder of the run cannot be listed.
     """
     directory = RunDirectory(run_dir)
     job = read_job(directory)
@@ -127,6 +128,7 @@ def audit(
     findings = [
         *_about(rows.filter(pc.invert(pc.or_(is_latest, is_earlier))), "not_planned", "the plan has no such image"),
         *_unmatched(planned, counting),
+        *_unlike_the_plan(planned, counting),
         *_unlike_the_job(counting, job),
         *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
     ]
@@ -181,6 +183,13 @@ def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
     yield from _about(several, "double_row", "several rows for one revision of this image")
 
 
+def _unlike_the_plan(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
+    place = pc.index_in(counting["image_id"], planned["image_id"])
+    for name, planned_name in (("relative_path", "relative_path"), ("source_uri", "uri")):
+        others = pc.fill_null(pc.not_equal(counting[name], planned[planned_name].take(place)), True)
+        yield from _about(counting.filter(others), "inconsistent", f"its {name} is not that of the plan")
+
+
 def _unlike_the_job(counting: pa.Table, job: dict[str, Any]) -> Iterator[Finding]:
     expected = {name: job[name] for name in ("run_id", "config_digest")}
     expected["weights_sha256"] = job["config"].get("weights_sha256")
@@ -206,6 +215,12 @@ def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding
         "it is not done, and no fault says why": pc.and_(pc.invert(is_done), pc.invert(has_fault)),
         "its output lies outside of images/": pc.invert(_is_inside(counting["output_uri"])),
         "it is restored, yet names no prompt": pc.and_(is_restored, pc.is_null(counting["prompt"])),
+        "it names a prompt, yet is not restored": pc.and_(
+            pc.is_in(status, pa.array([str(Status.COPIED), str(Status.ABSTAINED)])), pc.is_valid(counting["prompt"])
+        ),
+        "it is done, yet does not say of which file": pc.and_(
+            is_done, pc.or_(pc.is_null(counting["source_sha256"]), pc.is_null(counting["source_bytes"]))
+        ),
     }
     for message, is_broken in rules.items():
         yield from _about(counting.filter(is_broken), "inconsistent", message)
@@ -230,10 +245,16 @@ def _repeated(values: pa.ChunkedArray) -> pa.StructArray:
 
 def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
     """Files among the results that no row names, be it of an earlier revision, and that are no half-written ones."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     named = set(rows["output_uri"].to_pylist())
-    for folder, _, names in os.walk(directory.images_dir):
+    for folder, folders, names in os.walk(directory.images_dir, onerror=refuse):
         beginning = directory.uri(Path(folder))
-        for uri in sorted(f"{beginning}/{name}" for name in names):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for uri in sorted(f"{beginning}/{name}" for name in [*names, *links]):
             if uri not in named and not is_partial(directory.root / uri):
                 yield Finding("not_in_manifest", uri, "no row names this file")
 
@@ -250,7 +271,11 @@ def _outputs(directory: RunDirectory, rows: pa.Table) -> Iterator[_File]:
 
 def _inputs(rows: pa.Table) -> Iterator[_File]:
     for subject, uri, size_bytes, sha256 in _tuples(rows):
-        yield _File("source_missing", "source_differs", subject, local_path(uri), size_bytes, sha256)
+        try:
+            path = local_path(uri)
+        except ValueError:  # no file of this machine, and told as one that cannot be read
+            path = Path(uri)
+        yield _File("source_missing", "source_differs", subject, path, size_bytes, sha256)
 
 
 def _tuples(table: pa.Table) -> Iterator[tuple[Any, ...]]:
@@ -277,6 +302,7 @@ def _fault(file: _File, *, contents: bool) -> Finding | None:
             if contents and hashlib.file_digest(data, "sha256").hexdigest() != file.sha256:
                 message = f"{file.path} has another SHA-256 than its row says"
                 return Finding(file.differs, file.subject, message)
-    except OSError as error:
-        return Finding(file.missing, file.subject, f"{file.path} cannot be read ({error.strerror})")
+    except (OSError, ValueError) as error:  # the latter of a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        return Finding(file.missing, file.subject, f"{file.path} cannot be read ({reason})")
     return None

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 
 from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
-from jobs.signals import sigterm_raises
+from jobs.signals import interrupt, sigterm_raises
 from jobs.terminal import harmless
 
 app = typer.Typer(
@@ -569,6 +570,8 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a name's characters
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as behind `nohup`
+        signal.signal(signal.SIGINT, interrupt)
     code: Any = 0
     try:
         app()
@@ -581,7 +584,7 @@ def main() -> None:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the process began
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

@@ -464,7 +464,10 @@ def read_job(directory: RunDirectory) -> dict[str, Any] | None:
         job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8", errors="surrogateescape"))
         if not isinstance(job, dict) or not {"config", "config_digest", "source_root", "run_id"} <= job.keys():
             raise ValueError("it lacks config, config_digest, source_root or run_id")
-    except ValueError as error:
+        texts = ("config_digest", "source_root", "run_id")
+        if not isinstance(job["config"], dict) or not all(isinstance(job[name], str) for name in texts):
+            raise ValueError(f"config is no object, or one of {', '.join(texts)} no text")
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{directory.job_path} is not a job of dfpir: {error}") from error
     return job
 

@@ -1,5 +1,6 @@
 """An orderly end on SIGINT, SIGTERM and SIGHUP."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,25 @@ from contextlib import contextmanager
 from types import FrameType
 
 from jobs.errors import InterruptedBySignalError
+
+
+def end_if_importing(number: int, frame: FrameType | None) -> None:
+    """Ends the process where the signal has come during an import.
+
+    An exception there may look to a library like a part that is missing, or end the process in its own way.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+            os.write(2, f"dfpir: {how}\n".encode())
+            os._exit(128 + number)
+        frame = frame.f_back
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """What SIGINT does as long as nothing else is arranged: KeyboardInterrupt, but for `end_if_importing`."""
+    end_if_importing(number, frame)
+    raise KeyboardInterrupt
 
 
 class StopRequest:
@@ -64,6 +84,7 @@ def sigterm_raises(*, goes_on: bool = True) -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
+        end_if_importing(number, frame)
         raise _EndedError
 
     before = signal.signal(signal.SIGTERM, end)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.records import IMAGE_REF_SCHEMA, Shard, to_refs
-from pipeline.sink import PARTIAL_SUFFIX, sync_folder
+from pipeline.sink import PARTIAL_SUFFIX, parquet_files, sync_folder
 from pipeline.source import Listing
 
 MAX_SHARD_BYTES, MOST_SHARD_BYTES = 64 * 2**20, 2**30
@@ -218,7 +218,7 @@ def _keys(table: pa.Table) -> pa.ChunkedArray:
 
 
 def _generations(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.parquet") if path.stem.isdigit())
+    return [path for path in parquet_files(folder) if path.stem.isdigit()]
 
 
 def _read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> pa.Table:
@@ -226,10 +226,11 @@ def _read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> p
     tables = [PLAN_SCHEMA.empty_table().select(columns)]
     for path in _generations(Path(run_dir) / "plan"):
         try:
-            with path.open("rb") as data, pq.ParquetFile(data) as file:  # pyarrow takes no path that is not UTF-8
+            # pyarrow takes no path that is not UTF-8
+            with path.open("rb") as data, pq.ParquetFile(data, page_checksum_verification=True) as file:
                 schema = file.schema_arrow.remove_metadata()
                 table = _read(file, columns) if schema.equals(PLAN_SCHEMA) else None
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} cannot be read as a plan ({error}); start again with a new OUT") from error
         if table is None:
             raise PlanError(f"{path} has columns {schema.names}, expected {PLAN_SCHEMA.names}")
@@ -252,7 +253,8 @@ def _write_generation(folder: Path, table: pa.Table) -> None:
     temporary = folder / f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+            options = {"row_group_size": _ROW_GROUP_ROWS, "write_page_checksum": True}
+            pq.write_table(table, file, compression="zstd", **options)
             file.flush()
             os.fsync(file.fileno())
         try:

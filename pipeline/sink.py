@@ -181,7 +181,7 @@ class RunDirectory:
         }
         table = to_table(list(outcomes)).replace_schema_metadata(provenance)
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         path = self.manifest_dir / f"{shard_id}-{secrets.token_hex(8)}.parquet"
         if path.exists():
             raise FileExistsError(errno.EEXIST, "a manifest part of this name exists already", str(path))
@@ -203,12 +203,14 @@ class RunDirectory:
         ]
 
     def _parts_of(self, shard_id: str) -> list[Path]:
-        found = self.manifest_dir.glob(f"{shard_id}-*.parquet")
-        return sorted(part for part in found if part.name.rpartition("-")[0] == shard_id)
+        return [part for part in self.parts() if part.name.rpartition("-")[0] == shard_id]
 
     def parts(self) -> list[Path]:
-        """Manifest parts, sorted by name; unfinished ones have another ending and are not among them."""
-        return sorted(self.manifest_dir.glob("*.parquet"))
+        """Manifest parts, sorted by name; unfinished ones have another ending and are not among them.
+
+        Raises OSError if the folder cannot be listed.
+        """
+        return parquet_files(self.manifest_dir)
 
     def remove_partials(self, *, wait_s: float = LOCK_WAIT_S) -> int:
         """Removes what interrupted writes have left, and returns how many files that was.
@@ -259,6 +261,17 @@ class RunDirectory:
             sync_folder(folder)
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """Those in a folder, sorted by name; none where there is no folder.
+
+    Raises OSError if it cannot be listed: `Path.glob` would take it for empty, and all would be done again.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(".parquet"))
+    except FileNotFoundError:
+        return []
+
+
 def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHEMA.names) -> pa.Table:
     """All rows of a run, one per image: that of the highest revision, in the order of the relative paths.
 
@@ -306,7 +319,8 @@ def _read_parts(parts: Sequence[Path], columns: list[str]) -> pa.Table:
 
 def _read_part(path: Path, columns: list[str]) -> pa.Table:
     try:
-        with path.open("rb") as data, pq.ParquetFile(data) as part:  # pyarrow takes no path that is not UTF-8
+        # pyarrow takes no path that is not UTF-8
+        with path.open("rb") as data, pq.ParquetFile(data, page_checksum_verification=True) as part:
             schema = part.schema_arrow.remove_metadata()
             if not schema.equals(MANIFEST_SCHEMA):
                 differing = [f.name for f in MANIFEST_SCHEMA if f.name not in schema.names or schema.field(f.name) != f]
@@ -316,7 +330,7 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
                     f"{', '.join(differing) or 'their order'}. Read it with the version that wrote it."
                 )
             return part.read(columns=columns).replace_schema_metadata(None)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(
             f"{path} cannot be read as a manifest part ({error}). Restore it from a copy, "
             "or remove it: its images are then done again."

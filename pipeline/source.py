@@ -216,13 +216,18 @@ def _names_in(src: Path) -> Iterator[str]:
         return
     if src.suffix.lower() == ".csv":
         convert = csv.ConvertOptions(include_columns=["path"], column_types={"path": pa.string()})
-        with csv.open_csv(src, convert_options=convert) as reader:
+        # Without it a list is cut into blocks at any line break, one inside quotes as well.
+        parse = csv.ParseOptions(newlines_in_values=True)
+        with csv.open_csv(src, convert_options=convert, parse_options=parse) as reader:
             for batch in reader:
                 yield from filter(None, batch["path"].to_pylist())
         return
     with src.open("rb") as data, pq.ParquetFile(data) as file:  # pyarrow takes no path that is not UTF-8
         if "path" not in file.schema_arrow.names:
             raise KeyError(f"its columns are {', '.join(file.schema_arrow.names)}")
+        kind = file.schema_arrow.field("path").type
+        if pa.types.is_primitive(kind):  # numbers, dates and the like, of which no cast makes paths
+            raise KeyError(f"its column path holds {kind}")
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["path"]):
             yield from filter(None, batch["path"].cast(pa.string()).to_pylist())
 

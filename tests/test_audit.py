@@ -1,11 +1,13 @@
 """Every fault that an audit is for, done to a copy of a real run, is found, and nothing else is."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tiny_runs import write_pictures
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.sink import MANIFEST_SCHEMA, RunDirectory
+from pipeline.sink import MANIFEST_SCHEMA, ManifestError, RunDirectory, read_rows
 
 NAMES = ["a.png", "b.png", "folder/c.jpg", "folder/d.png"]
 runner = CliRunner()
@@ -177,11 +179,17 @@ def test_a_row_of_another_run_is_found(run: Run, column: str) -> None:
         {"status": "failed"},
         {"error_class": "missing"},
         {"prompt": None},
+        {"status": "copied"},
+        {"source_sha256": None},
+        {"source_bytes": None},
+        {"relative_path": "other.png"},
+        {"source_uri": "file:///other.png"},
+        {"source_uri": None},
     ],
 )
 def test_a_row_that_contradicts_itself_is_found(run: Run, values: dict[str, object]) -> None:
     run.set("a.png", **values)
-    assert ("inconsistent", "a.png") in run.kinds()
+    assert ("inconsistent", values.get("relative_path", "a.png")) in run.kinds()
 
 
 def test_a_result_outside_the_run_is_found(run: Run) -> None:
@@ -189,6 +197,70 @@ def test_a_result_outside_the_run_is_found(run: Run) -> None:
     for uri in ("images/../job.json", "job.json", "/etc/hostname"):
         run.set("a.png", output_uri=uri)
         assert ("inconsistent", "a.png") in run.kinds()
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a.png", "file:///a%00.png", "a.png"])
+def test_an_input_that_no_file_can_be_is_missing(run: Run, uri: str) -> None:
+    run.set("a.png", source_uri=uri)
+    assert ("source_missing", "a.png") in run.kinds("--sources")
+
+
+def test_a_flipped_bit_of_a_part_changes_no_row_unnoticed(run: Run) -> None:
+    part = RunDirectory(run.out).parts()[0]
+    data, rows = part.read_bytes(), read_rows(run.out, columns=MANIFEST_SCHEMA.names)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    refused = 0
+    for place in range(4, footer, 41):
+        part.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            assert read_rows(run.out, columns=MANIFEST_SCHEMA.names).equals(rows), place
+        except ManifestError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_damaged_name_of_a_column_is_told(run: Run) -> None:
+    for part in (RunDirectory(run.out).parts()[0], run.out / "plan" / "00000.parquet"):
+        data = part.read_bytes()
+        part.write_bytes(data.replace(b"relative_path", b"relative\xff\xfeath"))
+        result = runner.invoke(app, ["audit", str(run.out)])
+        assert (result.exit_code, part.name in result.stderr) == (2, True), result.exception
+        part.write_bytes(data)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, scanned = os.listdir, os.scandir
+
+    for name in ("manifest", "plan", "images"):
+
+        def refuse(real: Callable[..., Any], path: Any, closed: str = name) -> Any:
+            if Path(path) == run.out / closed:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", partial(refuse, listed))
+            patch.setattr(os, "scandir", partial(refuse, scanned))
+            result = runner.invoke(app, ["audit", str(run.out)])
+            assert (result.exit_code, f"{name}: Permission denied" in result.stderr) == (2, True)
+            if name != "images":
+                command = ["restore", str(run.source), str(run.out), *run.options]
+                result = runner.invoke(app, command)
+                assert (result.exit_code, f"{name}: Permission denied" in result.stderr) == (2, True)
+    assert run.kinds() == []
+
+
+def test_a_link_to_a_folder_among_the_results_is_found(run: Run) -> None:
+    (run.out / "images" / "stranger").symlink_to(run.source)
+    assert run.kinds() == [("not_in_manifest", "images/stranger")]
+
+
+@pytest.mark.parametrize("change", [{"config": None}, {"run_id": None}, {"config_digest": 3}, {"config": []}])
+def test_a_job_of_other_types_is_refused(run: Run, change: dict[str, object]) -> None:
+    path = run.out / "job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    result = runner.invoke(app, ["audit", str(run.out)])
+    assert (result.exit_code, "is not a job of dfpir" in result.stderr) == (2, True)
 
 
 def test_two_images_with_one_result_are_found(run: Run) -> None:

@@ -748,6 +748,57 @@ def test_no_summary_of_a_command_is_cut_off_at_eighty_columns() -> None:
         assert "..." not in told.split("Commands:")[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
+    """As GNU OpenMP itself reports it, once torch has loaded it behind the command's module."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, "-c", "import jobs.cli, torch"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("torch has another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told
+
+
+IMPORTING = """
+import os, signal, sys
+from jobs import cli
+from jobs.signals import sigterm_raises
+
+@cli.app.command()
+def swallow(number: int) -> None:
+    with cli._faults_explained(), sigterm_raises():
+        try:
+            import module_that_is_interrupted
+        except BaseException:
+            pass
+    print("went on")
+
+sys.argv = ["dfpir", "swallow", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "said"), [(2, "dfpir: interrupted\n"), (15, "dfpir: ended by SIGTERM\n")])
+def test_a_signal_during_an_import_is_not_swallowed(tmp_path: Path, number: int, said: str) -> None:
+    (tmp_path / "module_that_is_interrupted.py").write_text("import os, sys\nos.kill(os.getpid(), int(sys.argv[2]))")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-c", IMPORTING, str(number)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", said)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_changes_no_exit_code(closed: str) -> None:
+    command = f"{sys.executable} -m jobs.cli models --json {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_version_is_told() -> None:
     code, stdout, _ = invoke("--version")
     assert (code, stdout) == (0, f"dfpir {version('dfpir')}\n")

@@ -1,5 +1,6 @@
 """What counts as an image of a source, and what becomes of odd files."""
 
+import csv
 import os
 from datetime import UTC, datetime, timedelta
 
@@ -153,6 +154,16 @@ def test_folder_without_permission_is_named(tmp_path):
     assert listing.unreadable_directories == ("closed",)
 
 
+def test_line_breaks_inside_quotes_end_no_row_of_a_large_list(tmp_path):
+    """Arrow reads a list in blocks of a mebibyte."""
+    rows = [(f"{number:05}.png", f"A photograph.\nSecond line, of {number:05}") for number in range(30_000)]
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "caption"), *rows])
+    assert (tmp_path / "list.csv").stat().st_size > 2**20
+    listing = list_source(tmp_path / "list.csv")
+    assert listing.table["relative_path"].to_pylist() == [name for name, _ in rows]
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])
 def test_a_list_names_files_wherever_they_are(tmp_path, suffix):
     fill(tmp_path, "lists/a.png", "lists/deep/b.odd", "elsewhere/c, d.png")
@@ -234,6 +245,9 @@ def test_lists_that_cannot_be_used_say_why(tmp_path):
     pq.write_table(pa.table({"file": ["a.png"]}), tmp_path / "other.parquet")
     with pytest.raises(SourceError, match="its columns are file"):
         list_source(tmp_path / "other.parquet")
+    pq.write_table(pa.table({"path": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(SourceError, match="its column path holds int64"):
+        list_source(tmp_path / "numbers.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(SourceError, match=r"broken\.parquet cannot be read"):
         list_source(tmp_path / "broken.parquet")
