@@ -79,8 +79,8 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
             raise MemoryError(str(error)) from error
         fault = f"{name} cannot hold this {width} x {height} image: {error}"
         raise ImageFault(Stage.ENCODE, "not_encodable", fault) from error
-    mode = Image.fromarray(channels[:1, :1]).mode
-    return EncodedImage(data, name, mode, width, height, tuple(notes))
+    with Image.open(io.BytesIO(data), formats=[name]) as written:  # WebP drops alpha that hides nothing, for one
+        return EncodedImage(data, name, written.mode, width, height, tuple(notes))
 
 
 def _saved(channels: Pixels, name: str, options: dict[str, object]) -> bytes:

@@ -111,9 +111,17 @@ def test_lossless_round_trip_is_identity(mode, name, format):
     assert encoded.warnings == ()
     again = read(encoded.data)
     assert_same_image(decoded, again)
-    # Pillow writes I;16 as PGM and reads it back as I.
-    mode_again = "I;16" if again.mode == "I" else again.mode
-    assert (encoded.width, encoded.height, encoded.mode) == (again.width, again.height, mode_again)
+    assert (encoded.width, encoded.height, encoded.mode) == (again.width, again.height, again.mode)
+
+
+def test_the_mode_told_of_a_file_is_the_one_that_it_has():
+    """WebP drops alpha that hides nothing."""
+    channels = picture(channels=4)
+    for alpha, mode in ((channels[:, :, 3], "RGBA"), (255, "RGB")):
+        channels[:, :, 3] = alpha
+        decoded = read(file_bytes(Image.fromarray(channels), "PNG"))
+        encoded = encode(decoded, decoded.pixels, format="webp", quality=95)
+        assert (encoded.mode, read(encoded.data).mode) == (mode, mode)
 
 
 @settings(max_examples=60, deadline=None)
