@@ -184,6 +184,8 @@ def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
 
 
 def _unlike_the_plan(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
+    several = planned.filter(pc.is_in(planned["image_id"], _repeated(planned["image_id"]).field("values")))
+    yield from _about(several.take(pa.array(first_rows(several["image_id"]))), "inconsistent", "planned more than once")
     place = pc.index_in(counting["image_id"], planned["image_id"])
     for name, planned_name in (("relative_path", "relative_path"), ("source_uri", "uri")):
         others = pc.fill_null(pc.not_equal(counting[name], planned[planned_name].take(place)), True)

@@ -380,7 +380,7 @@ def evaluate(
         from jobs import evaluate as evaluation
         from jobs.config import read_options
         from jobs.datasets import find_examples
-        from jobs.restore import load_networks
+        from jobs.restore import load_networks, require_writable
 
         target = (out or Path(f"{dataset}.parquet")).resolve()
         if target.suffix != ".parquet":
@@ -394,11 +394,7 @@ def evaluate(
         partial = target.with_suffix(".partial.parquet")
         for path in (target, partial):
             evaluation.require_own(path, told)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not target.exists()
-        target.open("ab").close()  # what cannot be written is told now, not after hours
-        if is_new:
-            target.unlink()
+        require_writable(target)
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
         try:
             with sigterm_raises(goes_on=False):

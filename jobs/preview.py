@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
-from jobs.restore import load_networks
+from jobs.restore import load_networks, require_writable
 from jobs.sheets import side_by_side
 from jobs.terminal import harmless
 from pipeline.images import ImageFault, decode, to_uint8
@@ -22,7 +22,8 @@ DEFAULT_ENDING = ".preview.png"
 def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Console) -> None:
     """Prints probabilities and the decision in words, and writes a before/after picture.
 
-    Raises `UsageError` if the image cannot be read, weights are at fault, or the picture would overwrite another one.
+    Raises `UsageError` if the image cannot be read, weights are at fault, or the picture would overwrite another one,
+    and OSError if the picture cannot be written.
     """
     if os.path.realpath(picture) == os.path.realpath(image):
         raise UsageError(f"--picture {picture} is the image itself; choose another name")
@@ -36,6 +37,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
         raise UsageError(f"cannot read {image}: {error.strerror}") from error
     except ImageFault as fault:
         raise UsageError(f"{image}: {fault}") from fault
+    require_writable(picture)
     restorer, classifier = load_networks(options)
     shown = to_uint8(decoded.pixels)
     prediction = classifier.predict([shown])[0]
@@ -59,6 +61,5 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
         cells.append((f"after, prompt {decision.prompt}", restorer.restore([shown], [decision.prompt])[0]))
     else:
         cells.append((f"kept as it is: {decision.status}", shown))
-    picture.parent.mkdir(parents=True, exist_ok=True)
     side_by_side([cells], cell_px=800).save(picture)
     console.print(f"picture: {harmless(str(picture))}", markup=False, soft_wrap=True)

@@ -456,6 +456,15 @@ def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
         )
 
 
+def require_writable(path: Path) -> None:
+    """Makes a file's folder, and raises OSError, before the work for it is done, if the file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
 def read_job(directory: RunDirectory) -> dict[str, Any] | None:
     """What `job.json` of a run says; None where there is none. Raises UsageError if it is not a run's."""
     if not directory.job_path.exists():

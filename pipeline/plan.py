@@ -234,6 +234,8 @@ def _read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> p
             raise PlanError(f"{path} cannot be read as a plan ({error}); start again with a new OUT") from error
         if table is None:
             raise PlanError(f"{path} has columns {schema.names}, expected {PLAN_SCHEMA.names}")
+        if without := [name for name in ("shard_id", "image_id") if name in columns and table[name].null_count]:
+            raise PlanError(f"{path} has rows without {' and '.join(without)}; start again with a new OUT")
         tables.append(table)
     return pa.concat_tables(tables)
 

@@ -250,6 +250,11 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(run: Run, monkeyp
     assert run.kinds() == []
 
 
+def test_a_plan_that_has_images_twice_is_found(run: Run) -> None:
+    shutil.copy(run.out / "plan" / "00000.parquet", run.out / "plan" / "00001.parquet")
+    assert run.kinds() == [("inconsistent", name) for name in NAMES]
+
+
 def test_a_link_to_a_folder_among_the_results_is_found(run: Run) -> None:
     (run.out / "images" / "stranger").symlink_to(run.source)
     assert run.kinds() == [("not_in_manifest", "images/stranger")]

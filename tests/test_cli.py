@@ -509,6 +509,9 @@ def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path
         assert code == 2, name
         assert Path(name).parts[0] in stderr
     assert tree(photographs) == before
+    code, stdout, stderr = invoke("preview", photographs / "astronaut.png", "--picture", f"{'n' * 252}.png", *weights)
+    assert (code, stdout) == (2, "")  # told before the work
+    assert "File name too long" in stderr
     code, _, stderr = invoke("preview", photographs / "notes.txt", *weights)
     assert code == 2
     assert "notes.txt" in stderr

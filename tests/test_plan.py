@@ -172,6 +172,15 @@ def test_damaged_and_foreign_plans_are_named(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PlanError, match=r"00000\.parquet"):
         load_plan(tmp_path)
+    path.write_bytes(whole)
+    for name in ("image_id", "shard_id"):
+        table = pq.read_table(path)
+        place = PLAN_SCHEMA.get_field_index(name)
+        broken = table.set_column(place, PLAN_SCHEMA.field(name), pa.nulls(1, pa.string()))
+        pq.write_table(broken, path)
+        with pytest.raises(PlanError, match=f"rows without {name}"):
+            load_plan(tmp_path)
+        path.write_bytes(whole)
     pq.write_table(PLAN_SCHEMA.empty_table().drop_columns(["uri"]), path)
     with pytest.raises(PlanError, match="expected"):
         load_plan(tmp_path)
