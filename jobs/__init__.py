@@ -2,8 +2,8 @@
 
 import os
 
-# How often a thread of GNU OpenMP looks whether the others are done before it sleeps. Left at 300,000, some ten
-# milliseconds, waiting threads take the core from those that they wait for as soon as another program wants one
+# How often a thread of GNU OpenMP looks whether the others are done before it sleeps. Left at 300,000,
+# waiting threads take the core from those that they wait for as soon as another program wants one
 # (docs/decisions/0036). The library reads it once, when torch loads it, in this process or in one that it starts.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

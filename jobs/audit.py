@@ -128,7 +128,7 @@ def audit(
     findings = [
         *_about(rows.filter(pc.invert(pc.or_(is_latest, is_earlier))), "not_planned", "the plan has no such image"),
         *_unmatched(planned, counting),
-        *_unlike_the_plan(planned, counting),
+        *_unlike_the_plan(planned.take(place.filter(is_latest)), counting),
         *_unlike_the_job(counting, job),
         *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
     ]
@@ -178,17 +178,20 @@ def _about(rows: pa.Table, kind: Kind, message: str) -> Iterator[Finding]:
 def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
     without = planned.filter(pc.invert(pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())))
     yield from _about(without, "no_row", "planned, but not done: the run is unfinished")
-    several = counting.filter(pc.is_in(counting["image_id"], _repeated(counting["image_id"]).field("values")))
-    several = several.take(pa.array(first_rows(several["image_id"])))
-    yield from _about(several, "double_row", "several rows for one revision of this image")
+    yield from _about(_several(planned), "inconsistent", "planned more than once")
+    yield from _about(_several(counting), "double_row", "several rows for one revision of this image")
+
+
+def _several(table: pa.Table) -> pa.Table:
+    """The first row of each image that has more than one."""
+    rows = table.filter(pc.is_in(table["image_id"], _repeated(table["image_id"]).field("values")))
+    return rows.take(pa.array(first_rows(rows["image_id"])))
 
 
 def _unlike_the_plan(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
-    several = planned.filter(pc.is_in(planned["image_id"], _repeated(planned["image_id"]).field("values")))
-    yield from _about(several.take(pa.array(first_rows(several["image_id"]))), "inconsistent", "planned more than once")
-    place = pc.index_in(counting["image_id"], planned["image_id"])
+    """`planned` has for each row that counts what was planned of its image."""
     for name, planned_name in (("relative_path", "relative_path"), ("source_uri", "uri")):
-        others = pc.fill_null(pc.not_equal(counting[name], planned[planned_name].take(place)), True)
+        others = pc.fill_null(pc.not_equal(counting[name], planned[planned_name]), True)
         yield from _about(counting.filter(others), "inconsistent", f"its {name} is not that of the plan")
 
 

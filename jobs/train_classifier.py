@@ -160,10 +160,10 @@ class Training(TrainingRun):
 
     def __init__(self, config: ClassifierTraining, out: Path, device: torch.device) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
+        super().__init__(config, out, device)
         build = partial(DegradationNetwork, config.network, crop_px=VIEW.crop_px)
         try:
             require_room(build, device)
-            super().__init__(config, out, device)
             self.network = build()
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ConfigError(f"network.backbone {config.network.backbone} is no ResNet of timm: {error}") from error

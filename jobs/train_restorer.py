@@ -151,8 +151,8 @@ class Training(TrainingRun):
 
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
-        require_room(lambda: DFPIR(config.model), device)
         super().__init__(config, out, device)
+        require_room(lambda: DFPIR(config.model), device)
         self.group = Group(device)
         self.bank = checked_bank(config)
         self.embeddings = self.bank.embeddings.to(device)

@@ -203,7 +203,8 @@ class RunDirectory:
         ]
 
     def _parts_of(self, shard_id: str) -> list[Path]:
-        return [part for part in self.parts() if part.name.rpartition("-")[0] == shard_id]
+        found = parquet_files(self.manifest_dir, beginning=f"{shard_id}-")
+        return [part for part in found if part.name.rpartition("-")[0] == shard_id]
 
     def parts(self) -> list[Path]:
         """Manifest parts, sorted by name; unfinished ones have another ending and are not among them.
@@ -261,15 +262,16 @@ class RunDirectory:
             sync_folder(folder)
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """Those in a folder, sorted by name; none where there is no folder.
+def parquet_files(folder: Path, *, beginning: str = "") -> list[Path]:
+    """Those in a folder whose names begin so, sorted by name; none where there is no folder.
 
     Raises OSError if it cannot be listed: `Path.glob` would take it for empty, and all would be done again.
     """
     try:
-        return sorted(folder / name for name in os.listdir(folder) if name.endswith(".parquet"))
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
+    return [folder / name for name in sorted(names) if name.startswith(beginning) and name.endswith(".parquet")]
 
 
 def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHEMA.names) -> pa.Table:
