@@ -27,7 +27,8 @@ def median_seconds(model: str, for_s: float) -> float:
 
     from models import load_restorer
 
-    restorer, image, taken = load_restorer(model), data.astronaut(), list[float]()
+    restorer, taken = load_restorer(model), list[float]()
+    image = data.astronaut()  # type: ignore[no-untyped-call]  # scikit-image leaves it untyped
     restorer.restore([image], ["noise25"])
     end = time.perf_counter() + for_s
     while time.perf_counter() < end:
