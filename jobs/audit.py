@@ -19,6 +19,7 @@ from jobs.restore import read_job
 from pipeline.plan import PlanError, load_plan
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
+from pipeline.run_config import digest_of
 from pipeline.sink import ManifestError, RunDirectory, is_partial, read_rows
 from pipeline.source import local_path
 
@@ -196,6 +197,8 @@ def _unlike_the_plan(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]
 
 
 def _unlike_the_job(counting: pa.Table, job: dict[str, Any]) -> Iterator[Finding]:
+    if digest_of(job["config"]) != job["config_digest"]:
+        yield Finding("inconsistent", "job.json", "its config is not what its config_digest was taken of")
     expected = {name: job[name] for name in ("run_id", "config_digest")}
     expected["weights_sha256"] = job["config"].get("weights_sha256")
     for name, value in expected.items():

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,19 +80,21 @@ def read_options(config_file: Path | None, given: dict[str, Any]) -> RestoreOpti
         # By way of JSON, as which a path is text: what is a number or yes and no has to be one in the file.
         chosen = RestoreOptions.model_validate_json(json.dumps(left, default=str), strict=True)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{config_file}: {_explain(fault)}" for fault in error.errors())) from error
+        raise UsageError(
+            "\n".join(f"{config_file}: {_explain(fault, json.dumps)}" for fault in error.errors())
+        ) from error
     try:
         options = RestoreOptions(**(chosen.model_dump(exclude_unset=True) | told))
     except ValidationError as error:
-        raise UsageError("\n".join(map(_explain, error.errors()))) from error
+        raise UsageError("\n".join(_explain(fault, str) for fault in error.errors())) from error
     if options.engine == "local" and options.address is not None:
         raise UsageError(f"--address {options.address}: --engine local uses no cluster; leave one of them out")
     return options
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, written: Callable[[Any], str]) -> str:
     name = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
     if fault["type"] == "extra_forbidden":
         known = ", ".join(field.replace("_", "-") for field in RestoreOptions.model_fields)
         return f"unknown option {name!r}; known are {known}"
-    return f"--{name} {fault['input']}: {fault['msg'].removeprefix('Value error, ')}"
+    return f"--{name} {written(fault['input'])}: {fault['msg'].removeprefix('Value error, ')}"

@@ -33,6 +33,12 @@ _DESCRIPTIVE_TIFF_TAGS = frozenset(
 )
 """A TIFF keeps its layout (strips, compression) beside its EXIF; only these tags hold for another file too."""
 
+_ACROSS_AND_DOWN = (
+    (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight),
+    (ExifTags.Base.FocalPlaneXResolution, ExifTags.Base.FocalPlaneYResolution),
+)
+"""EXIF's tags of the two directions of a picture, beside its resolution, which is read apart."""
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -92,6 +98,11 @@ def _stated_orientation(exif: Image.Exif) -> int | None:
     return value if isinstance(value, int) and 1 <= value <= 8 else None
 
 
+def lies(orientation: object) -> bool:
+    """Whether the file's rows are the upright picture's columns."""
+    return orientation in (5, 6, 7, 8)
+
+
 def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, float] | None:
     """Pixels per inch across and down the upright image; None if the file says nothing that could be."""
     if image.format == "TIFF" and not {ExifTags.Base.XResolution, ExifTags.Base.YResolution} <= set(tiff_tags(image)):
@@ -102,11 +113,11 @@ def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, fl
         return None
     if not (1 <= across <= _MOST_DPI and 1 <= down <= _MOST_DPI):
         return None
-    return (down, across) if orientation is not None and orientation >= 5 else (across, down)
+    return (down, across) if lies(orientation) else (across, down)
 
 
 def _upright_exif(image: Image.Image) -> bytes | None:
-    """The EXIF with its orientation set to 1 and no thumbnail; else that of an upright image byte by byte."""
+    """The EXIF as of the upright picture, without a thumbnail; that of an upright image byte by byte."""
     exif = image.getexif()
     value = exif.get(ExifTags.Base.Orientation)
     if image.format == "TIFF":
@@ -121,6 +132,11 @@ def _upright_exif(image: Image.Image) -> bytes | None:
     kept.load(exif.tobytes())
     if value is not None:
         kept[ExifTags.Base.Orientation] = 1
+    if lies(value):
+        details = kept.get_ifd(ExifTags.IFD.Exif)
+        for across, down in _ACROSS_AND_DOWN:
+            if across in details and down in details:
+                details[across], details[down] = details[down], details[across]
     return kept.tobytes()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -46,8 +47,7 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """128 bits over all fields, in hexadecimal."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest_of(asdict(self))
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """One line per field in which a stored configuration differs from this one."""
@@ -57,6 +57,12 @@ class RunConfig:
             for f in fields(self)
             if other.get(f.name) != mine[f.name]
         ]
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """The digest of a configuration as `job.json` holds it, be it of another version with other fields."""
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pipeline.faults import fault_point
 from pipeline.images import ImageFault, decode, encode, encoded_format, to_uint8
 from pipeline.item import Item, SourceGoneError
+from pipeline.metadata import lies
 from pipeline.metrics import change_rmse_255, clipped_fraction, psnr_db, ssim
 from pipeline.outputs import ReferenceIndex, restored_name
 from pipeline.records import ImageRef, Stage
@@ -160,12 +161,12 @@ def _keep(item: Item, directory: RunDirectory, config: RunConfig) -> None:
             written = directory.write_image(path, item.data)
         _note_output(item, directory, written)
         image = item.decoded()
-        lies = (image.exif_orientation or 1) >= 5  # the file's rows are the picture's columns
+        size = (image.height, image.width) if lies(image.exif_orientation) else (image.width, image.height)
         item.facts.update(
             output_format=image.source_format,
             output_mode=image.mode,
-            output_width=image.height if lies else image.width,
-            output_height=image.width if lies else image.height,
+            output_width=size[0],
+            output_height=size[1],
         )
 
 

@@ -170,6 +170,13 @@ def test_a_row_of_another_run_is_found(run: Run, column: str) -> None:
     assert run.kinds() == [("other_run", "a.png")]
 
 
+def test_a_configuration_that_was_edited_is_found(run: Run) -> None:
+    job = json.loads((run.out / "job.json").read_text())
+    job["config"]["label"] = "another"
+    (run.out / "job.json").write_text(json.dumps(job))
+    assert run.kinds() == [("inconsistent", "job.json")]
+
+
 @pytest.mark.parametrize(
     "values",
     [

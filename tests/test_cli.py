@@ -820,7 +820,7 @@ def test_a_fault_of_the_options_file_names_it_and_one_of_the_command_line_does_n
     file.write_text('label = "fog"\nmax-workers = 0\n')
     code, _, stderr = invoke("restore", photographs, tmp_path / "out", "--config", file)
     assert code == 2
-    assert f"{file}: --label fog" in stderr
+    assert f'{file}: --label "fog"' in stderr
     assert "--max-workers 0" in stderr
     file.write_text('label = "rain"\n')
     code, _, stderr = invoke("restore", photographs, tmp_path / "out", "--config", file, "--quality", "200")

@@ -52,13 +52,13 @@ def test_an_unreadable_file_is_a_usage_error(tmp_path: Path, content: str | byte
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("quality = true", "--quality True"),
-        ("min-confidence = true", "--min-confidence True"),
-        ('limit = "2"', "--limit 2"),
-        ('second-look = "yes"', "--second-look yes"),
-        ('reference = ""', "--reference : it is empty"),
+        ("quality = true", "--quality true"),
+        ("min-confidence = true", "--min-confidence true"),
+        ('limit = "2"', '--limit "2"'),
+        ('second-look = "yes"', '--second-look "yes"'),
+        ('reference = ""', '--reference "": it is empty'),
         ("second-look = true\nsecond_look = false", "second-look is there twice"),
-        ("quality = 2026-01-01", "--quality 2026"),
+        ("quality = 2026-01-01", '--quality "2026'),
     ],
 )
 def test_a_value_of_another_kind_in_the_file_is_refused(tmp_path: Path, line: str, message: str) -> None:

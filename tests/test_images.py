@@ -19,6 +19,7 @@ from pipeline.records import Stage
 
 MAX_PIXELS = 1_000_000
 ORIENTATION = 0x0112
+EXIF_WIDTH, EXIF_HEIGHT = 0xA002, 0xA003
 DESCRIPTION = 0x010E
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -158,6 +159,7 @@ def test_every_orientation_gives_the_same_upright_picture(name, orientation):
     exif = Image.Exif()
     exif[ORIENTATION], exif[DESCRIPTION] = orientation, "a rotated camera"
     exif.get_ifd(0x8769)[0x9003] = "2026:01:02 03:04:05"
+    exif.get_ifd(0x8769).update({EXIF_WIDTH: turned.shape[1], EXIF_HEIGHT: turned.shape[0]})
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(name, {})
     # Pillow stores a TIFF's EXIF directory only when it is given as bytes.
     data = file_bytes(Image.fromarray(np.ascontiguousarray(turned)), name, exif=exif.tobytes(), **options)
@@ -171,7 +173,9 @@ def test_every_orientation_gives_the_same_upright_picture(name, orientation):
             assert written.size == (upright.shape[1], upright.shape[0])
             assert written.getexif().get(ORIENTATION) == 1
             assert written.getexif().get(DESCRIPTION) == "a rotated camera"
-            assert written.getexif().get_ifd(0x8769).get(0x9003) == "2026:01:02 03:04:05"
+            details = written.getexif().get_ifd(0x8769)
+            assert details.get(0x9003) == "2026:01:02 03:04:05"
+            assert (details[EXIF_WIDTH], details[EXIF_HEIGHT]) == written.size
 
 
 @pytest.mark.parametrize(
