@@ -3,11 +3,12 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from classifier.network import DegradationNetwork, to_input
 from classifier.view import Views, ViewSettings
@@ -67,5 +68,10 @@ class GroupedNetwork:
                 np.copyto(here[place].numpy(), pixels)
         for there, here in zip(self._there, self._here, strict=True):
             there.copy_(here, non_blocking=True)
-        logits: NDArray[np.float64] = self._run(*map(to_input, self._there))[: len(views)].double().cpu().numpy()
-        return logits
+        logits: Tensor = self._run(*map(to_input, self._there))[: len(views)].double()
+        if logits.device.type == "cuda":
+            # Asleep: a copy would keep a core busy while it waits for the GPU, which other workers use too.
+            computed = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            computed.record(torch.cuda.current_stream(logits.device))
+            computed.synchronize()
+        return cast(NDArray[np.float64], logits.cpu().numpy())
