@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from jobs.errors import RunError, UsageError
+from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.runner import workers_per_gpu
 
 START_TRIES = 3
@@ -158,27 +158,37 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        start_local(cpus=max(os.cpu_count() or 1, threads))
-    else:
-        try:
-            _check_answers(address)
-            with _nothing_to_import():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError) as error:
-            # Ray's client is given no answer without a token.
-            waited = "client connection timeout" in str(error) and os.environ.get("RAY_AUTH_MODE") != "token"
-            hint = f"; if it asks for a token, {TOKEN_HINT}" if waited else ""
-            raise UsageError(f"no Ray cluster answers at {address}: {error}{hint}") from error
+    address = address or os.environ.get("RAY_ADDRESS") or None
     try:
-        # Ray has put a handler in its place that ends the process without a word.
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
-        with redirect_stdout(sys.stderr):
+        if address is None:
+            start_local(cpus=max(os.cpu_count() or 1, threads))
+        else:
+            _join(address)
+    except SystemExit as end:  # Ray's own handler, until it is replaced below
+        if end.code != signal.SIGTERM:
+            raise
+        raise InterruptedBySignalError(signal.SIGTERM) from None
+    with redirect_stdout(sys.stderr):
+        try:
+            # Ray has put a handler in its place that ends the process without a word.
+            if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()  # which prints the deaths that it has held back
+
+
+def _join(address: str) -> None:
+    """Connects to the cluster at `address`; raises UsageError if there is none."""
+    try:
+        _check_answers(address)
+        with _nothing_to_import():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        # Ray's client is given no answer without a token.
+        waited = "client connection timeout" in str(error) and os.environ.get("RAY_AUTH_MODE") != "token"
+        hint = f"; if it asks for a token, {TOKEN_HINT}" if waited else ""
+        raise UsageError(f"no Ray cluster answers at {address}: {error}{hint}") from error
 
 
 def _check_answers(address: str) -> None:

@@ -277,8 +277,11 @@ class _Crew:
         member.pending[actor.load.remote()] = "load"
 
     def _give(self, member: _Member) -> None:
-        is_alone = sum(each.node_id is not None for each in self._members.values()) == 1
-        member.assignment = self._dispatcher.take(member.number, is_alone=is_alone)
+        nodes = [each.node_id for each in self._members.values() if each.node_id is not None]
+        beside: list[int] = []
+        if any(node != member.node_id for node in nodes):  # two workers of one machine would only agree with each other
+            beside = [number for number, home in self._homes.items() if home == member.node_id]
+        member.assignment = self._dispatcher.take(member.number, is_alone=len(nodes) == 1, beside=beside)
         if member.assignment is not None:
             member.pending[member.actor.work.remote(member.assignment)] = "work"
             if "outcomes" not in member.pending.values():
@@ -400,7 +403,8 @@ def _is_of_machine(error: RayError) -> bool:
 
 
 def _short(error: RayError) -> str:
-    """The telling line of Ray's many: the exception of an actor's start, or how its process ended."""
+    """The telling line of Ray's many, without its guesses: what an actor's start raised, or how a process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because its"))]
-    return (telling or lines[-1:] or [type(error).__name__])[0][:300]
+    line = (telling or lines[-1:] or [type(error).__name__])[0]
+    return line.partition(" Some common causes include")[0][:300]

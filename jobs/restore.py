@@ -83,7 +83,7 @@ def resolve_device(device: str) -> str:
 
 def resolve_run_device(options: RestoreOptions) -> str:
     """As `resolve_device`, but of the cluster where the run is to take place on one that is there already."""
-    address = options.address or os.environ.get("RAY_ADDRESS")
+    address = options.address or os.environ.get("RAY_ADDRESS") or None
     if options.engine == "local" or address is None or options.device == "cpu":
         return resolve_device(options.device)
     from jobs.ray_cluster import all_nodes, connected
@@ -403,7 +403,9 @@ def _absolute(name_or_path: str) -> str:
 
 def _check_places(src: Path, out: Path) -> None:
     source, target = (Path(os.path.realpath(path)) for path in (src, out))  # `resolve` raises for a loop of links
-    if target == source or source in target.parents:
+    if target == source:
+        raise UsageError(f"OUT {out} is SRC itself: results would be taken for inputs; choose another OUT")
+    if source in target.parents:
         raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
     if target in source.parents:
         raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
@@ -411,6 +413,8 @@ def _check_places(src: Path, out: Path) -> None:
         raise UsageError(f"OUT {out} lies in a folder that Ray removes after the job; give absolute paths")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
+    if os.path.lexists(out) and not target.exists():
+        raise UsageError(f"OUT {out} is a link to nothing; give a folder")
 
 
 def _check_names(listing: Listing, directory: RunDirectory) -> None:

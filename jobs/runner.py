@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,12 +126,13 @@ class Dispatcher:
         """Shards that wait for a worker."""
         return len(self._first) + len(self._shards) - self._given_out + len(self._last)
 
-    def take(self, number: int, *, is_alone: bool) -> Assignment | None:
+    def take(self, number: int, *, is_alone: bool, beside: Collection[int] = ()) -> Assignment | None:
         """The next shard for the worker of this number, which is ready, or None.
 
-        What it has doubted is for others, unless it `is_alone`: no other one is ready.
+        What it has doubted, or one of those `beside` it on its machine, is for others, unless it `is_alone`: no other
+        one is ready.
         """
-        barred = None if is_alone else number
+        barred = frozenset[int]() if is_alone else {number, *beside}
         assignment = _taken(self._first, barred)
         if assignment is None and self._given_out < len(self._shards):
             assignment = Assignment(self._shards[self._given_out], attempt=1)
@@ -212,6 +213,7 @@ class Dispatcher:
 
         The next time the shard goes out last, with care, so that it holds up no other and one image is in hand.
         """
+        _log.warning("the machine of worker %d was lost, over shard %s: see %s", number, shard_id, log)
         self._losses[shard_id] += 1
         if self._losses[shard_id] == 1:
             self.give_back(shard_id)
@@ -299,10 +301,10 @@ class Dispatcher:
         self._last.append(replace(assignment, attempt=assignment.attempt + is_death))
 
 
-def _taken(queue: deque[Assignment], barred: int | None) -> Assignment | None:
-    """The first of a queue, taken out of it, that the worker of the barred number has not doubted."""
+def _taken(queue: deque[Assignment], barred: Collection[int]) -> Assignment | None:
+    """The first of a queue, taken out of it, that no worker of the barred numbers has doubted."""
     for place, assignment in enumerate(queue):
-        if barred is None or assignment.doubted_by != barred:
+        if assignment.doubted_by not in barred:
             del queue[place]
             return assignment
     return None

@@ -87,7 +87,8 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             found = None
         if found != run_id:
-            state = "cannot be read" if found is None else f"is of run {found}"
+            gone = "cannot be read; was it moved, or its disk unmounted?"
+            state = gone if found is None else f"is of run {found}"
             raise OtherRunError(
                 f"all machines of a run need the same OUT: on {socket.gethostname()}, {self.job_path} {state}"
             )

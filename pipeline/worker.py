@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -210,10 +211,15 @@ class Worker:
             every_s = self._context.commit_every_s
             ledger = Ledger(self._directory, shard.shard_id, on_outcomes, every_s, in_doubt=not is_final)
             base = dict(self._facts, shard_id=shard.shard_id, attempt=attempt)
-            if attempt > 1 or not journal.is_empty:
-                self._go_carefully(todo, base, journal, ledger)
-            else:
-                self._go_overlapped(todo, base, ledger)
+            try:
+                if attempt > 1 or not journal.is_empty:
+                    self._go_carefully(todo, base, journal, ledger)
+                else:
+                    self._go_overlapped(todo, base, ledger)
+            except Exception:
+                with suppress(Exception):  # the disk may be what fails
+                    ledger.commit()
+                raise
             ledger.commit()
             if not self.is_stopping:
                 ledger.require_certainty()
@@ -226,11 +232,17 @@ class Worker:
             ReadAhead(refs, lambda ref: self._load(ref, base, refs), threads=self._threads, most=self._window) as ahead,
         ):
             finishing: deque[_Writing] = deque()
-            for window in self._windows(ahead):
-                for batch in self._prepared_batches(window):
-                    if not self.is_stopping:
-                        self._restore(batch)
-                        self._finish_behind(batch, writers, finishing, ledger)
+            try:
+                for window in self._windows(ahead):
+                    for batch in self._prepared_batches(window):
+                        if not self.is_stopping:
+                            self._restore(batch)
+                            self._finish_behind(batch, writers, finishing, ledger)
+            except Exception:
+                while finishing:  # what is written has its row all the same
+                    with suppress(Exception):
+                        self._book(finishing, ledger, least=1)
+                raise
             while finishing:
                 self._book(finishing, ledger, least=min(self._window, len(finishing)))
 

@@ -242,6 +242,8 @@ def test_bad_images_become_failed_rows_and_decide_the_exit_code(
         (["SRC/none", "OUT"], "none"),
         (["SRC", "SRC/out"], "inside SRC"),
         (["SRC/holiday", "SRC"], "inside OUT"),
+        (["SRC", "SRC"], "SRC itself"),
+        (["SRC", "DANGLING"], "a link to nothing"),
         (["EMPTY", "OUT"], "no "),
         (["SRC", "OUT", "--label", "fog"], "haze"),
         (["SRC", "OUT", "--model", "no-such-model"], "dfpir-compact"),
@@ -258,7 +260,8 @@ def test_wrong_usage_ends_with_2_before_any_work(
     photographs: Path, tmp_path: Path, weights: list[str], arguments: list[str], said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"SRC": str(photographs), "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "dangling").symlink_to("nothing")
+    places = {"SRC": str(photographs)} | {name: str(tmp_path / name.lower()) for name in ("OUT", "EMPTY", "DANGLING")}
     filled = [places.get(a.split("/")[0], a.split("/")[0]) + a[len(a.split("/")[0]) :] for a in arguments]
     code, stdout, stderr = restore(Path(filled[0]), Path(filled[1]), [*weights, *filled[2:]])
     assert code == 2

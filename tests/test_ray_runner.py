@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -341,6 +342,14 @@ def test_the_line_that_tells_of_a_lost_machine_is_picked() -> None:
     assert ray_runner._short(RayActorError(error_msg=NODE_DIED)).startswith("The actor died because its node has died")
 
 
+def test_rays_guesses_are_no_part_of_how_a_worker_died() -> None:
+    told = (
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: x."
+    )
+    guesses = " Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2)"
+    assert ray_runner._short(RayActorError(error_msg=told + guesses)) == told
+
+
 def test_no_more_workers_are_asked_for_than_there_is_work_and_room_for(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +368,59 @@ def test_no_more_workers_are_asked_for_than_there_is_work_and_room_for(
     del crew._members[0], crew._members[1]
     crew._hire_as_wanted()
     assert sorted(crew._members) == [0, 2, 3]
+
+
+@pytest.mark.parametrize(("third_is_elsewhere", "takes_it"), [(True, False), (False, True)])
+def test_two_workers_of_one_machine_do_not_confirm_each_other_where_another_one_has_any(
+    make_run: MakeRun, third_is_elsewhere: bool, takes_it: bool
+) -> None:
+    run = make_run(["a.png"])
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=3)
+    crew = ray_runner._Crew(run.context, Needs(cpus=1), dispatcher)
+    for number, home in enumerate(["here", "here", "there" if third_is_elsewhere else "here"]):
+        crew._homes[number] = home
+        crew._members[number] = ray_runner._Member(number, MagicMock(), Path("log"), node_id=home)
+    dispatcher.take(0, is_alone=False)
+    dispatcher.doubted(0, "s000")
+    crew._give(crew._members[1])
+    assert (crew._members[1].assignment is not None) == takes_it
+    crew._give(crew._members[2])
+    assert (crew._members[2].assignment is not None) != takes_it
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Ray as if it were not connected, to have its functions replaced."""
+    for name, function in {"is_initialized": lambda: False, "init": lambda **_: None, "shutdown": lambda: None}.items():
+        monkeypatch.setattr(ray_cluster_module.ray, name, function)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return monkeypatch
+
+
+def test_what_ray_prints_at_its_end_does_not_come_among_a_commands_results(
+    no_ray: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_ray.setattr(ray_cluster_module.ray, "shutdown", lambda: print("a worker died"))
+    with connected(None, threads=1):
+        print("another worker died")
+    assert capsys.readouterr() == ("", "another worker died\na worker died\n")
+
+
+def test_sigterm_while_ray_starts_is_told_as_any_other(no_ray: pytest.MonkeyPatch) -> None:
+    def ended(**_: object) -> None:
+        sys.exit(signal.SIGTERM)  # as Ray's own handler does
+
+    no_ray.setattr(ray_cluster_module.ray, "init", ended)
+    with pytest.raises(InterruptedBySignalError, match="ended by SIGTERM"), connected(None, threads=1):
+        pass
+
+
+def test_an_empty_address_in_the_environment_is_none(no_ray: pytest.MonkeyPatch) -> None:
+    addresses: list[object] = []
+    no_ray.setattr(ray_cluster_module.ray, "init", lambda **options: addresses.append(options["address"]))
+    no_ray.setenv("RAY_ADDRESS", "")
+    with connected(None, threads=1):
+        assert addresses == ["local"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid", "ray://127.0.0.1", "ray://[::1]"])

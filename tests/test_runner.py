@@ -423,6 +423,14 @@ def test_a_shard_of_which_every_image_failed_is_for_another_worker_whose_word_is
     assert dispatcher.take(1, is_alone=True) == assignment, "where no other is ready, it has to look again"
 
 
+def test_what_a_worker_doubts_is_not_for_those_of_its_machine(run: TinyRun) -> None:
+    dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=3)
+    dispatcher.take(1, is_alone=False, beside=[1, 2])
+    dispatcher.doubted(1, "s000")
+    assert dispatcher.take(2, is_alone=False, beside=[1, 2]) is None
+    assert dispatcher.take(0, is_alone=False, beside=[0]) is not None
+
+
 @pytest.mark.parametrize("others_succeed", [True, False])
 def test_a_worker_that_is_alone_with_its_failures_gets_no_more(
     make_run: MakeRun, caplog: pytest.LogCaptureFixture, others_succeed: bool

@@ -705,6 +705,24 @@ def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None
     assert {row["status"] for row in work(run).values()} == {"restored"}
 
 
+def test_what_is_done_when_the_source_goes_has_its_rows(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    for number in range(40):  # more than are read ahead
+        marked(source / f"{number:02}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+
+    class Unplugged(Brightener):
+        def restore(self, *arguments: Any, **options: Any) -> list[NDArray[Any]]:
+            if source.exists():
+                source.rename(tmp_path / "elsewhere")
+            return super().restore(*arguments, **options)
+
+    with pytest.raises(SourceGoneError):
+        work(run, Unplugged())
+    written = {path.name for path in run.directory.images_dir.iterdir()}
+    assert {name for name, row in rows_of(run).items() if row["status"] == "restored"} == written != set()
+
+
 def listed(tmp_path: Path, names: Sequence[str]) -> TinyRun:
     """A planned run over a list of photographs in a folder beside it, `volume`."""
     for name in names:
