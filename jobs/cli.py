@@ -255,7 +255,7 @@ def plan(
     with _faults_explained():
         from jobs import display
         from jobs.config import read_options
-        from jobs.restore import estimate_job, measure_speed, prepare, sole_driver
+        from jobs.restore import estimate_job, prepare, sole_driver, worker_seconds
         from models.memory import return_freed_memory
 
         options = read_options(config, given)
@@ -264,7 +264,8 @@ def plan(
             job = prepare(src, out, options)
         record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories
         del job  # the networks need as much memory as the plan of a million images
-        record["worker_seconds"] = record["megapixels"] / measure_speed(options)
+        readable = record["left"] * (1 - record["unreadable_fraction"])
+        record["worker_seconds"] = worker_seconds(options, images=readable, megapixels=record["megapixels"])
     if as_json:
         print(json.dumps(record, allow_nan=False))
     else:

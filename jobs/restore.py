@@ -208,15 +208,18 @@ def _device_and_dtype(options: RestoreOptions) -> tuple[str, torch.dtype]:
     return device, getattr(torch, resolve_dtype(options.dtype, device))
 
 
-def measure_speed(options: RestoreOptions) -> float:
-    """Megapixels per second of one worker here, by medians of three: pieces of noise, classified and restored."""
+def worker_seconds(options: RestoreOptions, *, images: float, megapixels: float) -> float:
+    """How long one worker here takes for images that have so many megapixels together, if it restores them all.
+
+    By medians of three, on noise: what the network takes grows with an image, what the classifier takes does not.
+    """
     pa.default_memory_pool().release_unused()
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     # One network at a time, since both together hold more than the plan of a million images.
-    seconds = _seconds_to_restore(image, options)
+    seconds = megapixels * _seconds_to_restore(image, options) / (image[..., 0].size / 1e6)
     if options.label == "auto":
-        seconds += _seconds_to_classify(image, options) * (1 + options.second_look)
-    return float(image.shape[0] * image.shape[1] / 1e6 / seconds)
+        seconds += images * _seconds_to_classify(image, options) * (1 + options.second_look)
+    return seconds
 
 
 def _seconds_to_restore(image: NDArray[np.uint8], options: RestoreOptions) -> float:

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, to_uint8
+from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, mean_channel, to_uint8
 from pipeline.png import encode_png
 from pipeline.records import Stage
 
@@ -109,7 +109,7 @@ def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Pixels, l
         notes.append(f"16 bits were reduced to 8: {name} is not written deeper{beside}")
         pixels = to_uint8(pixels)
         alpha = None if alpha is None else to_uint8(alpha)
-    channels = _mean_channel(pixels) if source.greyscale else pixels
+    channels = mean_channel(pixels) if source.greyscale else pixels
     if name == "WEBP" and channels.ndim == 2:
         channels = cast(Pixels, np.repeat(channels[:, :, None], 3, axis=2))
     if alpha is not None and name not in _WRITES_ALPHA:
@@ -118,11 +118,6 @@ def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Pixels, l
     if alpha is not None:
         channels = cast(Pixels, np.dstack([channels, alpha]))
     return cast(Pixels, np.ascontiguousarray(channels)), notes
-
-
-def _mean_channel(pixels: Pixels) -> Pixels:
-    """H x W mean of three channels, rounded; of a replicated channel, that channel exactly."""
-    return cast(Pixels, ((pixels.sum(axis=2, dtype=np.uint32) + 1) // 3).astype(pixels.dtype))
 
 
 def _over_white(channels: Pixels, alpha: Pixels) -> Pixels:

@@ -93,3 +93,13 @@ def to_uint8(pixels: Pixels) -> NDArray[np.uint8]:
     if pixels.dtype == np.uint8:
         return cast(NDArray[np.uint8], pixels)
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def mean_channel(pixels: Pixels) -> Pixels:
+    """H x W mean of three channels, rounded; of a replicated channel, that channel exactly."""
+    return cast(Pixels, ((pixels.sum(axis=2, dtype=np.uint32) + 1) // 3).astype(pixels.dtype))
+
+
+def in_grey(pixels: Pixels) -> Pixels:
+    """The mean of three channels in each of them, H x W x 3."""
+    return cast(Pixels, np.repeat(mean_channel(pixels)[:, :, None], 3, axis=2))

@@ -2,7 +2,7 @@
 
 from pipeline.decoding import decode, read_header
 from pipeline.encoding import encode, encoded_format
-from pipeline.image_records import DecodedImage, EncodedImage, Header, ImageFault, Pixels, to_uint8
+from pipeline.image_records import DecodedImage, EncodedImage, Header, ImageFault, Pixels, in_grey, to_uint8
 
 __all__ = [
     "DecodedImage",
@@ -13,6 +13,7 @@ __all__ = [
     "decode",
     "encode",
     "encoded_format",
+    "in_grey",
     "read_header",
     "to_uint8",
 ]

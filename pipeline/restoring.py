@@ -10,6 +10,7 @@ from models.padding import padded_size
 from models.restorer import Restorer
 from pipeline.batching import batches, in_halves, is_device_lost
 from pipeline.faults import fault_point
+from pipeline.images import in_grey
 from pipeline.item import Item
 from pipeline.records import Stage
 
@@ -66,7 +67,8 @@ class BatchRestorer:
         each_ms = (time.perf_counter() - started) * 1000 / len(batch)
         for item, result in zip(batch, results, strict=True):
             side = tile_px or self._tile_px(item)
-            item.restored = result
+            # Without the traces of colour that the network leaves in a grey picture, as it will be written.
+            item.restored = in_grey(result) if item.decoded().greyscale else result
             item.add_ms(Stage.RESTORE, each_ms)
             item.facts.setdefault("oom_retries", 0)
             item.facts.update(batch_size=len(batch), tiled=side is not None, tile_px=side)

@@ -19,10 +19,11 @@ from synthetic_classifier import write_tiny_classifier
 from synthetic_weights import TINY, write_tiny_model
 from typer.testing import CliRunner
 
+from jobs import restore as restoration
 from jobs.cli import app
 from jobs.config import RestoreOptions
 from jobs.local import LocalRunner
-from jobs.restore import _absolute, prepare
+from jobs.restore import _absolute, prepare, worker_seconds
 from jobs.runner import WHOLE_PIXELS
 from jobs.terminal import harmless
 from models import orthogonal_bank
@@ -340,6 +341,17 @@ def test_plan_writes_no_image_and_restore_goes_on_from_it(
     code, stdout, _ = invoke("plan", photographs, out, *weights, "--label", "haze", "--json")
     assert (json.loads(stdout)["left"], json.loads(stdout)["megapixels"]) == (0, 0)
     assert restore(photographs, out, weights, "--label", "rain")[0] == 2
+
+
+def test_a_plan_counts_the_classifiers_time_by_images_and_the_networks_by_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(restoration, "_seconds_to_restore", lambda *_: 0.065536)  # for 256 x 256 px
+    monkeypatch.setattr(restoration, "_seconds_to_classify", lambda *_: 0.5)
+    options = RestoreOptions(second_look=False)
+    assert worker_seconds(options, images=10, megapixels=3) == pytest.approx(10 * 0.5 + 3)
+    assert worker_seconds(RestoreOptions(), images=10, megapixels=3) == pytest.approx(10 * 1.0 + 3)
+    assert worker_seconds(RestoreOptions(label="rain"), images=10, megapixels=3) == pytest.approx(3)
 
 
 def test_references_that_match_nothing_are_told_before_the_work(
