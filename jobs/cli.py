@@ -565,6 +565,11 @@ def main() -> None:
     The process ends once Python's own exit functions have run and all is written: on a busy machine the libraries'
     destructors abort one process in twenty after its work is done ("terminate called without an active exception").
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `2>&-`: else the next file to be opened would have its number
+            nothing = open(os.devnull, "r+")  # noqa: SIM115 - until the process ends
+            os.set_inheritable(nothing.fileno(), True)
+            setattr(sys, name, nothing)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a name's characters
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as behind `nohup`
@@ -581,7 +586,7 @@ def main() -> None:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the process began
+    for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

@@ -817,6 +817,14 @@ def test_a_closed_stream_changes_no_exit_code(closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_run_with_closed_streams_is_done(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    out = tmp_path / "out"
+    arguments = [photographs, out, *weights, "--label", "rain", "--engine", "local"]
+    command = f"{sys.executable} -m jobs.cli restore {' '.join(map(str, arguments))} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    assert {row["status"] for row in read_manifest(out).to_pylist()} == {"restored"}
+
+
 def test_the_version_is_told() -> None:
     code, stdout, _ = invoke("--version")
     assert (code, stdout) == (0, f"dfpir {version('dfpir')}\n")
