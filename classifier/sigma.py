@@ -30,7 +30,10 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 """Of red, green and blue in brightness (ITU-R BT.601), as JPEG has it."""
 
 _SUM_OF_PATCH = torch.eye(3).repeat(PATCH_PX**2, 1)
-"""Makes a flattened patch the exact sum of its colours, as a product: a sum over pixels takes over twice as long."""
+"""Makes a patch the exact sum of its colours, as a product: a sum over pixels takes over twice as long."""
+
+_LUMA_OF_PATCH = torch.kron(torch.eye(PATCH_PX**2), LUMA[:, None])
+"""Makes a patch the brightness of its pixels."""
 
 LUMA_NORM = float(LUMA.norm())
 """What white noise of all colours has in brightness, as a share of its sigma."""
@@ -53,22 +56,21 @@ _LEVELS = np.arange(-64.0, 320.0, 2.0)
 
 
 def _patches(image: NDArray[np.uint8]) -> Tensor:
-    """Patches of an image, N x (PATCH_PX * PATCH_PX) x 3 float32, on the 0..255 scale."""
+    """Patches of an image, N x (PATCH_PX * PATCH_PX * 3) float32, on the 0..255 scale."""
     height, width = image.shape[0] - PATCH_PX + 1, image.shape[1] - PATCH_PX + 1
     places = height * width / MOST_PATCHES  # of which one is taken
     down = max(1, int(np.sqrt(places)))
     right = max(1, round(places / down))
     windows = np.lib.stride_tricks.sliding_window_view(image, (PATCH_PX, PATCH_PX, 3))[:, :, 0]
     taken = windows[down // 2 % height :: down, right // 2 % width :: right]
-    return torch.from_numpy(taken.reshape(-1, PATCH_PX**2, 3).astype(np.float32))
+    return torch.from_numpy(taken.reshape(-1, PATCH_PX**2 * 3).astype(np.float32))
 
 
 def _noise_variance(patches: Tensor) -> float:
     """Mean of the smallest eigenvalues of the patches' covariance: as many as have their mean at their median."""
     # torch computes here because its threads are those of the network; NumPy's own would compete with them.
-    flat = patches.flatten(1)
-    centred = flat - flat.mean(dim=0)
-    eigenvalues = torch.linalg.eigvalsh((centred.T @ centred).double() / len(flat)).numpy()  # the smallest first
+    centred = patches - patches.mean(dim=0)
+    eigenvalues = torch.linalg.eigvalsh((centred.T @ centred).double() / len(patches)).numpy()  # the smallest first
     counts = np.arange(1, len(eigenvalues) + 1)
     means = eigenvalues.cumsum() / counts
     below = np.searchsorted(eigenvalues, means, side="left")
@@ -80,7 +82,7 @@ def _kept_by_clipping(levels: NDArray[np.intp], sigma_255: float) -> float:
     """Share of the noise variance that is left after clipping to 0..255; `levels` counts pixels by observed mean."""
     noisy = np.clip(_LEVELS[:, None] + sigma_255 * _NORMAL, 0, 255)
     observed = noisy @ _DENSITY
-    variance = ((noisy - observed[:, None]) ** 2) @ _DENSITY
+    variance = (noisy * noisy) @ _DENSITY - observed**2
     kept = np.average(np.interp(np.arange(256), observed, variance), weights=levels)
     return max(float(kept) / sigma_255**2, 0.05)
 
@@ -93,7 +95,7 @@ def _spared_by_clipping(means: Tensor, sigma_255: float) -> Tensor:
 
 
 def _sigma(patches: Tensor, means: Tensor, rough_255: float) -> float:
-    """Standard deviation of noise that is white over all of the patches' dimensions, N x pixels x channels."""
+    """Standard deviation of noise that is white over all of the patches' dimensions."""
     variance = _noise_variance(patches)
     if variance < FAINTEST_255**2:
         return float(np.sqrt(variance))
@@ -117,14 +119,14 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     patches = _patches(image)
     # A first look at the brightness of some, whose covariance is small, says how far noise reaches.
     some = patches[:: max(1, len(patches) // ROUGH_PATCHES)]
-    rough = float(np.sqrt(_noise_variance(some @ LUMA[:, None]))) / LUMA_NORM
+    rough = float(np.sqrt(_noise_variance(some @ _LUMA_OF_PATCH))) / LUMA_NORM
     if rough < FAINTEST_255:
         return float(np.sqrt(_noise_variance(patches)))
-    means = patches.flatten(1) @ _SUM_OF_PATCH / PATCH_PX**2
+    means = patches @ _SUM_OF_PATCH / PATCH_PX**2
     spared = _spared_by_clipping(means, rough).nonzero()[:, 0]
     patches, means = patches.index_select(0, spared), means.index_select(0, spared)
     colour = _sigma(patches, means, rough)
     if colour > COLOURLESS * STRONGEST_255:
         return colour
-    luma = _sigma(patches @ LUMA[:, None], means @ LUMA, rough * LUMA_NORM) / LUMA_NORM
+    luma = _sigma(patches @ _LUMA_OF_PATCH, means @ LUMA, rough * LUMA_NORM) / LUMA_NORM
     return luma if luma > max(TEXTURE_255, colour / COLOURLESS) else colour
