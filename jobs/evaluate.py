@@ -84,10 +84,16 @@ def scores(image: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[
 
 
 def check_prompts(examples: Sequence[Example], restorer: Restorer) -> None:
-    """Raises UsageError if the model has no prompt for an example's damage."""
-    for label in {example.label for example in examples}:
-        if not set(prompts_for(label)) & set(restorer.prompts.keys):
-            raise UsageError(f"{restorer.name} has no prompt for {label}, only {', '.join(restorer.prompts.keys)}")
+    """Raises UsageError if the model lacks a prompt that an example's label may lead to."""
+    wanted = dict.fromkeys(prompt for example in examples for prompt in _given_prompts(example))
+    if missing := [prompt for prompt in wanted if prompt not in restorer.prompts.keys]:
+        known = ", ".join(restorer.prompts.keys)
+        raise UsageError(f"{restorer.name} has no prompt {', '.join(missing)}, which these images need; only {known}")
+
+
+def _given_prompts(example: Example) -> tuple[str, ...]:
+    """The prompts that its label may lead to: of noise the strength's, or all where only an estimate will tell it."""
+    return prompts_for(example.label) if example.sigma_255 is None else (noise_prompt(example.sigma_255),)
 
 
 WHICH = ("dataset", "images", "weights_sha256", "classifier_sha256", "dtype")
@@ -192,6 +198,9 @@ def published(dataset: str, sigma_255: int | None) -> dict[str, float]:
 def table(dataset: str, results: Sequence[Result]) -> Table:
     """Means with 95 % intervals, a row for each noise level, with what was published beside them."""
     shown = Table(box=None, padding=(0, 1, 0, 0), title="right: the true label, surely enough to be restored")
+    if small := {result.name for result in results if math.isnan(result.ssim_input)}:
+        of = len({result.name for result in results})
+        shown.caption = f"SSIM leaves out images with a side of less than {SSIM_WINDOW_PX} px: {len(small)} of {of}"
     for column in ("set", "images", "", "input", "label given", "predicted", "published"):
         shown.add_column(column, justify="left" if column == "set" else "right")
     for sigma_255 in dict.fromkeys(result.sigma_255 for result in results):

@@ -16,7 +16,7 @@ from scipy import stats
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from synthetic_classifier import write_tiny_classifier
-from synthetic_weights import TINY, write_tiny_model
+from synthetic_weights import TINY, tiny_network, write_tiny_model
 from typer.testing import CliRunner
 
 from classifier.base import Prediction
@@ -25,6 +25,7 @@ from classifier.view import Views
 from jobs import evaluate as evaluation
 from jobs.cli import app
 from jobs.datasets import TEST_SETS, find_examples
+from jobs.errors import UsageError
 from models import Restorer, load_restorer, orthogonal_bank
 from models.dfpir import DFPIR
 from models.weights import save_checkpoint
@@ -150,17 +151,28 @@ def test_a_label_that_the_model_has_no_prompt_for_is_refused(tmp_path: Path) -> 
     for name in ("degraded", "reference"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
-    from synthetic_weights import tiny_network
-
-    from models.prompts import orthogonal_bank
-    from models.weights import save_checkpoint
-
     bank = orthogonal_bank().only(["noise15", "noise25", "noise50"])
     save_checkpoint(tmp_path / "n.safetensors", tiny_network(3), bank, licence="", provenance={})
     command = ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", str(tmp_path)]
     result = runner.invoke(app, [*command, "--model", str(tmp_path / "n.safetensors"), "--device", "cpu"])
     assert result.exit_code == 2
-    assert "no prompt for haze, only noise15" in result.stderr
+    assert "no prompt haze, which these images need; only noise15" in result.stderr
+
+
+def test_a_model_without_all_prompts_of_noise_is_refused_where_their_images_need_them(
+    kodak: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.safetensors"
+    bank = orthogonal_bank().only(["noise25", "haze"])
+    save_checkpoint(path, tiny_network(3), bank, licence="", provenance={})
+    command = ["evaluate", "--dataset", "kodak24", "--root", str(kodak), "--out", str(tmp_path / "rows.parquet")]
+    result = runner.invoke(app, [*command, "--model", str(path), "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "no prompt noise15, noise50, which these images need; only noise25, haze" in result.stderr
+    examples, restorer = find_examples("kodak24", kodak), load_restorer(path)
+    evaluation.check_prompts([example for example in examples if example.sigma_255 == 25], restorer)
+    with pytest.raises(UsageError, match="no prompt noise15, noise50"):  # the strength will be an estimate
+        evaluation.check_prompts([replace(examples[0], sigma_255=None)], restorer)
 
 
 def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
@@ -175,6 +187,14 @@ def test_the_table_fits_eighty_columns(kodak: Path, restorer: Restorer) -> None:
     assert "2 right" in text
     assert "34.14" in text
     assert "31.29" in text
+
+
+def test_the_table_tells_how_many_images_have_no_ssim(kodak: Path, restorer: Restorer) -> None:
+    found = list(evaluation.evaluate(find_examples("kodak24", kodak), restorer, Oracle(Degradation.CLEAN)))
+    assert evaluation.table("kodak24", found).caption is None
+    small = [replace(result, ssim_input=math.nan) if result.name == "kodim02" else result for result in found]
+    told = evaluation.table("kodak24", small).caption
+    assert told == "SSIM leaves out images with a side of less than 7 px: 1 of 2"
 
 
 def test_the_psnr_of_equal_images_is_finite() -> None:
