@@ -1,5 +1,6 @@
 """The field's test sets as they are downloaded: which files belong together."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,10 @@ class TestSet:
         folders: pairs of folders, degraded and reference, at the root or anywhere below it; the first that is there
             counts. None: clean images, in one of `CLEAN_FOLDERS`, to which noise is added.
         images: how many there are in the published protocol; 0: any number.
+        references: how many different references these have; 0: any number.
         match: a key of `PARTNERS`.
         first: the first image's number, where they are numbered without gaps.
+        part: the folder of the published part in the whole download, which has others beside it.
     """
 
     __test__ = False  # for pytest, which takes the name for one of its own
@@ -103,8 +106,10 @@ class TestSet:
     label: Degradation
     folders: tuple[tuple[str, str], ...] = ()
     images: int = 0
+    references: int = 0
     match: str = "name"
     first: int | None = None
+    part: str = ""
 
 
 def _number(stem: str) -> str:
@@ -150,7 +155,9 @@ TEST_SETS: dict[str, TestSet] = {
         Degradation.HAZE,
         (("hazy", "gt"), ("hazy", "clear"), INPUT_TARGET),
         images=500,
+        references=492,  # those of SOTS indoor, 500 images too, are 50
         match="before_underscore",
+        part="outdoor",
     ),
     "rain100l": TestSet(
         Degradation.RAIN,
@@ -163,11 +170,13 @@ TEST_SETS: dict[str, TestSet] = {
         Degradation.BLUR,
         (("blur", "sharp"), INPUT_TARGET),
         images=1111,
+        part="test",
     ),
     "lol": TestSet(
         Degradation.LOWLIGHT,
         (("low", "high"), INPUT_TARGET),
         images=15,
+        part="eval15",
     ),
     "cbsd68": TestSet(Degradation.NOISE, images=68, first=0),
     "kodak24": TestSet(Degradation.NOISE, images=24, first=1),
@@ -213,31 +222,74 @@ def find_examples(dataset: str, root: Path, *, label: str | None = None, limit: 
     count = len(found) // len(NOISE_SIGMAS_255) if added else len(found)
     if test_set.images and count != test_set.images:
         raise UsageError(
-            f"{root} has {count} images; {dataset} has {test_set.images}: {_missing(found, count, test_set)}"
+            f"{root} has {count} images; {dataset} has {test_set.images}: {_amiss(found, count, test_set, root)}"
+        )
+    references = len({example.reference for example in found})
+    if test_set.references and references != test_set.references:
+        raise UsageError(
+            f"{root} has {count} images of {references} references; {dataset} has {test_set.references} references: "
+            f"this is another set than the published one ({test_set.part}), whose figures would not be comparable"
         )
     if added and limit is not None:
         return [example for example in found if example.seed < limit]
     return found[:limit]
 
 
-def _missing(found: Sequence[Example], count: int, test_set: TestSet) -> str:
-    """What is wrong with the number of images: which are missing where names count, or that there are too many."""
-    if count > test_set.images:
-        folders = sorted({str(example.reference.parent) for example in found})
-        return f"more than one set lies there; name the folder of one: {', '.join(folders)}"
+def _amiss(found: Sequence[Example], count: int, test_set: TestSet, root: Path) -> str:
+    """What is wrong with the number of images: which are missing or too many where names count, or where a set lies."""
+    if sets := _sets_below(root, found, test_set.images):
+        return f"more than one set lies there; give one of them as --root: {', '.join(map(str, sets))}"
     if test_set.first is not None:
         wanted = set(range(test_set.first, test_set.first + test_set.images))
-        there = {int(n) for example in found if (n := _number(Path(example.name).name)).isdigit()}
-        gaps = sorted(wanted - there)
-        if there <= wanted and len(gaps) == test_set.images - count:
-            named = ", ".join(map(str, gaps[:5])) + (" and others" if len(gaps) > 5 else "")
-            return f"number {named} is not there"
-    return "look for what is missing"
+        by_number = {int(n): example.name for example in found if (n := _number(Path(example.name).name)).isdigit()}
+        gaps, odd = sorted(wanted - by_number.keys()), sorted(by_number.keys() - wanted)
+        if not odd and len(gaps) == test_set.images - count:
+            numbers = "number {} is" if len(gaps) == 1 else "numbers {} are"
+            return f"{numbers.format(_first_of(gaps))} not there"
+        if not gaps and len(odd) == count - test_set.images:
+            return f"move what is not of the set elsewhere: {_first_of([by_number[number] for number in odd])}"
+    if count < test_set.images:
+        return "look for what is missing"
+    if test_set.part:
+        return f"this is not the published part; give the folder {test_set.part} of the download as --root"
+    return "look for what is not of the set"
+
+
+def _sets_below(root: Path, found: Sequence[Example], images: int) -> list[Path]:
+    """The uppermost folders below the root that have just so many images."""
+    counts: dict[Path, int] = {}
+    for reference, degraded in {(example.reference, example.degraded): None for example in found}:
+        place = reference.parent if degraded is None else Path(os.path.commonpath([reference.parent, degraded.parent]))
+        for folder in (place, *place.parents):
+            if folder == root or root not in folder.parents:
+                break
+            counts[folder] = counts.get(folder, 0) + 1
+    whole = {folder for folder, count in counts.items() if count == images}
+    return sorted(folder for folder in whole if not whole & set(folder.parents))
+
+
+def _first_of(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:5])) + (" and others" if len(values) > 5 else "")
 
 
 def _places(root: Path) -> list[Path]:
-    """The root and every folder below it."""
-    return [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    """The root and every folder below it, links followed; one that several paths lead to counts once, by its own."""
+    places: dict[Path, Path] = {}
+    starts = [root]
+    for start in starts:  # which links found on the way make longer
+        for name, inside, _ in os.walk(start):
+            folder = Path(name)
+            if places.setdefault(folder.resolve(), folder) != folder:
+                inside.clear()
+            inside.sort()
+            starts += [folder / each for each in inside if (folder / each).is_symlink()]
+    return sorted(places.values())
+
+
+def _published(places: list[Path], test_set: TestSet, root: Path) -> list[Path]:
+    """Those of the published part where some lie in a folder of its name, otherwise all."""
+    inside = [place for place in places if test_set.part in (part.lower() for part in place.relative_to(root).parts)]
+    return inside or places
 
 
 def _noisy(root: Path) -> Iterator[Example]:
@@ -258,7 +310,9 @@ def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
     parents = _places(root)
     for first, second in test_set.folders:
         places = [parent for parent in parents if _images(parent / first) and _images(parent / second)]
-        for parent in places:
+        for parent in _published(places, test_set, root):
+            if not test_set.images:
+                _require_flat(parent / first, parent / second)
             folder = parent / second
             partners = partnered(_images(parent / first), _images(folder), folder, match=test_set.match)
             if alone := sorted(set(_images(folder)) - set(partners.values())):
@@ -267,6 +321,13 @@ def _paired(test_set: TestSet, root: Path) -> Iterator[Example]:
                 yield Example(str(path.relative_to(root).with_suffix("")), reference, path, test_set.label)
         if places:
             return
+
+
+def _require_flat(*folders: Path) -> None:
+    """Raises UsageError naming a photograph in a folder inside of these: it would be left out in silence."""
+    for folder in folders:
+        if nested := [path for place in _places(folder) if place != folder for path in _images(place)]:
+            raise UsageError(f"{nested[0]} lies deeper than the other images of {folder}; put it there beside them")
 
 
 def _images(folder: Path) -> Sequence[Path]:

@@ -19,7 +19,7 @@ def write(folder: Path, *names: str, size: tuple[int, int] = (24, 16)) -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of two images, as if the published ones were that small."""
     for name, test_set in TEST_SETS.items():
-        monkeypatch.setitem(TEST_SETS, name, type(test_set)(**{**vars(test_set), "images": 2}))
+        monkeypatch.setitem(TEST_SETS, name, type(test_set)(**{**vars(test_set), "images": 2, "references": 0}))
 
 
 def numbered(pattern: str) -> list[str]:
@@ -91,6 +91,9 @@ def test_clean_sets_get_seeded_noise_of_three_strengths(tmp_path: Path, dataset:
         ("kodak24", "kodim{:02}.png", range(2, 25), "has 23 images; kodak24 has 24: number 1 is not there"),
         ("kodak24", "kodim{:02}.png", range(1, 24), "has 23 images; kodak24 has 24: number 24 is not there"),
         ("cbsd68", "{:04}.png", range(1, 68), "has 67 images; cbsd68 has 68: number 0 is not there"),
+        ("cbsd68", "{:04}.png", range(2, 68), "cbsd68 has 68: numbers 0, 1 are not there"),
+        ("kodak24", "kodim{:02}.png", range(1, 26), "kodak24 has 24: move what is not of the set elsewhere: kodim25$"),
+        ("kodak24", "photo{:02}.png", range(30, 55), "kodak24 has 24: look for what is not of the set$"),
         ("cbsd68", "{:04}.png", range(100, 167), "has 67 images; cbsd68 has 68: look for what is missing"),
     ],
 )
@@ -100,6 +103,71 @@ def test_what_a_numbered_set_lacks_is_named(
     write(tmp_path, *map(pattern.format, there))
     with pytest.raises(UsageError, match=said):
         find_examples(dataset, tmp_path)
+
+
+PARTS = {
+    "sots": ("SOTS/outdoor", "SOTS/indoor", "hazy/{}_1.png", "gt/{}.png"),
+    "gopro": ("GOPRO_Large/test/GOPR0384_11_00", "GOPRO_Large/train/GOPR0372_07_00", "blur/{}.png", "sharp/{}.png"),
+    "lol": ("LOLdataset/eval15", "LOLdataset/our485", "low/{}.png", "high/{}.png"),
+}
+
+
+def write_pairs(folder: Path, degraded: str, reference: str, numbers: range) -> None:
+    for pattern in (degraded, reference):
+        write((folder / pattern).parent, *(Path(pattern).name.format(number) for number in numbers))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("dataset", PARTS)
+def test_of_a_whole_download_the_published_part_is_taken(tmp_path: Path, dataset: str) -> None:
+    part, other, *patterns = PARTS[dataset]
+    write_pairs(tmp_path / part, *patterns, range(1, 3))
+    write_pairs(tmp_path / other, *patterns, range(1, 6))
+    expected = [example.reference for example in find_examples(dataset, tmp_path / part)]
+    assert [example.reference for example in find_examples(dataset, tmp_path)] == expected
+    with pytest.raises(UsageError, match=f"give the folder {TEST_SETS[dataset].part} of the download as --root"):
+        find_examples(dataset, tmp_path / other)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("dataset", "inside"), [("lol", "low high"), ("kodak24", "original"), ("urban100", "HR")])
+def test_where_several_sets_lie_the_folder_that_is_named_works(tmp_path: Path, dataset: str, inside: str) -> None:
+    for name, count in (("a", 2), ("b", 3)):
+        for folder in inside.split():
+            write(tmp_path / name / folder, *(f"{number}.png" for number in range(count)))
+    with pytest.raises(UsageError, match=f"give one of them as --root: {tmp_path / 'a'}$"):
+        find_examples(dataset, tmp_path)
+    assert find_examples(dataset, tmp_path / "a")
+
+
+def test_sots_indoor_is_not_taken_for_the_published_set(tmp_path: Path) -> None:
+    write(tmp_path / "gt", *(f"{number}.png" for number in range(50)))
+    write(tmp_path / "hazy", *(f"{number}_{haze}.png" for number in range(50) for haze in range(10)))
+    for limit in (None, 3):
+        with pytest.raises(UsageError, match=r"has 500 images of 50 references; sots has 492 .* not be comparable"):
+            find_examples("sots", tmp_path, limit=limit)
+
+
+@pytest.mark.usefixtures("few")
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    stored, root = tmp_path / "stored", tmp_path / "root"
+    write_pairs(stored / "eval15", "low/{}.png", "high/{}.png", range(1, 3))
+    root.mkdir()
+    (root / "LOL").symlink_to(stored)
+    (root / "again").symlink_to(stored)
+    (stored / "above").symlink_to(root)
+    assert [example.name for example in find_examples("lol", root)] == ["LOL/eval15/low/1", "LOL/eval15/low/2"]
+    write(tmp_path / "kodak", "1.png", "2.png")
+    (root / "original").symlink_to(tmp_path / "kodak")
+    assert len(find_examples("kodak24", root)) == 6
+
+
+def test_pairs_that_lie_deeper_than_others_are_named(tmp_path: Path) -> None:
+    for folder in ("degraded", "reference"):
+        write(tmp_path / folder, "a.png")
+        write(tmp_path / folder / "more", "b.png")
+    with pytest.raises(UsageError, match=r"degraded/more/b\.png lies deeper than the other images of .*/degraded;"):
+        find_examples("pairs", tmp_path, label="rain")
 
 
 def test_a_noise_set_that_is_not_there_is_told_where_it_may_lie(tmp_path: Path) -> None:
@@ -144,7 +212,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_examples("lol", tmp_path)
     write(tmp_path / "low", *(f"{n}.png" for n in range(4, 8)))
     write(tmp_path / "high", *(f"{n}.png" for n in range(2, 8)))
-    with pytest.raises(UsageError, match="has 7 images; lol has 3: more than one set"):
+    with pytest.raises(UsageError, match=r"has 7 images; lol has 3: .* give the folder eval15 of the download"):
         find_examples("lol", tmp_path)
     with pytest.raises(UsageError, match=r"unknown test set 'set5'; known are sots, .* and pairs"):
         find_examples("set5", tmp_path)
