@@ -389,6 +389,7 @@ def evaluate(
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype, "tile": "off"}
         options = read_options(None, given | {"limit": limit})
         examples = find_examples(dataset, root, label=label, limit=options.limit)
+        evaluation.check_files(examples)
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
         told = evaluation.provenance(dataset, examples, *networks)

@@ -29,6 +29,7 @@ from jobs.restore import code_version
 from models import Restorer
 from models.memory import is_out_of_memory
 from models.registry import list_models
+from pipeline.images import ImageFault, read_header
 from pipeline.metrics import PSNR_CAP_DB
 from pipeline.prompting import decide, noise_prompt, prompts_for
 from pipeline.records import Status, arrow_schema
@@ -94,6 +95,32 @@ def check_prompts(examples: Sequence[Example], restorer: Restorer) -> None:
 def _given_prompts(example: Example) -> tuple[str, ...]:
     """The prompts that its label may lead to: of noise the strength's, or all where only an estimate will tell it."""
     return prompts_for(example.label) if example.sigma_255 is None else (noise_prompt(example.sigma_255),)
+
+
+def check_files(examples: Sequence[Example]) -> None:
+    """Raises UsageError, before the first restoration, naming files whose header cannot be read and unequal pairs."""
+    pairs = dict.fromkeys((example.reference, example.degraded) for example in examples)  # noise has three of each
+    if faults := [fault for pair in pairs if (fault := _fault(*pair))]:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UsageError(f"{len(faults)} of {len(pairs)} images cannot be evaluated: {'; '.join(faults[:5])}{more}")
+
+
+def _fault(reference: Path, degraded: Path | None) -> str:
+    sizes, faults = set(), []
+    for path in (reference, degraded):
+        if path is None:
+            continue
+        try:
+            with path.open("rb") as file:
+                header = read_header(file)
+        except (OSError, ImageFault) as fault:
+            faults.append(f"cannot read {path}: {fault}")
+        else:
+            # In any order: where EXIF turns one of them is known only after decoding.
+            sizes.add(tuple(sorted((header.width, header.height))))
+    if len(sizes) > 1:
+        return f"{degraded} and its reference {reference} are of different sizes"
+    return " and ".join(faults)
 
 
 WHICH = ("dataset", "images", "weights_sha256", "classifier_sha256", "dtype")

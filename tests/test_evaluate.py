@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from scipy import stats
 from skimage import data
@@ -242,7 +242,8 @@ def hazy_pairs(root: Path, count: int) -> None:
 
 def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
     hazy_pairs(tmp_path, 3)
-    (tmp_path / "degraded" / "2.png").write_bytes(b"no image")
+    path = tmp_path / "degraded" / "2.png"
+    path.write_bytes(path.read_bytes()[:50])  # its header can be read
     result, out = evaluated(tmp_path)
     assert result.exit_code == 2
     assert "cannot read" in result.stderr
@@ -289,6 +290,39 @@ def test_an_ablation_is_refused_in_plain_words(tmp_path: Path) -> None:
     result, _ = evaluated(tmp_path, "--model", str(path))
     assert result.exit_code == 2
     assert "is an ablation" in result.stderr
+
+
+def test_files_that_cannot_be_evaluated_are_named_before_the_first_restoration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Restorer, "restore", None)
+    hazy_pairs(tmp_path, 8)
+    (tmp_path / "degraded" / "5.png").write_bytes(b"no image")
+    for folder in ("degraded", "reference"):
+        (tmp_path / folder / "6.png").write_bytes(b"")
+    Image.new("RGB", (32, 31)).save(tmp_path / "degraded" / "7.png")
+    result, _ = evaluated(tmp_path)
+    assert result.exit_code == 2
+    assert "3 of 8 images cannot be evaluated: cannot read " in result.stderr
+    assert "degraded/5.png: the content is not an image" in result.stderr
+    assert "reference/6.png: the file is empty" in result.stderr
+    assert f"{tmp_path}/degraded/7.png and its reference {tmp_path}/reference/7.png are of different" in result.stderr
+    assert not list(tmp_path.glob("rows*"))
+    for number in range(5):
+        (tmp_path / "degraded" / f"{number}.png").write_bytes(b"")
+    assert "8 of 8 images" in evaluated(tmp_path)[0].stderr
+    assert "; and 3 more" in evaluated(tmp_path)[0].stderr
+
+
+def test_a_pair_of_which_exif_turns_one_is_not_refused_before_it_is_read(tmp_path: Path) -> None:
+    hazy_pairs(tmp_path, 1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 32)).save(tmp_path / "degraded" / "0.png", exif=exif)
+    Image.new("RGB", (32, 40)).save(tmp_path / "reference" / "0.png")
+    (example,) = examples = find_examples("pairs", tmp_path, label="haze")
+    evaluation.check_files(examples)
+    assert example.read()[0].shape == (40, 32, 3)
 
 
 def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
