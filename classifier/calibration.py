@@ -19,6 +19,11 @@ class LabelRisk:
     precision: float
     lowest_threshold: float
 
+    @property
+    def unfitted_threshold(self) -> float:
+        """Where no sample tells how often a label is right: the highest, if it changes a photograph."""
+        return HIGHEST_THRESHOLD if self.precision else self.lowest_threshold
+
 
 LABEL_RISKS: Mapping[Degradation, LabelRisk] = {
     Degradation.NOISE: LabelRisk(precision=0.85, lowest_threshold=0.5),
@@ -97,6 +102,8 @@ def fit_thresholds(
 ) -> dict[Degradation, float]:
     """The lowest threshold per label that keeps the precision asked for on held-out samples.
 
+    A label that is never predicted has its `LabelRisk.unfitted_threshold`.
+
     Args:
         probability: M x labels, calibrated.
         labels: M, indices into `LABELS`.
@@ -107,7 +114,7 @@ def fit_thresholds(
     thresholds = {}
     for index, label in enumerate(LABELS):
         risk = risks[label]
-        threshold = risk.lowest_threshold
+        threshold = risk.lowest_threshold if (predicted == index).any() else risk.unfitted_threshold
         while threshold < HIGHEST_THRESHOLD:
             accepted = (predicted == index) & (top >= threshold)
             right = weight[accepted & (labels == index)].sum()
@@ -140,6 +147,8 @@ def measured_quality(
 ) -> dict[str, Any]:
     """What a calibration reaches on samples that it was not fitted to, as cards have it.
 
+    `right_if_confident` is None where it is sure of none.
+
     Args:
         probability: M x labels, calibrated.
         labels: M, indices into `LABELS`.
@@ -153,7 +162,7 @@ def measured_quality(
         "samples": len(labels),
         "accuracy": round(float(np.average(right, weights=weight)), 4),
         "confident": round(float(np.average(sure, weights=weight)), 4),
-        "right_if_confident": round(float(weight[sure & right].sum() / max(weight[sure].sum(), 1)), 4),
+        "right_if_confident": round(float(np.average(right[sure], weights=weight[sure])), 4) if sure.any() else None,
         "calibration_error": round(calibration_error(probability, labels, weights=weight), 4),
         "confident_recall": {
             str(label): round(float((sure & right)[labels == index].mean()), 4)

@@ -8,7 +8,7 @@ a local file; nothing is downloaded.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from classifier import CLIP_PREFIX
 from classifier.base import Classifier
-from classifier.calibration import HIGHEST_THRESHOLD, LABEL_RISKS, label_probabilities, require_usable
+from classifier.calibration import LABEL_RISKS, label_probabilities, require_usable
 from classifier.clip_weights import OPENAI, Tokenizer, load_clip
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
@@ -60,10 +60,7 @@ class ClipCalibration:
     bias: Mapping[Degradation, float] = field(default_factory=lambda: dict.fromkeys(LABELS, 0.0))
     """Added to the logits: some sentences are nearer to every photograph than others."""
     thresholds: Mapping[Degradation, float] = field(
-        default_factory=lambda: {
-            label: HIGHEST_THRESHOLD if LABEL_RISKS[label].precision else LABEL_RISKS[label].lowest_threshold
-            for label in LABELS
-        }
+        default_factory=lambda: {label: LABEL_RISKS[label].unfitted_threshold for label in LABELS}
     )
     quality: Mapping[str, Any] = field(default_factory=dict)
     """As measured on samples that were not fitted."""
@@ -93,6 +90,10 @@ class ClipCalibration:
             found = json.loads(path.read_text())
             if found.pop("sha256") != sha256:
                 raise ValueError("it belongs to other weights")
+            if missing := {each.name for each in fields(cls)} - found.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            if not isinstance(found["quality"], dict):
+                raise ValueError(f"its quality is {found['quality']!r}, no figures by name")
             for name in ("bias", "thresholds"):
                 found[name] = {label: float(found[name][label]) for label in LABELS}
             calibration = cls(**found)

@@ -4,6 +4,7 @@ import pytest
 from classifier.calibration import (
     EXPECTED_SHARES,
     HIGHEST_THRESHOLD,
+    LABEL_RISKS,
     LabelRisk,
     calibration_error,
     cross_entropy,
@@ -13,6 +14,7 @@ from classifier.calibration import (
     prior_weights,
     probabilities,
 )
+from classifier.clip_classifier import ClipCalibration
 from classifier.labels import LABELS, Degradation
 
 EVEN = np.ones(len(LABELS))
@@ -75,7 +77,15 @@ def test_a_precision_out_of_reach_stops_at_the_highest_threshold():
     p = np.tile([0.99, *[0.01 / 6] * 6], (50, 1))
     thresholds = fit_thresholds(p, np.ones(50, int), weights=EVEN, risks=dict.fromkeys(LABELS, LabelRisk(0.9, 0.5)))
     assert thresholds[Degradation.NOISE] == pytest.approx(HIGHEST_THRESHOLD)
-    assert thresholds[Degradation.RAIN] == 0.5
+
+
+def test_a_label_that_is_never_predicted_keeps_the_threshold_of_no_calibration():
+    p = np.tile([0.99, *[0.01 / 6] * 6], (50, 1))
+    thresholds = fit_thresholds(p, np.zeros(50, int), weights=EVEN)
+    assert thresholds.pop(Degradation.NOISE) == LABEL_RISKS[Degradation.NOISE].lowest_threshold
+    changing = {label for label, threshold in thresholds.items() if threshold == HIGHEST_THRESHOLD}
+    assert set(thresholds) - changing == {Degradation.CLEAN, Degradation.OTHER}
+    assert thresholds == {label: ClipCalibration().thresholds[label] for label in thresholds}
 
 
 def test_calibration_error_is_zero_when_sure_and_right():
@@ -118,3 +128,14 @@ def test_quality_counts_labels_as_often_as_they_are_expected():
         "calibration_error": round(error, 4),
         "confident_recall": {"noise": 0.0, "rain": 0.5},
     }
+
+
+def test_light_samples_count_in_full_where_it_is_sure():
+    """Of two sure samples of weight 0.25 one is right."""
+    p = np.full((3, len(LABELS)), 0.01)
+    p[[0, 1, 2], [0, 0, 1]] = [0.9, 0.9, 0.5]
+    weights, thresholds = np.full(len(LABELS), 0.25), dict.fromkeys(LABELS, 0.8)
+    labels = np.array([0, 1, 1])
+    assert measured_quality(p, labels, weights=weights, thresholds=thresholds)["right_if_confident"] == 0.5
+    thresholds = dict.fromkeys(LABELS, 0.95)
+    assert measured_quality(p, labels, weights=weights, thresholds=thresholds)["right_if_confident"] is None

@@ -109,6 +109,12 @@ def test_faults_of_the_weights_are_named(tmp_path):
         card = replace(SMALL, **change).write(path)
         with pytest.raises(ClassifierWeightsError, match=said):
             load_classifier(f"clip:{path}")
+    whole = json.loads(SMALL.write(path).read_text())
+    for change, said in (({"temperature": None}, "it lacks temperature"), ({"quality": 3}, "its quality is 3")):
+        content = {name: value for name, value in (whole | change).items() if value is not None}
+        card.write_text(json.dumps(content))
+        with pytest.raises(ClassifierWeightsError, match=said):
+            load_classifier(f"clip:{path}")
     card.write_text("[]")
     with pytest.raises(ClassifierWeightsError, match=r"is no calibration of clip\.pt"):
         load_classifier(f"clip:{path}")
