@@ -22,7 +22,7 @@ from torch import Tensor
 from classifier import CLIP_PREFIX
 from classifier.base import Classifier
 from classifier.calibration import LABEL_RISKS, label_probabilities, require_usable
-from classifier.clip_weights import OPENAI, Tokenizer, load_clip
+from classifier.clip_weights import OPENAI, Tokenizer, load_clip, require_file
 from classifier.errors import ClassifierWeightsError
 from classifier.files import file_sha256
 from classifier.labels import LABELS, Degradation
@@ -129,8 +129,7 @@ class ClipClassifier(Classifier):
         Raises:
             ClassifierWeightsError: open_clip is not installed, or weights or calibration are missing or at fault.
         """
-        if not weights.is_file():
-            raise ClassifierWeightsError(f"{weights}: no such file; name CLIP weights that are on this machine")
+        require_file(weights)
         sha256 = file_sha256(weights)
         self.calibration = calibration or ClipCalibration.read(weights, sha256)
         network, tokenize = load_clip(weights, self.calibration.architecture)

@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from classifier.errors import ClassifierWeightsError
@@ -22,6 +23,14 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 """Numbers that OpenAI's archives hold beside the weights."""
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
+def require_file(path: Path) -> None:
+    """Raises ClassifierWeightsError if no file lies there."""
+    if path.is_dir():
+        raise ClassifierWeightsError(f"{path} is a folder; name the file of CLIP weights")
+    if not path.is_file():
+        raise ClassifierWeightsError(f"{path}: no such file; name CLIP weights that are on this machine")
 
 
 def load_clip(path: Path, architecture: str) -> tuple[Any, Tokenizer]:
@@ -42,12 +51,12 @@ def load_clip(path: Path, architecture: str) -> tuple[Any, Tokenizer]:
         import open_clip
     except ImportError as error:
         raise ClassifierWeightsError("CLIP needs the package open_clip_torch; install it") from error
-    if not path.is_file():
-        raise ClassifierWeightsError(f"{path}: no such file; name CLIP weights that are on this machine")
+    require_file(path)
     if architecture not in open_clip.list_models():  # those of a folder or a hub would bring weights of their own
         raise ClassifierWeightsError(
             f"open_clip knows no model {architecture!r}; open_clip.list_models() has the names"
         )
+    state = None
     try:
         state = _archived(path)
         network: Any
@@ -58,6 +67,8 @@ def load_clip(path: Path, architecture: str) -> tuple[Any, Tokenizer]:
             network.load_state_dict(state)
         return network.eval(), open_clip.get_tokenizer(architecture)
     except Exception as error:  # open_clip raises whatever its loaders raise
+        if state is None and not _is_readable(path):
+            raise ClassifierWeightsError(f"{path} holds no weights that can be read, or is cut short") from error
         raise ClassifierWeightsError(f"{path} cannot be loaded as CLIP {architecture}: {_said(error)}") from error
 
 
@@ -70,6 +81,20 @@ def _archived(path: Path) -> dict[str, Tensor] | None:
         except RuntimeError:
             return None
     return {name: value for name, value in state.items() if name not in NO_WEIGHTS}
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file that did not become a network is whole at all, whatever it holds."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np"):
+                return True
+        torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError:  # which `_said` tells
+        return True
+    except Exception:  # torch raises nearly anything on bytes that are no weights
+        return False
+    return True
 
 
 def _untold(make: Callable[[], Any]) -> Any:

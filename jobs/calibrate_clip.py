@@ -16,15 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from classifier.calibration import FEWEST_SAMPLES, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.clip_classifier import ClipCalibration, ClipClassifier
+from classifier.clip_weights import require_file
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from jobs.classifier_samples import as_filed, draw_damaged
 from jobs.errors import UsageError
-from jobs.training_data import Photographs
+from jobs.restore import require_writable
+from jobs.training_data import Photographs, photographs_in
 from jobs.training_loop import run_as_command, usable_device
 
 FloatArray = NDArray[np.float64]
@@ -50,10 +54,14 @@ def fit_scaling(logits: FloatArray, labels: NDArray[np.int64]) -> tuple[float, F
 
 
 def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: int, seed: int = 0) -> ClipCalibration:
-    """Fits on the even samples and measures on the odd ones, each label counted as often as it is expected in use."""
+    """Fits on the even samples and measures on the odd ones, each label counted as often as it is expected in use.
+
+    Raises UsageError if CLIP tells the labels apart no better than one that always says the commonest of them.
+    """
     logits = np.empty((samples, len(LABELS)))
     labels = np.arange(samples) // 2 % len(LABELS)
-    for number, label in enumerate(labels):
+    shown = track(labels, "calibration", console=Console(stderr=True), transient=True)
+    for number, label in enumerate(shown):
         rng = np.random.default_rng([seed, number])
         image = as_filed(draw_damaged(photographs, LABELS[label], rng), rng)
         logits[number] = classifier.logits(classifier.take_views(image))
@@ -63,6 +71,13 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
     probability = probabilities(logits + bias, temperature)
     thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
     quality = measured_quality(probability[1::2], labels[1::2], weights=weights, thresholds=thresholds)
+    counts = np.bincount(labels[1::2], weights=weights[labels[1::2]])
+    if quality["accuracy"] <= round(float(counts.max() / counts.sum()), 4):
+        raise UsageError(
+            f"CLIP does not tell the labels apart on these photographs: {quality['accuracy']:.1%} are right, no more "
+            f"than if it always said {LABELS[counts.argmax()]} (temperature {temperature:.3g}). Do the weights belong "
+            f"to {classifier.calibration.architecture}? Another model is named by --architecture"
+        )
     return replace(
         classifier.calibration,
         temperature=temperature,
@@ -87,18 +102,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"--samples {arguments.samples}: a calibration needs {FEWEST_SAMPLES} or more")
         uncalibrated = ClipCalibration(architecture=arguments.architecture)
         device = str(usable_device(arguments.device))
+        photographs_in(arguments.photographs)  # which are read after the weights: that takes longer
         try:
+            require_file(arguments.weights)
+            require_writable(ClipCalibration.path(arguments.weights))
             classifier = ClipClassifier(arguments.weights, calibration=uncalibrated, device=device)
+            photographs = Photographs.clean(arguments.photographs)
+            found = calibrate(classifier, photographs, samples=arguments.samples)
+            print(json.dumps(found.quality, indent=2))
+            print(f"wrote {found.write(arguments.weights)}")
         except ClassifierWeightsError as error:
             raise UsageError(str(error)) from error
-        photographs = Photographs.clean(arguments.photographs)
-        found = calibrate(classifier, photographs, samples=arguments.samples)
-        print(json.dumps(found.quality, indent=2))
-        try:
-            path = found.write(arguments.weights)
         except OSError as error:
-            raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
-        print(f"wrote {path}")
+            raise UsageError(f"{error.filename} cannot be read or written: {error.strerror}") from error
 
     run_as_command(work)
 

@@ -94,6 +94,9 @@ def test_faults_of_the_weights_are_named(tmp_path):
     _, _, path = small_clip(tmp_path)
     with pytest.raises(ClassifierWeightsError, match="no such file"):
         load_classifier(f"clip:{tmp_path / 'absent.pt'}")
+    for folder in (str(tmp_path), ""):
+        with pytest.raises(ClassifierWeightsError, match="is a folder; name the file of CLIP weights"):
+            load_classifier(f"clip:{folder}")
     with pytest.raises(ClassifierWeightsError, match="cannot be loaded as CLIP ViT-B-32-quickgelu"):
         load_classifier(f"clip:{path}")
     card = SMALL.write(path)
@@ -182,6 +185,32 @@ def test_scaling_recovers_the_temperature_and_bias_that_spoilt_logits():
     np.testing.assert_allclose(found - found[0], bias, atol=0.4)
 
 
+@pytest.fixture
+def seeing(monkeypatch):
+    """CLIP that recognises most labels: a sample of each is of one brightness."""
+    rng = np.random.default_rng(0)
+
+    def likeness(_, views):
+        found = rng.normal(0, 1, len(LABELS))
+        found[int(views.thumbnail.mean() / 255 * len(LABELS))] += 4
+        return found
+
+    def painted(_, label, __):
+        return np.full((60, 60, 3), (LABELS.index(label) + 0.5) / len(LABELS), np.float32)
+
+    monkeypatch.setattr(ClipClassifier, "logits", likeness)
+    monkeypatch.setattr(calibrate_clip, "draw_damaged", painted)
+
+
+def test_clip_that_tells_nothing_apart_is_not_calibrated(tmp_path):
+    _, _, path = small_clip(tmp_path)
+    command = [str(path), str(pictures(tmp_path / "photographs", 2)), "--architecture", "small-clip", "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"40\.0% are right, no more than if it always said clean \(temperature"):
+        calibrate_clip.main([*command, "--samples", "42"])
+    assert not ClipCalibration.path(path).exists()
+
+
+@pytest.mark.usefixtures("seeing")
 def test_clip_is_calibrated_on_photographs_and_then_previews_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the preview goes
     _, _, path = small_clip(tmp_path)
@@ -239,10 +268,27 @@ def test_calibration_tells_wrong_paths_without_a_traceback(tmp_path):
             calibrate_clip.main([str(path), str(tmp_path), *settings, "--samples", samples])
 
 
-def test_the_fewest_samples_give_a_calibration_that_can_be_read(tmp_path):
+def test_places_are_looked_at_before_clip_is_loaded(tmp_path, monkeypatch):
+    _, _, path = small_clip(tmp_path)
+    monkeypatch.setattr(calibrate_clip, "ClipClassifier", None)
+    with pytest.raises(SystemExit, match="nowhere is not a folder"):
+        calibrate_clip.main([str(path), str(tmp_path / "nowhere"), "--device", "cpu"])
+    ClipCalibration.path(path).mkdir()
+    with pytest.raises(SystemExit, match=r"clip\.pt\.dfpir\.json cannot be read or written: Is a directory"):
+        calibrate_clip.main([str(path), str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="is a folder; name the file of CLIP weights"):
+        calibrate_clip.main([str(tmp_path), str(tmp_path), "--device", "cpu"])
+
+
+@pytest.mark.usefixtures("seeing")
+def test_the_fewest_samples_give_a_calibration_that_can_be_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich: as on a terminal
     _, _, path = small_clip(tmp_path)
     folder = pictures(tmp_path / "photographs", 2)
     calibrate_clip.main([str(path), str(folder), "--architecture", "small-clip", "--samples", "42", "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert "calibration " in printed.err
+    assert "calibration " not in printed.out
     quality = load_classifier(f"clip:{path}").calibration.quality
     assert quality["samples"] == 21
     assert set(quality["confident_recall"]) == {str(label) for label in LABELS}

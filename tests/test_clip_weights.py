@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from synthetic_clip import as_archive, small_clip
 
 from classifier.clip_weights import load_clip
@@ -59,12 +60,25 @@ def test_faults_are_told_in_a_line_with_what_to_do(tmp_path):
     assert len(said["tensors"]) < 500
     assert said["code"].startswith("it holds more than tensors, or is cut short (Unsupported global")
     assert "weights_only" not in said["code"]
-    path.write_bytes(b"")
-    with pytest.raises(ClassifierWeightsError, match=r"small-clip: EOFError"):
-        load_clip(path, "small-clip")
     path.write_bytes(pickle.dumps(Whatever()))
     with pytest.raises(ClassifierWeightsError, match="small-clip: it holds more than tensors"):
         load_clip(path, "small-clip")
+
+
+def test_what_is_no_file_of_weights_is_told_in_a_sentence(tmp_path):
+    _, network, path = small_clip(tmp_path)
+    tensors = tmp_path / "clip.safetensors"
+    save_file(network.state_dict(), tensors)
+    load_clip(tensors, "small-clip")
+    whole = [path.read_bytes(), as_archive(network, path).read_bytes(), tensors.read_bytes()]
+    cut = [content[: len(content) // 2] for content in whole]
+    for file, content in zip((path, path, tensors, path, path), (*cut, b"", b"ephemeral"), strict=True):
+        file.write_bytes(content)
+        with pytest.raises(ClassifierWeightsError) as found:
+            load_clip(file, "small-clip")
+        assert str(found.value) == f"{file} holds no weights that can be read, or is cut short"
+    with pytest.raises(ClassifierWeightsError, match=r"is a folder; name the file of CLIP weights$"):
+        load_clip(tmp_path, "small-clip")
 
 
 @pytest.mark.parametrize("change", [{"text": {"width": 32}}, {"vision": {"width": 128}}, {"embed_dim": 64}])
