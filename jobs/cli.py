@@ -381,6 +381,7 @@ def evaluate(
         from jobs import evaluate as evaluation
         from jobs.config import read_options
         from jobs.datasets import find_examples
+        from jobs.display import tell_if_uncalibrated
         from jobs.restore import load_networks, require_writable
 
         target = (out or Path(f"{dataset}.parquet")).resolve()
@@ -392,6 +393,7 @@ def evaluate(
         evaluation.check_files(examples)
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
+        tell_if_uncalibrated(messages, options.classifier)
         told = evaluation.provenance(dataset, examples, *networks)
         partial = target.with_suffix(".partial.parquet")
         for path in (target, partial):
@@ -438,14 +440,17 @@ def figures(
     with _faults_explained(), _left_as_found(out):
         from jobs import figures as drawing
         from jobs.config import read_options
+        from jobs.display import tell_if_uncalibrated
         from jobs.restore import load_networks
         from models.registry import resolve
         from models.weights import load_checkpoint
 
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
         options = read_options(None, given)
+        drawing.require_apart(out, photographs)
         out.mkdir(parents=True, exist_ok=True)
         networks = load_networks(options)
+        tell_if_uncalibrated(messages, options.classifier)
         found = drawing.pictures(photographs, per_label=per_label)
         drawn = drawing.draw(found, *networks, load_checkpoint(resolve(options.model).path))
         for path in drawing.save(drawn, out):

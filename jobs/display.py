@@ -46,6 +46,12 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         console.print(f"{name:<11}{text}", markup=False, soft_wrap=True)
 
 
+def tell_if_uncalibrated(console: Console, classifier: str) -> None:
+    """A line where the classifier of this name is CLIP without a calibration."""
+    if hint := _uncalibrated(classifier):
+        console.print(f"note: {classifier}{hint}", markup=False, soft_wrap=True)
+
+
 def after(console: Console, summary: Summary) -> None:
     """The end of a run: counts, rates, time by stage, worst failures, where everything is."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -222,9 +222,18 @@ def draw(
     return figures
 
 
+def require_apart(out: Path, photographs: Path) -> None:
+    """Raises UsageError if figures written there would be pictures to be drawn the next time."""
+    if out.resolve().is_relative_to(photographs.resolve()):
+        raise UsageError(f"{out} lies in {photographs}, whose pictures are drawn; name another folder for the figures")
+
+
 def save(figures: Mapping[str, Figure], out: Path) -> list[Path]:
-    """Writes every figure as PNG and SVG, and returns the files."""
+    """Writes every figure as PNG and SVG, and returns the files; one of other photographs, not drawn now, goes."""
     out.mkdir(parents=True, exist_ok=True)
+    if "latent" not in figures:
+        for kind in ("png", "svg"):
+            (out / f"latent.{kind}").unlink(missing_ok=True)
     paths = [out / f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
     for path in paths:
         figures[path.stem].savefig(path, dpi=150)

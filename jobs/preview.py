@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.config import RestoreOptions
+from jobs.display import tell_if_uncalibrated
 from jobs.errors import UsageError
 from jobs.restore import load_networks, require_writable
 from jobs.sheets import side_by_side
@@ -54,6 +55,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     console.print(table)
     for warning in decoded.warnings:
         console.print(f"note: {warning}", markup=False, soft_wrap=True)
+    tell_if_uncalibrated(console, options.classifier)
     console.print(f"estimated noise: sigma {prediction.noise_sigma_255:.1f} of 255")
     console.print(f"{decision.status}: {decision.reason}", markup=False, soft_wrap=True)
     cells = [("before", shown)]

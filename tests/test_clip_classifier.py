@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from skimage import data
+from synthetic_classifier import write_tiny_classifier
 from synthetic_clip import as_archive, small_clip
 from synthetic_weights import write_tiny_model
 from typer.testing import CliRunner
@@ -17,11 +18,12 @@ from classifier.clip_classifier import CROPS, SENTENCES, ClipCalibration, ClipCl
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings, take_views
-from jobs import calibrate_clip, restore
+from jobs import calibrate_clip, preview, restore
 from jobs.calibrate_clip import fit_scaling
 from jobs.cli import app
 from jobs.errors import UsageError
 from jobs.restore import _absolute
+from models import load_restorer
 
 SMALL = ClipCalibration(architecture="small-clip")
 
@@ -244,6 +246,33 @@ def test_a_run_tells_that_clip_is_not_calibrated_before_it_starts(tmp_path, monk
         assert started
         assert ("not calibrated: most images will be left alone" in before) is told
         SMALL.write(path)
+
+
+def test_other_commands_tell_that_clip_is_not_calibrated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the preview goes
+    path = tmp_path / "clip.pt"
+    path.touch()
+    model = load_restorer(write_tiny_model(tmp_path / "model.safetensors"))
+    classifier = load_classifier(write_tiny_classifier(tmp_path / "c.safetensors"))
+    for module in (restore, preview):
+        monkeypatch.setattr(module, "load_networks", lambda _: (model, classifier))
+    (tmp_path / "labels").mkdir()
+    for folder in ("degraded", "reference", "labels/rain"):
+        pictures(tmp_path / folder, 1)
+    options = ["--model", str(tmp_path / "model.safetensors"), "--classifier", f"clip:{path}", "--device", "cpu"]
+    told = {}
+    for command in (
+        ["preview", "degraded/0.png"],
+        ["evaluate", "--dataset", "pairs", "--label", "haze", "--root", "."],
+        ["figures", "labels", "out"],
+    ):
+        done = CliRunner().invoke(app, [*command, *options])
+        assert done.exit_code == 0, done.output
+        told[command[0]] = f"note: clip:{path}, not calibrated: most images will" in done.output
+    assert told == {"preview": True, "evaluate": True, "figures": True}
+    SMALL.write(path)
+    done = CliRunner().invoke(app, ["preview", "degraded/0.png", *options])
+    assert (done.exit_code, "not calibrated" in done.output) == (0, False)
 
 
 def test_workers_find_weights_by_absolute_paths(tmp_path, monkeypatch):

@@ -98,6 +98,25 @@ def test_the_command_writes_every_figure_twice(labelled: Path, tmp_path: Path) -
         assert np.asarray(Image.open(path).convert("L")).std() > 5, path
 
 
+def test_figures_are_not_written_among_the_pictures(labelled: Path, tmp_path: Path) -> None:
+    model, classifier = write_tiny_model(tmp_path / "m.safetensors"), write_tiny_classifier(tmp_path / "c.safetensors")
+    weights = ["--model", str(model), "--classifier", str(classifier), "--device", "cpu"]
+    before = sorted(labelled.rglob("*"))
+    (tmp_path / "link").symlink_to(labelled)
+    for out in (labelled, labelled / "noise", labelled / "new", tmp_path / "link" / "new"):
+        result = CliRunner().invoke(app, ["figures", str(labelled), str(out), *weights])
+        assert result.exit_code == 2
+        assert f"{out} lies in {labelled}, whose pictures are drawn" in result.stderr
+    assert sorted(labelled.rglob("*")) == before
+
+
+def test_a_figure_of_other_photographs_does_not_stay(tmp_path: Path) -> None:
+    for name in ("latent.png", "latent.svg", "mine.png"):
+        (tmp_path / name).touch()
+    figures.save({"confusion": figures.confusion([Degradation.RAIN], [surely(Degradation.RAIN)])}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "confusion.svg", "mine.png"}
+
+
 def test_pictures_too_small_for_the_network_are_left_out_and_told(
     labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
