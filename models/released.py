@@ -1,7 +1,7 @@
 """The configuration of a released DFPIR checkpoint, read from its tensors' shapes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -60,6 +60,13 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         )
     except (ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: the shapes of its tensors fit no DFPIR: {error}") from error
+
+
+def wrapped_prefix(keys: Collection[str]) -> str:
+    """What every key begins with where the network was a part of another when it was saved; otherwise nothing."""
+    known = "patch_embed.proj.weight"
+    prefix = next((key.removesuffix(known) for key in keys if key.endswith(f".{known}")), "")
+    return prefix if all(key.startswith(prefix) for key in keys) else ""
 
 
 def _expansion(hidden: Mapping[int, int]) -> float:

@@ -29,7 +29,7 @@ from models.container import listed, metadata_entry, metadata_json, read_contain
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, prompt_guidance, prompt_permutations
-from models.released import infer_config
+from models.released import infer_config, wrapped_prefix
 from models.tiling import SMALLEST_TILE_PX
 
 FORMAT = "dfpir-weights"
@@ -214,6 +214,7 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
         raise WeightsError(
             f"{path} is not a checkpoint that holds tensors only, or is cut short; it was not loaded"
             + (f" ({reason[1]})" if reason else "")
+            + '. If it comes from somebody you trust, save its weights alone, as {"state_dict": tensors by name}'
         ) from error
     except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
         raise WeightsError(f"{path} is not a PyTorch checkpoint, or is cut short: {error!r}") from error
@@ -223,6 +224,11 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
     state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
     if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise WeightsError(f"{path}: entries of state_dict that are no tensors: {listed(odd)}")
+    if prefix := wrapped_prefix(state):
+        raise WeightsError(
+            f"{path}: all keys of state_dict begin with {prefix!r}; save its tensors under the names behind that, as "
+            '{"state_dict": tensors by name}'
+        )
     network = _build(path, infer_config(path, state), state)
     if prompts is None:
         beside = bank_beside(path)

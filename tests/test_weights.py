@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -286,6 +287,11 @@ def test_the_published_keys_give_the_published_configuration():
     )
 
 
+def wrapped(checkpoint, prefix):
+    """The state dict of a network of which the released one is a part."""
+    return {key.replace("module.", prefix): value for key, value in checkpoint["state_dict"].items()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -296,6 +302,11 @@ def test_the_published_keys_give_the_published_configuration():
         (lambda c: c["state_dict"].update({"module.output.weight": torch.zeros(1)}), r"output\.weight is \(1,\), not"),
         (lambda c: c["state_dict"]["module.output.weight"].fill_(torch.nan), r"not finite: output\.weight"),
         (lambda c: c["state_dict"].update(note="text"), "no tensors: note"),
+        (
+            lambda c: c.update(state_dict=wrapped(c, "net.")),
+            r"all keys of state_dict begin with 'net\.'; save its tens",
+        ),
+        (lambda c: c.update(state_dict=wrapped(c, "net.") | {"loss": torch.zeros(1)}), "missing keys: .*unexpected"),
         (lambda c: c["state_dict"].update({"module.latent.0.attn.temperature": torch.zeros(7, 1, 1)}), "fit no DFPIR"),
     ],
 )
@@ -319,11 +330,17 @@ class _Payload:
 def test_code_in_a_checkpoint_is_not_run(released, tmp_path):
     torch.save({"state_dict": {}, "payload": _Payload(tmp_path / "ran")}, released)
     with pytest.raises(
-        WeightsError, match=r"tensors only.* not loaded \(Unsupported global: GLOBAL \w+ .*\)$"
+        WeightsError, match=r"tensors only.* not loaded \(Unsupported global: GLOBAL \w+ .*\)\. If it comes"
     ) as caught:
         load_checkpoint(released)
     assert "Please" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_with_more_than_tensors_is_told_how_to_be_saved_again(released):
+    resave(released, lambda content: content.update(best_psnr_db=np.float64(31.2)))
+    with pytest.raises(WeightsError, match=r'save its weights alone, as \{"state_dict": tensors by name\}$'):
+        load_checkpoint(released)
 
 
 def test_a_cut_or_foreign_released_checkpoint_is_refused(released):
