@@ -217,7 +217,7 @@ def find_examples(dataset: str, root: Path, *, label: str | None = None, limit: 
             f"{first}/ and {f'{second}/' if second else 'the folder it lies in'}" for first, second in test_set.folders
         )
         clean = f"clean images in {', '.join(f'{name}/' for name in CLEAN_FOLDERS)}, at any depth, or in it itself"
-        wanted = clean if added else f"{layouts}, at any depth"
+        wanted = clean if added else f"{layouts}, at any depth, with the images in them and not deeper"
         raise UsageError(f"found no images of {dataset} under {root}; expected {wanted}")
     count = len(found) // len(NOISE_SIGMAS_255) if added else len(found)
     if test_set.images and count != test_set.images:

@@ -168,6 +168,10 @@ def test_pairs_that_lie_deeper_than_others_are_named(tmp_path: Path) -> None:
         write(tmp_path / folder / "more", "b.png")
     with pytest.raises(UsageError, match=r"degraded/more/b\.png lies deeper than the other images of .*/degraded;"):
         find_examples("pairs", tmp_path, label="rain")
+    for folder in ("degraded", "reference"):
+        (tmp_path / folder / "a.png").unlink()
+    with pytest.raises(UsageError, match=r"found no images of pairs .*, with the images in them and not deeper"):
+        find_examples("pairs", tmp_path, label="rain")
 
 
 def test_a_noise_set_that_is_not_there_is_told_where_it_may_lie(tmp_path: Path) -> None:
