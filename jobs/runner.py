@@ -252,6 +252,8 @@ class Dispatcher:
         otherwise `is_of_use` says when it is no longer worth trying.
         """
         self._note_failure(number, fault, log)
+        if self._failures[number] == 1:
+            _log.warning("worker %d ended before it was ready (%s): see %s", number, fault, log)
         failures = sum(count for each, count in self._failures.items() if each == number or self.is_of_use(each))
         if failures >= FAILURES_ALLOWED and not others_work:
             raise _broken_off(f"{failures} workers in a row ended before they could take an image ({fault})", log)

@@ -423,6 +423,14 @@ def test_a_shard_of_which_every_image_failed_is_for_another_worker_whose_word_is
     assert dispatcher.take(1, is_alone=True) == assignment, "where no other is ready, it has to look again"
 
 
+def test_the_first_failure_of_a_worker_to_start_is_told(run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
+    for _ in range(2):
+        dispatcher.start_failed(1, "all machines of a run need the same OUT", "worker-1.log", others_work=True)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == "worker 1 ended before it was ready (all machines of a run need the same OUT): see worker-1.log"
+
+
 def test_what_a_worker_doubts_is_not_for_those_of_its_machine(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=3)
     dispatcher.take(1, is_alone=False, beside=[1, 2])
