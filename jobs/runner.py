@@ -69,7 +69,7 @@ class Assignment:
     attempt: int
     """From 1; deaths raise it, and machines lost over the shard after the first; the second is a careful one."""
     doubted_by: int | None = None
-    """Number of the worker on which every image failed, perhaps for its machine's sake; the next word is final."""
+    """Number of the worker on which images failed, perhaps for its machine's sake; the next word is final."""
 
 
 class Dispatcher:
@@ -188,7 +188,7 @@ class Dispatcher:
         self._done.add(shard_id)
         doubter = assignment.doubted_by
         if doubter not in (None, number) and shard_id in self._has_headway:
-            self._note_failure(doubter, "no image that others could read or restore", f"its log, worker-{doubter}.log")
+            self._note_failure(doubter, "images that others could read or restore", f"its log, worker-{doubter}.log")
         self._has_headway.discard(shard_id)
 
     def give_back(self, shard_id: str) -> None:

@@ -58,49 +58,47 @@ MACHINES_FAULTS = frozenset({"missing", "permission_denied", "unreadable", "out_
 
 
 class DoubtfulShardError(Exception):
-    """Every image of a shard failed with what may as well be this machine's fault."""
+    """Images of a shard failed with what may as well be this machine's fault."""
 
 
 class Ledger:
     """Rows on their way into the manifest: reported when an image is done, committed every so often.
 
-    In doubt, they are held back until one is there that is no `MACHINES_FAULTS`.
+    Unless what is found is final, failures that may be this machine's are no rows: of an image that the submitting
+    machine saw, with one of `MACHINES_FAULTS`.
     """
 
     def __init__(
-        self, directory: RunDirectory, shard_id: str, on_outcomes: OnOutcomes, every_s: float, *, in_doubt: bool
+        self, directory: RunDirectory, shard_id: str, on_outcomes: OnOutcomes, every_s: float, *, is_final: bool
     ) -> None:
         self._directory, self._shard_id = directory, shard_id
-        self._on_outcomes, self._every_s = on_outcomes, every_s
-        self._in_doubt = in_doubt
+        self._on_outcomes, self._every_s, self._is_final = on_outcomes, every_s, is_final
         self._rows: list[Outcome] = []
+        self._doubted: list[Outcome] = []
         self._last_commit = time.monotonic()
 
     def add(self, row: Outcome) -> None:
         """Takes the row of an image whose output, if any, has its final name."""
+        if not self._is_final and row.error_class in MACHINES_FAULTS and row.source_modified is not None:
+            self._doubted.append(row)
+            return
         self._rows.append(row)
-        if self._in_doubt:
-            if row.error_class in MACHINES_FAULTS:
-                return
-            self._in_doubt = False
-            self._on_outcomes(self._rows)
-        else:
-            self._on_outcomes([row])
+        self._on_outcomes([row])
         if time.monotonic() - self._last_commit >= self._every_s:
             self.commit()
 
     def commit(self) -> None:
-        """Makes the rows taken so far count, unless they are in doubt."""
-        if self._rows and not self._in_doubt:
+        """Makes the rows taken so far count."""
+        if self._rows:
             self._directory.commit_part(self._shard_id, self._rows)
             self._rows = []
         self._last_commit = time.monotonic()
 
     def require_certainty(self) -> None:
-        """Raises DoubtfulShardError if all rows are in doubt."""
-        if self._rows and self._in_doubt:
-            row = self._rows[-1]
-            raise DoubtfulShardError(f"all {len(self._rows)} images failed, the last one with: {row.error_message}")
+        """Raises DoubtfulShardError if failures are no rows."""
+        if self._doubted:
+            message = self._doubted[-1].error_message
+            raise DoubtfulShardError(f"{len(self._doubted)} images failed, the last one with: {message}")
 
 
 class ReadAhead:
@@ -200,8 +198,8 @@ class Worker:
         From the second attempt on images go one at a time, with the journal saying which one is in hand.
         `on_outcomes` is called with each image as it is done, from this thread. Returns early after `stop`.
         Raises OSError when results cannot be committed, ShardBusyError when another process has the shard, and
-        OtherRunError when the run's folder is gone. Unless what is found is final, DoubtfulShardError when that may be
-        this machine's fault for every image; none has a row then.
+        OtherRunError when the run's folder is gone. Unless what is found is final, DoubtfulShardError where images
+        failed and that may be this machine's fault: these have no rows then.
         """
         self._directory.require_run(self._context.run_id)
         with self._directory.shard_lock(shard.shard_id), self._watchdog:
@@ -209,13 +207,13 @@ class Worker:
             todo = [ref for ref in shard.images if (ref.image_id, ref.revision) not in committed]
             journal = Journal(self._directory.journal_dir, shard.shard_id)
             every_s = self._context.commit_every_s
-            ledger = Ledger(self._directory, shard.shard_id, on_outcomes, every_s, in_doubt=not is_final)
+            ledger = Ledger(self._directory, shard.shard_id, on_outcomes, every_s, is_final=is_final)
             base = dict(self._facts, shard_id=shard.shard_id, attempt=attempt)
             try:
                 if attempt > 1 or not journal.is_empty:
-                    self._go_carefully(todo, base, journal, ledger)
+                    self._go_carefully(todo, base, journal, ledger, shard)
                 else:
-                    self._go_overlapped(todo, base, ledger)
+                    self._go_overlapped(todo, base, ledger, shard)
             except Exception:
                 with suppress(Exception):  # the disk may be what fails
                     ledger.commit()
@@ -225,11 +223,13 @@ class Worker:
                 ledger.require_certainty()
                 journal.remove()
 
-    def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger) -> None:
+    def _go_overlapped(self, refs: Sequence[ImageRef], base: dict[str, Any], ledger: Ledger, shard: Shard) -> None:
         """Reads ahead, computes, and writes behind, each in threads of its own."""
         with (
             ThreadPoolExecutor(self._threads, "write") as writers,
-            ReadAhead(refs, lambda ref: self._load(ref, base, refs), threads=self._threads, most=self._window) as ahead,
+            ReadAhead(
+                refs, lambda ref: self._load(ref, base, shard), threads=self._threads, most=self._window
+            ) as ahead,
         ):
             finishing: deque[_Writing] = deque()
             try:
@@ -285,7 +285,9 @@ class Worker:
             for item in finished:
                 ledger.add(item.outcome())
 
-    def _go_carefully(self, refs: Sequence[ImageRef], base: dict[str, Any], journal: Journal, ledger: Ledger) -> None:
+    def _go_carefully(
+        self, refs: Sequence[ImageRef], base: dict[str, Any], journal: Journal, ledger: Ledger, shard: Shard
+    ) -> None:
         """One image at a time; suspects come last and after a commit, so that their deaths cost others nothing."""
         journal.count_death()
         for ref in sorted(refs, key=lambda ref: journal.deaths(ref.image_id)):
@@ -299,7 +301,7 @@ class Worker:
                 ledger.commit()
             journal.begin(ref.image_id)
             try:
-                item = self._load(ref, base, refs)
+                item = self._load(ref, base, shard)
                 for batch in self._prepared_batches([item]):
                     self._restore(batch)
                 self._finish(item)
@@ -309,9 +311,9 @@ class Worker:
                 journal.end()
             ledger.add(item.outcome())
 
-    def _load(self, ref: ImageRef, base: dict[str, Any], refs: Sequence[ImageRef]) -> Item:
+    def _load(self, ref: ImageRef, base: dict[str, Any], shard: Shard) -> Item:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))
-        load(item, self._config, source_root=self._context.source_root, shard=refs, directory=self._directory)
+        load(item, self._config, source_root=self._context.source_root, shard=shard.images, directory=self._directory)
         measure_input(item, self._references, self._config)
         if self._threads_look and not item.has_failed:
             self._judge.look(item)

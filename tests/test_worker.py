@@ -685,7 +685,7 @@ def test_failures_that_may_be_the_machines_are_no_rows_until_one_image_is_done_o
     run = plan(tmp_path)
     worker = Worker(run.context, restorer=Brightener(memory=0), classifier=Reader(), worker_id="w")
     reported: list[Outcome] = []
-    with pytest.raises(DoubtfulShardError, match="all 3 images failed, the last one with: memory ran out"):
+    with pytest.raises(DoubtfulShardError, match="3 images failed, the last one with: memory ran out"):
         worker(run.shards[0], attempt=1, on_outcomes=reported.extend, is_final=False)
     assert reported == []
     assert rows_of(run) == {}
@@ -693,16 +693,34 @@ def test_failures_that_may_be_the_machines_are_no_rows_until_one_image_is_done_o
     assert [row["error_class"] for row in rows_of(run).values()] == ["out_of_memory"] * 3
 
 
-def test_failures_beside_a_success_are_the_images_own(tmp_path: Path) -> None:
+def test_a_failure_beside_successes_that_may_be_the_machines_is_looked_at_again_alone(tmp_path: Path) -> None:
     for number in range(3):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    (tmp_path / "src" / "gone.png").symlink_to("nothing")  # as the submitting machine sees it, too
     run = plan(tmp_path)
     (tmp_path / "src" / "0.png").unlink()
     worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
     reported: list[Outcome] = []
-    worker(run.shards[0], attempt=1, on_outcomes=reported.extend, is_final=False)
-    assert sorted(outcome.status for outcome in reported) == ["failed", "restored", "restored"]
-    assert [row["status"] for row in rows_of(run).values()] == ["failed", "restored", "restored"]
+    with pytest.raises(DoubtfulShardError, match="1 images failed, the last one with: the file is not there"):
+        worker(run.shards[0], attempt=1, on_outcomes=reported.extend, is_final=False)
+    statuses = {"1.png": "restored", "2.png": "restored", "gone.png": "failed"}
+    assert {outcome.relative_path: outcome.status for outcome in reported} == statuses
+    assert {name: row["status"] for name, row in rows_of(run).items()} == statuses
+    worker(run.shards[0], attempt=1, on_outcomes=reported.extend)
+    assert reported[3:] == [outcome for outcome in reported if outcome.relative_path == "0.png"]
+    assert {name: row["status"] for name, row in rows_of(run).items()} == {"0.png": "failed"} | statuses
+
+
+def test_a_folder_that_is_deleted_fails_alone_when_it_is_looked_at_again(tmp_path: Path) -> None:
+    for name in ("a/0.png", "b/1.png"):
+        marked(tmp_path / "src" / name, red(Degradation.RAIN))
+    run = plan(tmp_path)
+    (tmp_path / "src" / "b" / "1.png").unlink()
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    with pytest.raises(DoubtfulShardError):
+        worker(run.shards[0], attempt=1, on_outcomes=lambda rows: None, is_final=False)
+    worker(run.shards[0], attempt=1, on_outcomes=lambda rows: None)
+    assert {name: row["status"] for name, row in rows_of(run).items()} == {"a/0.png": "restored", "b/1.png": "failed"}
 
 
 def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None:
