@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import io as torchvision_io
 
-from benchmarks.record import add_csv_option, write_csv
+from benchmarks.record import add_csv_option, spread, write_csv
 from jobs.datasets import is_photograph
 from pipeline.png import encode_png
 
@@ -76,14 +76,11 @@ def _compared(ways: Ways, *, rounds: int, megapixels: float) -> list[dict[str, o
     first = np.array(next(iter(seconds.values())))
     rows: list[dict[str, object]] = []
     for name, own in seconds.items():
-        ratios = first / own
         rows.append(
             {
                 "codec": name,
                 "ms_per_megapixel": round(1000 * float(np.median(own)) / megapixels, 2),
-                "ratio": round(float(np.median(ratios)), 2),
-                "ratio_least": round(float(ratios.min()), 2),
-                "ratio_most": round(float(ratios.max()), 2),
+                **spread((first / own).tolist()),
                 "bytes_per_pixel": round(sizes[name] / megapixels / 1e6, 3) or "",
             }
         )

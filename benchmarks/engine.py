@@ -27,7 +27,7 @@ from skimage import data
 from torch import Tensor
 
 from benchmarks.process_memory import peak_bytes
-from benchmarks.record import add_csv_option, write_csv
+from benchmarks.record import add_csv_option, spread, write_csv
 from models import graphs
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.graphs import Forward, Recorded
@@ -257,8 +257,7 @@ def measure(
             "model": arguments.model, "variant": variant, "shape": str(shape), "threads": arguments.threads,
             "clock": "cpu" if arguments.cpu_time else "wall", "rounds": arguments.rounds,
             "megapixels_per_s": round(shape.megapixels / statistics.median(seconds[variant]), 5),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
+            **spread(ratios),
             "largest_error": float((contender.output - expected).abs().max()),
             "peak_bytes_per_pixel": peaks[variant],
         })  # fmt: skip
@@ -298,10 +297,10 @@ def main() -> None:
     rows = []
     for shape, ready in zip(shapes, contenders, strict=True):
         for row in measure(arguments, shape, ready, peaks):
-            spread = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+            ends = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
             print(
                 f"{row['variant']:<28}{row['shape']:>11}{row['megapixels_per_s']:>8.4f}{row['ratio']:>6.2f} "
-                f"{spread:<11}{row['largest_error']:>8.1e}{row['peak_bytes_per_pixel'] or '-':>7}",
+                f"{ends:<11}{row['largest_error']:>8.1e}{row['peak_bytes_per_pixel'] or '-':>7}",
                 flush=True,
             )
             rows.append(row)

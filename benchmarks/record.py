@@ -3,6 +3,7 @@
 import argparse
 import csv
 import platform
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,12 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(RESULTS.parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Columns of what was measured in rounds: the median, the lowest and the highest ratio."""
+    median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    return {"ratio": round(median, 3), "ratio_low": round(low, 3), "ratio_high": round(high, 3)}
 
 
 def add_csv_option(parser: argparse.ArgumentParser, name: str) -> None:

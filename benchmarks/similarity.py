@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from benchmarks.record import add_csv_option, write_csv
+from benchmarks.record import add_csv_option, spread, write_csv
 from jobs.datasets import is_photograph
 from pipeline.metrics import ssim
 
@@ -42,16 +42,13 @@ def main() -> None:
     first = np.array(seconds["scikit-image"])
     rows = []
     for name, own in seconds.items():
-        ratios = first / own
         rows.append(
             {
                 "photographs": len(pairs),
                 "megapixels": round(megapixels, 2),
                 "way": name,
                 "ms_per_megapixel": round(1000 * float(np.median(own)) / megapixels, 1),
-                "ratio": round(float(np.median(ratios)), 2),
-                "ratio_least": round(float(ratios.min()), 2),
-                "ratio_most": round(float(ratios.max()), 2),
+                **spread((first / own).tolist()),
                 "largest_difference": f"{np.abs(found[name] - found['scikit-image']).max():.1e}",
             }
         )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks.record import add_csv_option, write_csv
+from benchmarks.record import add_csv_option, spread, write_csv
 
 OWN_COUNT = 300_000
 """GNU OpenMP's, with no more threads than processors."""
@@ -78,13 +78,11 @@ def main() -> None:
                 "looks": count,
                 "rounds": arguments.rounds,
                 "seconds": round(statistics.median(taken[count]), 3),
-                "ratio": round(statistics.median(ratios), 2),
-                "ratio_low": round(min(ratios), 2),
-                "ratio_high": round(max(ratios), 2),
+                **spread(ratios),
             }
             rows.append(row)
-            spread = f"{row['ratio']:5.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
-            print(f"{beside:10} {count:6} {row['seconds']:8.3f}  {spread}", flush=True)
+            told = f"{row['ratio']:5.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+            print(f"{beside:10} {count:6} {row['seconds']:8.3f}  {told}", flush=True)
     write_csv(arguments.csv, rows)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.engine import network_and_bank, padded_tensor
-from benchmarks.record import RESULTS, write_csv
+from benchmarks.record import RESULTS, spread, write_csv
 from classifier import load_classifier
 from classifier.base import Classifier
 from jobs.config import RestoreOptions
@@ -183,8 +183,7 @@ def main() -> None:
         "threads": context.threads, "images": len(images), "copies": arguments.copies,
         "shard_images": arguments.shard_images,
         "megapixels": round(megapixels, 2),
-        "rounds": arguments.rounds, "ratio": round(statistics.median(ratios), 3),
-        "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3),
+        "rounds": arguments.rounds, **spread(ratios),
         "second_look": arguments.second_look, "classifier_to_network": round(statistics.median(shares), 4),
         "worker_megapixels_per_s": round(statistics.median(whole), 4),
         "alone_megapixels_per_s": round(megapixels / statistics.median(alone), 4),
