@@ -12,7 +12,7 @@ from jobs.errors import UsageError
 from jobs.restore import load_networks, require_writable
 from jobs.sheets import side_by_side
 from jobs.terminal import harmless
-from pipeline.images import ImageFault, decode, to_uint8
+from pipeline.images import ImageFault, decode, in_grey, to_uint8
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
 from pipeline.source import IMAGE_EXTENSIONS
@@ -60,7 +60,10 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     console.print(f"{decision.status}: {decision.reason}", markup=False, soft_wrap=True)
     cells = [("before", shown)]
     if decision.status is Status.RESTORED and decision.prompt is not None:
-        cells.append((f"after, prompt {decision.prompt}", restorer.restore([shown], [decision.prompt])[0]))
+        after = restorer.restore([shown], [decision.prompt])[0]
+        if decoded.greyscale:  # as it would be written
+            after = in_grey(after)
+        cells.append((f"after, prompt {decision.prompt}", after))
     else:
         cells.append((f"kept as it is: {decision.status}", shown))
     side_by_side([cells], cell_px=800).save(picture)

@@ -532,6 +532,17 @@ def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path
     assert "notes.txt" in stderr
 
 
+def test_preview_of_a_grey_picture_shows_no_colour_as_none_would_be_written(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    grey, picture = tmp_path / "grey.png", tmp_path / "picture.png"
+    Image.open(photographs / "astronaut.png").convert("L").save(grey)
+    code, _, stderr = invoke("preview", grey, "--picture", picture, *weights, "--label", "haze")
+    assert code == 0, stderr
+    sheet = np.asarray(Image.open(picture).convert("RGB"))
+    assert (sheet == sheet[:, :, :1]).all()
+
+
 def test_greyscale_and_transparency_survive(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(photographs / "grey.png")
