@@ -46,9 +46,10 @@ def ssim(image: Pixels, reference: Pixels) -> float | None:
         return None
     white = np.iinfo(image.dtype).max
     of_means, of_variances = (0.01 * white) ** 2, (0.03 * white) ** 2
-    rows, border = image.shape[0] - 2 * _SSIM_RADIUS_PX, 2 * _SSIM_RADIUS_PX
+    border = 2 * _SSIM_RADIUS_PX
+    rows = image.shape[0] - border
     band = max(8, _SSIM_VALUES_AT_ONCE // (4 * image[0].size) - border)
-    total, count = 0.0, 0
+    total = 0.0
     for first in range(0, rows, band):
         part = slice(first, min(first + band, rows) + border)
         x, y = image[part].astype(np.float32), reference[part].astype(np.float32)
@@ -58,8 +59,7 @@ def ssim(image: Pixels, reference: Pixels) -> float | None:
         similarity = (2 * product + of_means) * (2 * (both - product) + of_variances)
         similarity /= (sum_of_squares + of_means) * (squares - sum_of_squares + of_variances)
         total += float(similarity.sum(dtype=np.float64))
-        count += similarity.size
-    return total / count
+    return float(total / (rows * (image.shape[1] - border) * image.shape[2]))
 
 
 def _smoothed(maps: NDArray[np.float32]) -> NDArray[np.float32]:
