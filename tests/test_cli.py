@@ -808,6 +808,7 @@ def swallow(number: int) -> None:
     print("went on")
 
 sys.argv = ["dfpir", "swallow", sys.argv[1]]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
 cli.main()
 """
 
