@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test lint lowest bench lock clean
 
 demo: $(STAMP)
 	$(BIN)/dfpir demo demo-run
@@ -20,6 +20,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tests with the oldest versions that pyproject.toml admits.
+lowest: $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/lowest
+	$(BIN)/uv pip install --quiet --resolution lowest-direct --python $(VENV)/lowest/bin/python --editable ".[dev]"
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4
+	$(VENV)/lowest/bin/python -m pytest -m ray
 
 $(STAMP): requirements.lock pyproject.toml $(wildcard models/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
