@@ -150,8 +150,10 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
                 child.dismiss()
                 children.pop(child.number).join()
             elif child.is_ready and child.assignment is None:
-                is_alone = sum(each.is_ready for each in children.values()) == 1
-                if (assignment := dispatcher.take(child.number, is_alone=is_alone)) is not None:
+                crew = {
+                    number: "here" for number, each in children.items() if each.is_ready or dispatcher.may_start(number)
+                }
+                if (assignment := dispatcher.take(child.number, crew)) is not None:
                     child.give(assignment)
     for child in children.values():
         if child.hangs:
@@ -200,7 +202,7 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
             child.is_ready, child.has_failed = False, True  # it ends now: no further shard, and no death
             dispatcher.give_back(shard_id)
         case "doubted":
-            dispatcher.doubted(child.number, shard_id)
+            dispatcher.doubted(shard_id)
         case "busy":
             dispatcher.busy(shard_id, message.fault, str(child.log))
         case "failed":

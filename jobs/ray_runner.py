@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 PENDING_WARNING_S = 60.0
 
+START_AWAITED_S = 60.0
+"""How long a worker may load its weights while others leave it what one of them doubted or died over."""
+
 LOSS_TOLD_WITHIN_S, DEATH_STANDS_AFTER_S = 30.0, 5.0
 """How long a dead worker's node may still be listed as living: Ray notices within about 10 s that a machine is lost,
 and tells sooner of a process that died alone."""
@@ -151,6 +154,7 @@ class _Member:
     assignment: Assignment | None = None
     pending: dict[Any, str] = field(default_factory=dict)
     """Calls under way, by object reference."""
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class RayRunner:
             )
             context = replace(context, threads=needs.cpus, sharers=needs.sharers)
             dispatcher = Dispatcher(shards, context, on_outcomes, workers=self._max_workers or room)
-            crew = _Crew(context, needs, dispatcher)
+            crew = _Crew(context, needs, dispatcher, room=room)
             # Ray has set its own handlers by now.
             with stop_on_signals() as request:
                 try:
@@ -203,8 +207,9 @@ class RayRunner:
 class _Crew:
     """The actors of a run."""
 
-    def __init__(self, context: RunContext, needs: Needs, dispatcher: Dispatcher) -> None:
-        self._context, self._dispatcher = context, dispatcher
+    def __init__(self, context: RunContext, needs: Needs, dispatcher: Dispatcher, *, room: int) -> None:
+        """`room`: actors that the cluster can hold as it is."""
+        self._context, self._dispatcher, self._room = context, dispatcher, room
         self._logs = RunDirectory(context.run_dir).logs_dir
         self._code_digest = code_digest()
         self._members: dict[int, _Member] = {}
@@ -277,15 +282,20 @@ class _Crew:
         member.pending[actor.load.remote()] = "load"
 
     def _give(self, member: _Member) -> None:
-        nodes = [each.node_id for each in self._members.values() if each.node_id is not None]
-        beside: list[int] = []
-        if any(node != member.node_id for node in nodes):  # two workers of one machine would only agree with each other
-            beside = [number for number, home in self._homes.items() if home == member.node_id]
-        member.assignment = self._dispatcher.take(member.number, is_alone=len(nodes) == 1, beside=beside)
+        crew: dict[int, str | None]
+        crew = {each.number: each.node_id for each in self._members.values() if each.node_id is not None}
+        if len(crew) < self._room:
+            crew |= {each.number: None for each in self._members.values() if self._is_awaited(each)}
+        member.assignment = self._dispatcher.take(member.number, crew)
         if member.assignment is not None:
             member.pending[member.actor.work.remote(member.assignment)] = "work"
             if "outcomes" not in member.pending.values():
                 member.pending[member.actor.outcomes.remote()] = "outcomes"
+
+    def _is_awaited(self, member: _Member) -> bool:
+        """Whether a worker that is not ready may soon be, on whichever machine."""
+        is_late = time.monotonic() - member.since > START_AWAITED_S
+        return member.node_id is None and self._dispatcher.may_start(member.number) and not is_late
 
     def _step(self) -> None:
         """Waits a moment for answers and deaths, and acts on them."""
@@ -331,7 +341,7 @@ class _Crew:
         if report.kind == "done":
             self._dispatcher.done(member.number, shard_id)
         elif report.kind == "doubted":
-            self._dispatcher.doubted(member.number, shard_id)
+            self._dispatcher.doubted(shard_id)
         elif report.kind == "busy":
             self._dispatcher.busy(shard_id, report.fault, str(member.log))
         elif report.kind == "failed":

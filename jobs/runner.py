@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +61,10 @@ class Runner(Protocol):
         ...
 
 
+Seat = tuple[int, str | None]
+"""A worker's number and its machine; None while that is not known."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A shard given to a worker."""
@@ -68,8 +72,12 @@ class Assignment:
     shard: Shard
     attempt: int
     """From 1; deaths raise it, and machines lost over the shard after the first; the second is a careful one."""
-    doubted_by: int | None = None
-    """Number of the worker on which images failed, perhaps for its machine's sake; the next word is final."""
+    seat: Seat
+    """The worker that has it."""
+    doubted_by: Seat | None = None
+    """The worker on which images failed, perhaps for its machine's sake; the next word is final."""
+    died_with: Seat | None = None
+    """The worker that died over it last, perhaps for its machine's sake."""
 
 
 class Dispatcher:
@@ -79,8 +87,9 @@ class Dispatcher:
     the run when workers cannot even start, or when a shard kills its workers without one image being to blame.
     So attempts are bounded: an image is given up after two deaths, and any other death must follow headway. So must
     the loss of a machine, after a few of them: an image can take its machine with it.
-    A worker that fails shard after shard (its machine does not see the photographs, or every process there dies) gets
-    no more. The last one left may die as often as its shards have it.
+    What a worker doubted or died over goes to another one, so that an image is given up on the word of two. A worker
+    that fails shard after shard (its machine does not see the photographs, or every process there dies) gets no more.
+    The last one left may die as often as its shards have it.
     """
 
     def __init__(
@@ -105,6 +114,8 @@ class Dispatcher:
         """In a row, by the worker's number: before it was ready, or over a shard that it outlived."""
         self._deaths: Counter[int] = Counter()
         """Over shards, by the worker's number, since it last got an image done."""
+        self._proven: set[int] = set()
+        """Workers that got an image done."""
         self._retired: set[int] = set()
         self._told: set[int] = set()
         """Workers of which has been told that they get no more."""
@@ -126,21 +137,21 @@ class Dispatcher:
         """Shards that wait for a worker."""
         return len(self._first) + len(self._shards) - self._given_out + len(self._last)
 
-    def take(self, number: int, *, is_alone: bool, beside: Collection[int] = ()) -> Assignment | None:
+    def take(self, number: int, crew: Mapping[int, str | None]) -> Assignment | None:
         """The next shard for the worker of this number, which is ready, or None.
 
-        What it has doubted, or one of those `beside` it on its machine, is for others, unless it `is_alone`: no other
-        one is ready.
+        `crew`: the machines of all workers that are ready or soon will be, by number; None where it is not known yet.
+        What one of them doubted or died over is for another one, on another machine where there is one.
         """
-        barred = frozenset[int]() if is_alone else {number, *beside}
-        assignment = _taken(self._first, barred)
+        seat = (number, crew[number])
+        assignment = _taken(self._first, number, crew)
         if assignment is None and self._given_out < len(self._shards):
-            assignment = Assignment(self._shards[self._given_out], attempt=1)
+            assignment = Assignment(self._shards[self._given_out], 1, seat)
             self._given_out += 1
-        assignment = assignment or _taken(self._last, barred)
+        assignment = assignment or _taken(self._last, number, crew)
         if assignment is None:
             return None
-        self._assigned[assignment.shard.shard_id] = assignment
+        assignment = self._assigned[assignment.shard.shard_id] = replace(assignment, seat=seat)
         self._has_headway.discard(assignment.shard.shard_id)
         return assignment
 
@@ -167,6 +178,8 @@ class Dispatcher:
                 self._is_fruitful = True
             if any(outcome.status not in (Status.QUARANTINED, Status.FAILED) for outcome in fresh):
                 self._has_headway.add(shard_id)
+                if shard_id in self._assigned:
+                    self._proven.add(self._assigned[shard_id].seat[0])
             if self._quarantined >= FRUITLESS_QUARANTINES_ALLOWED and not self._is_fruitful:
                 raise _broken_off(
                     f"workers died over each of {self._quarantined} images, and none got done: it is rather the "
@@ -186,7 +199,7 @@ class Dispatcher:
             self.report(shard_id, [row for row in rows if (row.image_id, row.revision) in planned])
         self._reported.pop(shard_id, None)
         self._done.add(shard_id)
-        doubter = assignment.doubted_by
+        doubter = assignment.doubted_by[0] if assignment.doubted_by is not None else None
         if doubter not in (None, number) and shard_id in self._has_headway:
             self._note_failure(doubter, "images that others could read or restore", f"its log, worker-{doubter}.log")
         self._has_headway.discard(shard_id)
@@ -197,9 +210,10 @@ class Dispatcher:
         Journal(self._directory.journal_dir, shard_id).forgive()
         self._first.appendleft(assignment)
 
-    def doubted(self, number: int, shard_id: str) -> None:
-        """Every image of the shard failed on the worker of this number, which may be its machine's fault."""
-        self._last.append(replace(self._assigned.pop(shard_id), doubted_by=number))
+    def doubted(self, shard_id: str) -> None:
+        """Images of the shard failed on the worker that has it, which may be its machine's fault."""
+        assignment = self._assigned.pop(shard_id)
+        self._last.append(replace(assignment, doubted_by=assignment.seat))
 
     def busy(self, shard_id: str, fault: str, log: str) -> None:
         """Another process holds the shard, such as one of a machine that hangs: not the fault of who was given it.
@@ -243,14 +257,17 @@ class Dispatcher:
         else:
             self._note_death(number, fault, log)
         journal = Journal(self._directory.journal_dir, shard_id)
+        assignment = self._assigned[shard_id]
+        self._assigned[shard_id] = replace(assignment, died_with=assignment.seat)
         self._retry(shard_id, f"its worker died ({fault})", log, is_fruitless=not journal.has_in_flight)
 
     def start_failed(self, number: int, fault: str, log: str, *, others_work: bool) -> None:
         """The worker of this number ended before it was ready.
 
-        Raises RunError when that happens again and again and no other worker is ready or may yet be (`others_work`);
-        otherwise `is_of_use` says when it is no longer worth trying.
+        Raises RunError when that happens again and again and no other worker is ready or may yet be (`others_work`), or
+        has got an image done and is of use; otherwise `is_of_use` says when it is no longer worth trying.
         """
+        others_work = others_work or any(self.is_of_use(each) for each in self._proven - {number})
         self._note_failure(number, fault, log)
         if self._failures[number] == 1:
             _log.warning("worker %d ended before it was ready (%s): see %s", number, fault, log)
@@ -279,9 +296,9 @@ class Dispatcher:
         self._tell_if_useless(number, fault, log)
 
     def _note_death(self, number: int, fault: str, log: str) -> None:
-        """Retires a worker that dies over shard after shard while another one does not."""
+        """Retires a worker that dies over shard after shard while another one gets images done and does not."""
         self._deaths[number] += 1
-        others = (each for each in range(self.workers) if each != number and self.is_of_use(each))
+        others = (each for each in self._proven if each != number and self.is_of_use(each))
         if self._deaths[number] >= FAILURES_ALLOWED and any(not self._deaths[each] for each in others):
             self._retired.add(number)
         self._tell_if_useless(number, fault, log)
@@ -303,13 +320,28 @@ class Dispatcher:
         self._last.append(replace(assignment, attempt=assignment.attempt + is_death))
 
 
-def _taken(queue: deque[Assignment], barred: Collection[int]) -> Assignment | None:
-    """The first of a queue, taken out of it, that no worker of the barred numbers has doubted."""
+def _taken(queue: deque[Assignment], number: int, crew: Mapping[int, str | None]) -> Assignment | None:
+    """The first of a queue, taken out of it, that no other of the crew is better placed to take."""
     for place, assignment in enumerate(queue):
-        if assignment.doubted_by not in barred:
+        bias = {each: _bias(each, machine, assignment) for each, machine in crew.items()}
+        if bias[number] == min(bias.values()):
             del queue[place]
             return assignment
     return None
+
+
+def _bias(number: int, machine: str | None, assignment: Assignment) -> tuple[int, int]:
+    """How near a worker is to the one that doubted a shard, then to the one that died over it: 2 is it, 1 beside it.
+
+    Doubts come first: who doubts again would be taken at its word.
+    """
+
+    def nearness(seat: Seat | None) -> int:
+        if seat is None:
+            return 0
+        return 2 if seat[0] == number else int(machine is not None and seat[1] == machine)
+
+    return nearness(assignment.doubted_by), nearness(assignment.died_with)
 
 
 def _broken_off(what: str, log: str) -> RunError:

@@ -219,14 +219,14 @@ def test_a_worker_that_gives_its_shard_back_gets_no_other_and_its_end_is_no_deat
         is_ready=True,
         has_failed=False,
         hangs=False,
-        assignment=dispatcher.take(0, is_alone=True),
+        assignment=dispatcher.take(0, {0: "here"}),
         process=ended,
     )
     local._act(child, local._Message("given_back"), dispatcher, others_work=False)
     assert child.assignment is None
     assert not child.is_ready
     local._note_end(child, dispatcher, others_work=False)
-    assignment = dispatcher.take(0, is_alone=True)
+    assignment = dispatcher.take(0, {0: "here"})
     assert assignment is not None
     assert (assignment.shard.shard_id, assignment.attempt) == ("s000", 1)
 
