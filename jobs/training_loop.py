@@ -214,7 +214,8 @@ def run_as_command(work: Callable[[], object]) -> None:
     try:
         work()
     except (UsageError, TrainingError) as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except InterruptedBySignalError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal_number)

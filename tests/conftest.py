@@ -1,7 +1,8 @@
 """What many tests share: tiny weights, planned runs, and one Ray cluster for the whole session."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir
+from contextlib import AbstractContextManager, chdir, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture
+def refuses(capsys: pytest.CaptureFixture[str]) -> Callable[[str], AbstractContextManager[None]]:
+    """For a command that is to end with exit code 2, telling what the pattern finds."""
+
+    @contextmanager
+    def with_words(pattern: str) -> Iterator[None]:
+        with pytest.raises(SystemExit) as end:
+            yield
+        assert end.value.code == 2
+        assert re.search(pattern, capsys.readouterr().err)
+
+    return with_words
 
 
 @pytest.fixture(scope="session")

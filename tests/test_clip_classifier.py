@@ -204,10 +204,10 @@ def seeing(monkeypatch):
     monkeypatch.setattr(calibrate_clip, "draw_damaged", painted)
 
 
-def test_clip_that_tells_nothing_apart_is_not_calibrated(tmp_path):
+def test_clip_that_tells_nothing_apart_is_not_calibrated(tmp_path, refuses):
     _, _, path = small_clip(tmp_path)
     command = [str(path), str(pictures(tmp_path / "photographs", 2)), "--architecture", "small-clip", "--device", "cpu"]
-    with pytest.raises(SystemExit, match=r"40\.0% are right, no more than if it always said clean \(temperature"):
+    with refuses(r"40\.0% are right, no more than if it always said clean \(temperature"):
         calibrate_clip.main([*command, "--samples", "42"])
     assert not ClipCalibration.path(path).exists()
 
@@ -283,29 +283,29 @@ def test_workers_find_weights_by_absolute_paths(tmp_path, monkeypatch):
     assert _absolute("degradation-small") == "degradation-small"
 
 
-def test_calibration_tells_wrong_paths_without_a_traceback(tmp_path):
+def test_calibration_tells_wrong_paths_without_a_traceback(tmp_path, refuses):
     _, _, path = small_clip(tmp_path)
     settings = ["--architecture", "small-clip", "--device", "cpu"]
     for arguments, said in (
         ([tmp_path / "none.pt", tmp_path], "none.pt: no such file"),
         ([path, tmp_path / "nowhere"], "nowhere is not a folder"),
     ):
-        with pytest.raises(SystemExit, match=said):
+        with refuses(said):
             calibrate_clip.main([*map(str, arguments), *settings])
     for samples in ("-4", "0", "2", "41"):
-        with pytest.raises(SystemExit, match=f"--samples {samples}: a calibration needs 42 or more"):
+        with refuses(f"--samples {samples}: a calibration needs 42 or more"):
             calibrate_clip.main([str(path), str(tmp_path), *settings, "--samples", samples])
 
 
-def test_places_are_looked_at_before_clip_is_loaded(tmp_path, monkeypatch):
+def test_places_are_looked_at_before_clip_is_loaded(tmp_path, monkeypatch, refuses):
     _, _, path = small_clip(tmp_path)
     monkeypatch.setattr(calibrate_clip, "ClipClassifier", None)
-    with pytest.raises(SystemExit, match="nowhere is not a folder"):
+    with refuses("nowhere is not a folder"):
         calibrate_clip.main([str(path), str(tmp_path / "nowhere"), "--device", "cpu"])
     ClipCalibration.path(path).mkdir()
-    with pytest.raises(SystemExit, match=r"clip\.pt\.dfpir\.json cannot be read or written: Is a directory"):
+    with refuses(r"clip\.pt\.dfpir\.json cannot be read or written: Is a directory"):
         calibrate_clip.main([str(path), str(tmp_path), "--device", "cpu"])
-    with pytest.raises(SystemExit, match="is a folder; name the file of CLIP weights"):
+    with refuses("is a folder; name the file of CLIP weights"):
         calibrate_clip.main([str(tmp_path), str(tmp_path), "--device", "cpu"])
 
 

@@ -1,4 +1,6 @@
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from skimage import data
 from jobs.errors import UsageError
 from jobs.pack_photographs import main, pack
 from jobs.training_data import Photographs
+
+Refuses = Callable[[str], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def test_a_packed_folder_fits_and_is_what_it_was(folder: Path, tmp_path: Path) -
             assert np.abs(one.astype(float) - other).mean() < 4
 
 
-def test_photographs_come_into_the_folders_that_a_table_names(folder: Path, tmp_path: Path) -> None:
+def test_photographs_come_into_the_folders_that_a_table_names(folder: Path, tmp_path: Path, refuses: Refuses) -> None:
     target, table = tmp_path / "packed.zip", tmp_path / "folders.tsv"
     command = [str(folder), str(target), "--folders", str(table)]
     table.write_text("file\tfolder\nphoto-3.png\thazy\nphoto-5.png\tdrawings\n")
@@ -51,7 +55,7 @@ def test_photographs_come_into_the_folders_that_a_table_names(folder: Path, tmp_
         ("file,folder\nphoto-3.png,hazy\n", "is no table with the columns file and folder"),
     ):
         table.write_text(content)
-        with pytest.raises(SystemExit, match=said):
+        with refuses(said):
             main(command)
 
 
@@ -65,11 +69,10 @@ def test_the_quality_falls_with_the_room_until_there_is_none(folder: Path, tmp_p
     assert pack(folder, tmp_path / "c.zip", megabytes=0.3, longest_px=100) >= 50
 
 
-def test_wrong_paths_are_told_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+def test_wrong_paths_are_told_without_a_traceback(folder: Path, tmp_path: Path, refuses: Refuses) -> None:
     for arguments, said in (
         ([tmp_path / "none", tmp_path / "a.zip"], "none is not a folder"),
         ([folder, tmp_path / "none" / "a.zip"], "a.zip cannot be written: No such file"),
     ):
-        with pytest.raises(SystemExit) as caught:
+        with refuses(said):
             main(list(map(str, arguments)))
-        assert said in str(caught.value)

@@ -50,6 +50,40 @@ def test_an_image_is_there_whole_under_its_name_only(directory: RunDirectory) ->
     assert names(directory.images_dir) == ["a/b.png"]
 
 
+def test_all_that_a_row_speaks_of_outlives_a_power_cut(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not synced before the part has its name may be lost while the row stays."""
+    happened: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.replace
+
+    def is_final(path: str) -> str:
+        name = Path(path).relative_to(directory.root).as_posix()
+        return "part" if name.endswith(".parquet") else name
+
+    def noted_fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        happened.append(("sync", "contents" if path.endswith(".partial") else is_final(path)))
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        happened.append(("rename", is_final(str(target))))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    directory.write_image("a/b/c.png", b"pixels")
+    directory.commit_part("s1", [row("a/b/c.png", output_uri="images/a/b/c.png")])
+    image, part = happened.index(("rename", "images/a/b/c.png")), happened.index(("rename", "part"))
+    assert happened[image - 1] == happened[part - 1] == ("sync", "contents")
+    folders = [("sync", name) for name in ("images", "images/a", "images/a/b")]
+    assert sorted(happened[image + 1 : part - 1]) == folders
+    assert happened[part + 1 :] == [("sync", "manifest")]
+    happened.clear()
+    directory.write_json(directory.job_path, {})
+    assert happened[-2:] == [("rename", "job.json"), ("sync", ".")]
+
+
 def test_a_name_as_long_as_a_file_system_allows_can_be_written(directory: RunDirectory) -> None:
     name = "ü" * 125 + ".png"
     assert directory.write_image(name, b"x").path.name == name

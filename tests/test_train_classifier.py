@@ -329,7 +329,7 @@ def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_pa
 
 
 @pytest.mark.usefixtures("tiny")
-def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path):
+def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path, refuses):
     """Through the command line, so that nothing is trained before the refusal."""
     config = tmp_path / "c.toml"
     config.write_text(
@@ -339,7 +339,7 @@ def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path):
     )
     target = tmp_path / "own.safetensors"
     unlicensed = [str(config), str(tmp_path / "out"), "--device", "cpu", "--threads", "1", "--export", str(target)]
-    with pytest.raises(SystemExit, match="--export needs --licence"):
+    with refuses("--export needs --licence"):
         main(unlicensed)
     assert not (tmp_path / "out").exists()
     again = [*unlicensed, "--licence", "CC0-1.0"]
@@ -350,10 +350,10 @@ def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path):
     assert target.with_suffix(".json").read_text() != "{}"
     config.write_text("seed = 1\n" + config.read_text())
     other = [*again[:1], str(tmp_path / "other"), *again[2:]]
-    with pytest.raises(SystemExit, match=r"not of this training: .*own\.safetensors and .*own\.json; move it away"):
+    with refuses(r"not of this training: .*own\.safetensors and .*own\.json; move it away"):
         main(other)
     target.unlink()
-    with pytest.raises(SystemExit, match=r"not of this training: .*own\.json; move it away"):
+    with refuses(r"not of this training: .*own\.json; move it away"):
         main(other)
     assert not (tmp_path / "other").exists()
 
