@@ -508,7 +508,7 @@ def test_output_that_nobody_can_take_is_one_line() -> None:
 
 
 def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
-    picture = tmp_path / "picture.png"
+    picture = tmp_path / "new" / "picture.png"
     code, stdout, stderr = invoke(
         "preview", photographs / "astronaut.png", "--picture", picture, *weights, "--label", "haze"
     )

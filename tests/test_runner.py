@@ -74,7 +74,9 @@ def test_a_lost_machine_blames_no_image(run: TinyRun) -> None:
     assert Journal(run.directory.journal_dir, "s000").count_death() is None
 
 
-def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_count_as_deaths(run: TinyRun) -> None:
+def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_count_as_deaths(
+    run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
     taken, blamed = [], []
     for _ in range(5):
@@ -91,6 +93,8 @@ def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_c
         blamed.append(Journal(run.directory.journal_dir, "s000").has_in_flight)
     assert taken[:4] == ["s000, attempt 1", "s000, attempt 1", "s001", "s000, attempt 2"]
     assert blamed == [False, False, False, False, True]
+    told = [record.getMessage() for record in caplog.records]
+    assert told[:4] == ["the machine of worker 0 was lost, over shard s000: see log"] * 4
 
 
 def test_machines_lost_over_a_shard_that_gets_on_count_for_nothing(run: TinyRun) -> None:
