@@ -5,6 +5,7 @@ import io
 import os
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -535,6 +536,7 @@ def test_sixteen_bit_tiff_of_either_byte_order_and_polarity(byte_order, white_is
     data += b"\0\0\0\0" + DEEP.astype(byte_order + "u2").tobytes()
     decoded = read(data)
     assert decoded.pixels.dtype == np.uint16
+    assert decoded.warnings == ()
     np.testing.assert_array_equal(decoded.pixels[:, :, 0], 65535 - DEEP if white_is_zero else DEEP)
     assert_same_image(decoded, read(encode(decoded, decoded.pixels, format="same", quality=95).data))
 
@@ -640,7 +642,10 @@ def test_alpha_is_composed_over_white_where_the_format_has_none():
 def test_reduced_depth_is_named(format):
     decoded = read(file_bytes(Image.fromarray(DEEP), "PNG"))
     encoded = encode(decoded, decoded.pixels, format=format, quality=95)
-    assert "16 bits were reduced to 8" in encoded.warnings[0]
+    assert encoded.warnings == (f"16 bits were reduced to 8: {encoded.format} is not written deeper",)
+    decoded = replace(decoded, alpha=np.full(DEEP.shape, 65535, np.uint16))
+    (note,) = encode(decoded, decoded.pixels, format="png", quality=95).warnings
+    assert note == "16 bits were reduced to 8: PNG is not written deeper beside alpha"
 
 
 def test_quality_reaches_the_encoder():

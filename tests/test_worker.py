@@ -471,6 +471,16 @@ def test_references_that_cannot_be_listed_cost_the_figures_alone(tmp_path: Path)
     assert any("references cannot be listed" in warning for warning in row["warnings"])
 
 
+def test_what_reading_and_writing_gave_up_is_in_the_row(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    frames = [
+        Image.fromarray(np.full((32, 32, 4), (red(Degradation.RAIN), 0, 0, 99 + 9 * i), np.uint8)) for i in (0, 1)
+    ]
+    frames[0].save(tmp_path / "src" / "a.tif", save_all=True, append_images=frames[1:])
+    row = work(plan(tmp_path, output_format="jpeg"))["a.tif"]
+    assert row["warnings"] == ["first of 2 frames", "JPEG has no alpha: composed over white"]
+
+
 def test_a_file_that_changed_since_the_plan_is_done_with_a_warning(tmp_path: Path) -> None:
     marked(tmp_path / "src" / "a.png", red(Degradation.RAIN))
     run = plan(tmp_path)
