@@ -14,15 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.dispatcher import Assignment, Dispatcher
 from jobs.errors import InterruptedBySignalError
-from jobs.runner import (
-    STOP_GRACE_S,
-    Assignment,
-    Dispatcher,
-    log_to,
-    note_traceback,
-    workers_per_gpu,
-)
+from jobs.runner import STOP_GRACE_S, log_to, note_traceback, workers_per_gpu
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext

@@ -1,6 +1,6 @@
 """The Ray runner: one actor per worker, on a cluster or on one that is started for the run on this machine.
 
-Ray schedules actors and tells of their deaths; it retries nothing (see `jobs.runner.Dispatcher`).
+Ray schedules actors and tells of their deaths; it retries nothing (see `jobs.dispatcher.Dispatcher`).
 """
 
 import logging
@@ -18,15 +18,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.dispatcher import Assignment, Dispatcher
 from jobs.errors import InterruptedBySignalError
 from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
-from jobs.runner import (
-    STOP_GRACE_S,
-    Assignment,
-    Dispatcher,
-    log_to,
-    note_traceback,
-)
+from jobs.runner import STOP_GRACE_S, log_to, note_traceback
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
 from pipeline.records import OnOutcomes, Outcome, Shard

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import config_of
 
-from jobs.runner import Assignment, Dispatcher
+from jobs.dispatcher import Assignment, Dispatcher
 from pipeline.journal import Journal
 from pipeline.records import ImageRef, Outcome, Shard, Status
 from pipeline.run_config import RunContext

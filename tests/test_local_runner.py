@@ -14,9 +14,9 @@ from run_driver import drive
 from tiny_runs import TinyRun, check_complete, rows_of, stalled_process
 
 from jobs import local
+from jobs.dispatcher import Dispatcher
 from jobs.errors import InterruptedBySignalError, RunError
 from jobs.local import LocalRunner, crew_size
-from jobs.runner import Dispatcher
 from pipeline.faults import FAULT, MARKER
 from pipeline.run_config import RunContext
 

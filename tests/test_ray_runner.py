@@ -27,12 +27,12 @@ from jobs import ray_cluster as ray_cluster_module
 from jobs import ray_runner
 from jobs.audit import audit
 from jobs.config import RestoreOptions
+from jobs.dispatcher import Assignment, Dispatcher
 from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
-from jobs.runner import Assignment, Dispatcher
 from jobs.signals import sigterm_raises
 from pipeline.faults import FAULT, MARKER
 from pipeline.records import Shard
