@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pipeline.plan import PlanError, load_plan
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
 from pipeline.run_config import digest_of
-from pipeline.sink import ManifestError, RunDirectory, is_partial, read_rows
+from pipeline.sink import ManifestError, RunDirectory, read_rows
 from pipeline.source import local_path
 
 READERS = 8
@@ -252,19 +251,8 @@ def _repeated(values: pa.ChunkedArray) -> pa.StructArray:
 
 
 def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
-    """Files among the results that no row names, be it of an earlier revision, and that are no half-written ones."""
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    named = set(rows["output_uri"].to_pylist())
-    for folder, folders, names in os.walk(directory.images_dir, onerror=refuse):
-        beginning = directory.uri(Path(folder))
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for uri in sorted(f"{beginning}/{name}" for name in [*names, *links]):
-            if uri not in named and not is_partial(directory.root / uri):
-                yield Finding("not_in_manifest", uri, "no row names this file")
+    for uri in directory.unnamed(rows["output_uri"].to_pylist()):
+        yield Finding("not_in_manifest", uri, "no row names this file")
 
 
 def _with_values(table: pa.Table, columns: Sequence[str]) -> pa.Table:

@@ -287,8 +287,8 @@ class Dispatcher:
 def _taken(queue: deque[Assignment], number: int, crew: Mapping[int, str | None]) -> Assignment | None:
     """The first of a queue, taken out of it, that no other of the crew is better placed to take."""
     for place, assignment in enumerate(queue):
-        bias = {each: _bias(each, machine, assignment) for each, machine in crew.items()}
-        if bias[number] == min(bias.values()):
+        own = _bias(number, crew[number], assignment)
+        if not any(_bias(each, machine, assignment) < own for each, machine in crew.items()):
             del queue[place]
             return assignment
     return None

@@ -150,6 +150,7 @@ class _Member:
     pending: dict[Any, str] = field(default_factory=dict)
     """Calls under way, by object reference."""
     since: float = field(default_factory=time.monotonic)
+    """When it was asked for."""
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ from models.memory import bytes_needed, keep_freed_memory
 from models.precision import fastest_dtype
 from models.registry import list_models, resolve
 from pipeline.estimate import Estimate, estimate
-from pipeline.outputs import ReferenceIndex, reserved_names
+from pipeline.outputs import ReferenceIndex, reserved_names, source_names
 from pipeline.plan import PlanChanges, PlanError, Shards, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import OnOutcomes, Outcome, Stage, Status, first_rows
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
-from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest
+from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest, read_rows
 from pipeline.source import Listing, SourceError, list_source, local_path
 from pipeline.worker import WINDOW_IMAGES
 
@@ -309,6 +309,8 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
         job.directory.remove_partials()
     except ShardBusyError as error:
         raise UsageError(str(error)) from error
+    if job.left:
+        _remove_leftovers(job)
     fresh = Tally()
 
     def collect(outcomes: list[Outcome]) -> None:
@@ -340,6 +342,23 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
     )
     job.directory.write_json(job.directory.summary_path, asdict(summary))
     return summary
+
+
+def _remove_leftovers(job: Job) -> None:
+    """Removes results of images without a row: an interrupted call left them, and the next may write others, or none.
+
+    A file that a row names, be it of an earlier revision, stays, and so does one that is no result of these images.
+    """
+    directory = job.directory
+    rows = read_rows(directory.root, columns=["output_uri"])
+    unnamed = directory.unnamed(rows["output_uri"].to_pylist())
+    uris = [uri for uri in unnamed if os.fsencode(uri).decode(errors="ignore") == uri]  # as all results are
+    names = pc.replace_substring_regex(pa.array(uris, pa.string()), f"^{directory.uri(directory.images_dir)}/", "")
+    left = job.left.table["relative_path"]
+    for sources in source_names(names):
+        is_result = pc.is_in(sources, left.filter(pc.is_in(left, sources)).combine_chunks())
+        for name in names.filter(is_result).to_pylist():
+            directory.image_path(name).unlink(missing_ok=True)
 
 
 def make_runner(options: RestoreOptions) -> Runner:

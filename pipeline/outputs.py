@@ -57,6 +57,12 @@ def restored_name(
     return stem + extensions[0]
 
 
+def source_names(results: pa.Array) -> list[pa.Array]:
+    """Names of which images could have results of these names: the same, and those to which an extension was added."""
+    names = [results, pc.replace_substring_regex(results, r"\.[^./]*$", "")]
+    return [*names, pc.replace_substring_regex(names[1], f"({re.escape(_BETWEEN)})+$", "")]
+
+
 def reserved_names(planned: pa.ChunkedArray) -> frozenset[str]:
     """Planned names that `restored_name` could give to another planned image's result: `a.jpg.png` beside `a.jpg`."""
     # Nearly always two extensions are needed, which few names have.

@@ -232,6 +232,24 @@ class RunDirectory:
             path.unlink(missing_ok=True)
         return len(stale)
 
+    def unnamed(self, uris: Collection[str | None]) -> Iterator[str]:
+        """Files below `images/` that are not among these (`output_uri` of all rows) and no half-written ones, as `uri`.
+
+        Raises OSError if a folder cannot be listed.
+        """
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        named = set(uris)
+        for folder, folders, names in os.walk(self.images_dir, onerror=refuse):
+            beginning = self.uri(Path(folder))
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for uri in sorted(f"{beginning}/{name}" for name in [*names, *links]):
+                if uri not in named and not is_partial(self.root / uri):
+                    yield uri
+
     @contextmanager
     def shard_lock(self, shard_id: str, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
         """Holds a shard against other processes; the kernel lets go of it when this process dies."""

@@ -142,3 +142,25 @@ def test_runs_that_are_ended_and_a_source_that_changes(tiny_weights: TinyWeights
             max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
+
+
+def test_what_an_ended_call_left_of_images_without_a_row_goes_and_all_else_stays(tiny_weights: TinyWeights) -> None:
+    history = Histories()
+    history.weights = tiny_weights
+    history.options_are_chosen("rain", "copy", "png")
+    for name in ("a.jpg", "b.png"):
+        history.a_file_comes_or_changes(name, 0, True)
+    history.a_run_is_ended(1, True)
+    images = history.out / "images"
+    assert (images / "a.jpg.png").exists()
+    own = {"note.txt", "c.jpg.png", os.fsdecode(b"caf\xe9.png")}
+    for name in own:
+        (images / name).touch()
+    (history.source / "a.jpg").unlink()
+    history.restore(InThisProcess(most=None, kills=False))
+    assert {path.name for path in images.iterdir()} == own | {"b.png"}
+    (images / "a.jpg").touch()  # which has its row by now
+    history.a_file_comes_or_changes("deep/a.png", 0, True)
+    history.restore(InThisProcess(most=None, kills=False))
+    assert {path.name for path in images.iterdir()} == own | {"a.jpg", "b.png", "deep"}
+    history.teardown()
