@@ -631,7 +631,7 @@ def test_the_command_of_a_bare_host_tells_faults_plainly(tmp_path: Path) -> None
     (tmp_path / "c.toml").write_text("stepz = 3")
     command = [sys.executable, "-m", "jobs.train_restorer", str(tmp_path / "c.toml"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "unknown key stepz" in done.stderr
     assert "Traceback" not in done.stderr
 
