@@ -75,7 +75,8 @@ def load_clip(path: Path, architecture: str) -> tuple[Any, Tokenizer]:
 def _archived(path: Path) -> dict[str, Tensor] | None:
     """The weights in a TorchScript archive; None for any other file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch would have new archives written in another format
+        for kind in (FutureWarning, DeprecationWarning):  # torch would have new archives written in another format
+            warnings.simplefilter("ignore", kind)
         try:
             state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
         except RuntimeError:

@@ -126,10 +126,13 @@ class _Child:
             self.process.join()
 
 
+def _crew(children: dict[int, _Child], dispatcher: Dispatcher) -> dict[int, str | None]:
+    """The workers that are ready, or may yet be, with their machine (see `Dispatcher.take`)."""
+    return {number: "here" for number, each in children.items() if each.is_ready or dispatcher.may_start(number)}
+
+
 def _others_work(number: int, children: dict[int, _Child], dispatcher: Dispatcher) -> bool:
-    """Whether another worker is ready, or may yet be."""
-    others = (child for child in children.values() if child.number != number)
-    return any(child.is_ready or dispatcher.may_start(child.number) for child in others)
+    return bool(_crew(children, dispatcher).keys() - {number})
 
 
 def _busy(children: dict[int, _Child]) -> int:
@@ -144,10 +147,8 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
                 child.dismiss()
                 children.pop(child.number).join()
             elif child.is_ready and child.assignment is None:
-                crew = {
-                    number: "here" for number, each in children.items() if each.is_ready or dispatcher.may_start(number)
-                }
-                if (assignment := dispatcher.take(child.number, crew)) is not None:
+                assignment = dispatcher.take(child.number, _crew(children, dispatcher))
+                if assignment is not None:
                     child.give(assignment)
     for child in children.values():
         if child.hangs:

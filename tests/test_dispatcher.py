@@ -1,14 +1,13 @@
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
-from tiny_runs import TinyRun
+from tiny_runs import TinyRun, outcome_of
 
 from jobs.dispatcher import Dispatcher
 from jobs.errors import RunError
 from pipeline.journal import Journal
-from pipeline.records import ImageRef, Outcome, Shard, Status
+from pipeline.records import Shard, Status
 
 MakeRun = Callable[..., TinyRun]
 
@@ -18,19 +17,12 @@ def run(make_run: MakeRun) -> TinyRun:
     return make_run(["a.png", "b.png", "c.png"], per_shard=2)
 
 
-def row(run: TinyRun, ref: ImageRef, shard_id: str) -> Outcome:
-    return Outcome(
-        image_id=ref.image_id, shard_id=shard_id, source_uri=ref.uri, relative_path=ref.relative_path,
-        status=Status.RESTORED, run_id="run", config_digest="d", code_version="1", finished_at=datetime.now(UTC),
-    )  # fmt: skip
-
-
-def get_one_done(dispatcher: Dispatcher, run: TinyRun, number: int) -> None:
+def get_one_done(dispatcher: Dispatcher, number: int) -> None:
     """Has a worker finish the next shard, which has one image."""
     assignment = dispatcher.take(number, {number: "here"})
     assert assignment is not None
     shard = assignment.shard
-    dispatcher.report(shard.shard_id, [row(run, shard.images[0], shard.shard_id)])
+    dispatcher.report(shard.shard_id, [outcome_of(shard.images[0], shard.shard_id)])
     dispatcher.done(number, shard.shard_id)
 
 
@@ -98,7 +90,7 @@ def test_machines_lost_over_a_shard_that_gets_on_count_for_nothing(run: TinyRun)
         assignment = dispatcher.take(0, {0: "here"})
         assert assignment is not None
         attempts.append(assignment.attempt)
-        dispatcher.report("s000", [row(run, ref, "s000")])
+        dispatcher.report("s000", [outcome_of(ref, "s000")])
         dispatcher.machine_lost(0, "s000", "log")
     assert attempts == [1, 1]
 
@@ -137,7 +129,7 @@ def test_a_worker_that_cannot_start_is_given_up_while_others_work(run: TinyRun) 
 def test_a_shard_that_is_done_reports_its_own_images_only(make_run: MakeRun) -> None:
     run = make_run(["a.png", "b.png", "c.png"], per_shard=3)
     (shard,) = run.shards
-    run.directory.commit_part("s000", [row(run, ref, "s000") for ref in shard.images])
+    run.directory.commit_part("s000", [outcome_of(ref, "s000") for ref in shard.images])
     reported: list[str] = []
     dispatcher = Dispatcher(
         [Shard("s000", shard.images[2:])], run.context, lambda rows: reported.extend(each.image_id for each in rows)
@@ -174,7 +166,7 @@ def test_a_shard_that_another_process_holds_is_no_workers_fault_and_ends_the_run
                 assert dispatcher.is_of_use(0)
             else:
                 done.append(shard_id)
-                dispatcher.report(shard_id, [row(run, assignment.shard.images[0], shard_id)])
+                dispatcher.report(shard_id, [outcome_of(assignment.shard.images[0], shard_id)])
                 dispatcher.done(0, shard_id)
 
     with pytest.raises(RunError, match=r"s000 made no headway in 3 attempts in a row: held by .*\.lock"):
@@ -196,7 +188,7 @@ def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on
     while (assignment := dispatcher.take(0, {0: "here"})) is not None:
         attempts.append(assignment.attempt)
         run.directory.commit_part(
-            assignment.shard.shard_id, [row(run, ref, assignment.shard.shard_id) for ref in assignment.shard.images]
+            assignment.shard.shard_id, [outcome_of(ref, assignment.shard.shard_id) for ref in assignment.shard.images]
         )
         dispatcher.done(1, assignment.shard.shard_id)
     assert dispatcher.is_finished
@@ -208,7 +200,7 @@ def test_a_worker_whose_processes_die_over_shard_after_shard_gets_no_more_and_ea
 ) -> None:
     run = make_run([f"{number}.png" for number in range(6)], per_shard=1)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
-    get_one_done(dispatcher, run, 0)
+    get_one_done(dispatcher, 0)
     for _ in range(3):
         assert dispatcher.is_of_use(1)
         assignment = dispatcher.take(1, {1: "here"})
@@ -235,7 +227,7 @@ def test_deaths_with_a_shard_done_in_between_and_those_of_the_last_worker_are_no
         else:
             dispatcher.done(number, assignment.shard.shard_id)
 
-    get_one_done(dispatcher, run, 0)
+    get_one_done(dispatcher, 0)
     for _ in range(3):
         end(1, dies=True)
         end(1, dies=False)
@@ -295,7 +287,7 @@ def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) 
     for number in range(4):
         dispatcher.take(0, {0: "here"})
         if number == 1:
-            dispatcher.report("s000", [row(run, ref, "s000")])
+            dispatcher.report("s000", [outcome_of(ref, "s000")])
         if number == 3:
             break
         dispatcher.died(0, "s000", "SIGKILL", "log")
@@ -306,7 +298,7 @@ def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) 
 def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
     seen: list[str] = []
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: seen.extend(r.relative_path for r in rows))
-    first, second = (row(run, ref, "s000") for ref in run.shards[0].images)
+    first, second = (outcome_of(ref, "s000") for ref in run.shards[0].images)
     dispatcher.take(0, {0: "here"})
     dispatcher.report("s000", [first])
     dispatcher.died(0, "s000", "SIGKILL", "log")
@@ -325,7 +317,7 @@ def test_a_worker_that_gets_images_done_is_not_blamed_for_deaths(make_run: MakeR
         assignment = dispatcher.take(0, {0: "here"})
         assert assignment is not None
         shard = assignment.shard
-        dispatcher.report(shard.shard_id, [row(run, shard.images[0], shard.shard_id)])
+        dispatcher.report(shard.shard_id, [outcome_of(shard.images[0], shard.shard_id)])
         dispatcher.died(1, shard.shard_id, "SIGKILL", "log")
     assert dispatcher.is_of_use(1)
 
@@ -349,7 +341,7 @@ def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -
             assignment = dispatcher.take(0, {0: "here"})
             assert assignment is not None
             shard = assignment.shard
-            outcome = replace(row(run, shard.images[0], shard.shard_id), status=Status.QUARANTINED)
+            outcome = replace(outcome_of(shard.images[0], shard.shard_id), status=Status.QUARANTINED)
             dispatcher.report(shard.shard_id, [outcome])
 
     with pytest.raises(RunError, match="over each of 8 images"):
@@ -357,7 +349,7 @@ def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -
     fruitful = Dispatcher(run.shards, run.context, lambda rows: None)
     assignment = fruitful.take(0, {0: "here"})
     assert assignment is not None
-    fruitful.report("s000", [row(run, assignment.shard.images[0], "s000")])
+    fruitful.report("s000", [outcome_of(assignment.shard.images[0], "s000")])
     set_aside(fruitful, 8)
 
 
@@ -407,7 +399,7 @@ def test_a_shard_that_is_doubted_is_rather_for_whom_it_killed(run: TinyRun) -> N
 def test_a_worker_that_cannot_start_ends_no_run_in_which_another_has_worked(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     dispatcher.take(0, {0: "here"})
-    dispatcher.report("s000", [row(run, run.shards[0].images[0], "s000")])
+    dispatcher.report("s000", [outcome_of(run.shards[0].images[0], "s000")])
     dispatcher.died(0, "s000", "SIGKILL", "log")  # and is started anew
     for _ in range(3):
         dispatcher.start_failed(1, "no weights", "log", others_work=False)
@@ -448,7 +440,7 @@ def test_a_worker_that_is_alone_with_its_failures_gets_no_more(
         dispatcher.doubted(assignment.shard.shard_id)
     while (assignment := dispatcher.take(0, {0: "here", 1: "here"})) is not None:
         shard = assignment.shard
-        dispatcher.report(shard.shard_id, [replace(row(run, shard.images[0], shard.shard_id), status=status)])
+        dispatcher.report(shard.shard_id, [replace(outcome_of(shard.images[0], shard.shard_id), status=status)])
         dispatcher.done(0, shard.shard_id)
     assert dispatcher.is_finished
     assert dispatcher.is_of_use(1) != others_succeed

@@ -3,12 +3,11 @@
 import random
 from collections.abc import Generator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import config_of
+from tiny_runs import config_of, outcome_of
 
 from jobs.dispatcher import Assignment, Dispatcher
 from pipeline.journal import Journal
@@ -145,7 +144,7 @@ class World:
                 is_certain = False
                 continue
             rows[ref.image_id] = status
-            self.dispatcher.report(shard.shard_id, [outcome(ref, shard.shard_id, status)])
+            self.dispatcher.report(shard.shard_id, [outcome_of(ref, shard.shard_id, status)])
         self.commit(rows)
         if not is_certain:
             return "doubted"
@@ -156,13 +155,6 @@ class World:
         assert not rows.keys() & self.committed.keys(), "a second row"
         self.committed.update(rows)
         rows.clear()
-
-
-def outcome(ref: ImageRef, shard_id: str, status: Status) -> Outcome:
-    return Outcome(
-        image_id=ref.image_id, shard_id=shard_id, source_uri=ref.uri, relative_path=ref.relative_path,
-        status=status, run_id="run", config_digest="d", code_version="1", finished_at=datetime.now(UTC),
-    )  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)

@@ -69,7 +69,6 @@ class Histories(RuleBasedStateMachine):
         self.clock = 1_700_000_000
         self.pictures: dict[str, bool] = {}
         """Whether the file of this name is one that can be read."""
-        self.has_run = False
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
@@ -134,7 +133,7 @@ class Histories(RuleBasedStateMachine):
         return len(told)
 
 
-def test_runs_that_are_ended_and_a_source_that_changes(tiny_weights: TinyWeights, tmp_path: Path) -> None:
+def test_runs_that_are_ended_and_a_source_that_changes(tiny_weights: TinyWeights) -> None:
     Histories.weights = tiny_weights
     run_state_machine_as_test(
         Histories,

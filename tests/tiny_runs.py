@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.records import ImageRef, Shard
+from pipeline.records import ImageRef, Outcome, Shard, Status
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import RunDirectory, read_manifest
 from pipeline.source import list_source
@@ -121,6 +122,14 @@ VARYING = {"attempt", "worker_id", "host", "started_at", "finished_at", "batch_s
 def lasting(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what differs between two runs of the same plan: timings and who did it."""
     return {name: value for name, value in row.items() if name not in VARYING and not name.endswith("_ms")}
+
+
+def outcome_of(ref: ImageRef, shard_id: str, status: Status = Status.RESTORED) -> Outcome:
+    """The row of an image of which nothing but its end matters."""
+    return Outcome(
+        image_id=ref.image_id, shard_id=shard_id, source_uri=ref.uri, relative_path=ref.relative_path,
+        status=status, run_id="run", config_digest="d", code_version="1", finished_at=datetime.now(UTC),
+    )  # fmt: skip
 
 
 def stalled_process(marker: Path) -> int:
