@@ -151,10 +151,11 @@ class Dispatcher:
                     str(self._directory.logs_dir),
                 )
 
-    def done(self, number: int, shard_id: str) -> None:
-        """The worker of this number has committed a row for each image of its shard."""
-        del self._failures[number], self._deaths[number]
+    def done(self, shard_id: str) -> None:
+        """The shard's worker has committed a row for each image of it."""
         assignment = self._assigned.pop(shard_id)
+        number = assignment.seat[0]
+        del self._failures[number], self._deaths[number]
         shard = assignment.shard
         if any(ref.image_id not in self._reported.get(shard_id, ()) for ref in shard.images):
             # Committed by a worker that died before it could tell.
@@ -186,11 +187,12 @@ class Dispatcher:
         """
         self._retry(shard_id, fault, log, is_fruitless=True, is_death=False)
 
-    def machine_lost(self, number: int, shard_id: str, log: str) -> None:
+    def machine_lost(self, shard_id: str, log: str) -> None:
         """The shard's worker went away with its machine: no image's fault, as far as one such loss can tell.
 
         The next time the shard goes out last, with care, so that it holds up no other and one image is in hand.
         """
+        number = self._assigned[shard_id].seat[0]
         _log.warning("the machine of worker %d was lost, over shard %s: see %s", number, shard_id, log)
         self._losses[shard_id] += 1
         if self._losses[shard_id] == 1:
@@ -199,29 +201,31 @@ class Dispatcher:
             Journal(self._directory.journal_dir, shard_id).forgive()
             self._retry(shard_id, "its machine was lost", log, is_fruitless=False)
         else:
-            self.died(number, shard_id, f"{self._losses[shard_id]} machines were lost over it in a row", log)
+            self.died(shard_id, f"{self._losses[shard_id]} machines were lost over it in a row", log)
 
-    def failed(self, number: int, shard_id: str, fault: str, log: str) -> None:
-        """The worker of this number lives, but could not go on with its shard (a full disk, for instance).
+    def failed(self, shard_id: str, fault: str, log: str) -> None:
+        """The shard's worker lives, but could not go on with it (a full disk, for instance).
 
         Where others are of use, it is taken for the worker's fault and not for the shard's. Raises RunError when no
         worker is of use any more; `is_of_use` says whether this one is.
         """
+        number = self._assigned[shard_id].seat[0]
         self._note_failure(number, fault, log)
         others = self._others_are_of_use(number)
         fault = f"the worker failed over it ({fault})"
         self._retry(shard_id, fault, log, is_fruitless=not others, is_death=False)
         self._require_one_of_use(fault, log)
 
-    def died(self, number: int, shard_id: str, fault: str, log: str) -> None:
-        """The process of the worker of this number ended while it had the shard."""
+    def died(self, shard_id: str, fault: str, log: str) -> None:
+        """The process of the shard's worker ended while it had the shard."""
+        assignment = self._assigned[shard_id]
+        number = assignment.seat[0]
         _log.warning("worker %d died over shard %s (%s): see %s", number, shard_id, fault, log)
         if shard_id in self._has_headway:
             del self._deaths[number]  # a worker that gets images done is not what is at fault
         else:
             self._note_death(number, fault, log)
         journal = Journal(self._directory.journal_dir, shard_id)
-        assignment = self._assigned[shard_id]
         self._assigned[shard_id] = replace(assignment, died_with=assignment.seat)
         self._retry(shard_id, f"its worker died ({fault})", log, is_fruitless=not journal.has_in_flight)
 

@@ -192,7 +192,7 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
             dispatcher.report(shard_id, list(message.outcomes))
             return
         case "done":
-            dispatcher.done(child.number, shard_id)
+            dispatcher.done(shard_id)
         case "given_back":
             child.is_ready, child.has_failed = False, True  # it ends now: no further shard, and no death
             dispatcher.give_back(shard_id)
@@ -201,7 +201,7 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
         case "busy":
             dispatcher.busy(shard_id, message.fault, str(child.log))
         case "failed":
-            dispatcher.failed(child.number, shard_id, message.fault, str(child.log))
+            dispatcher.failed(shard_id, message.fault, str(child.log))
     child.assignment = None
 
 
@@ -210,7 +210,7 @@ def _note_end(child: _Child, dispatcher: Dispatcher, *, others_work: bool) -> No
     code = child.process.exitcode
     fault = f"{signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     if child.assignment is not None:
-        dispatcher.died(child.number, child.assignment.shard.shard_id, fault, str(child.log))
+        dispatcher.died(child.assignment.shard.shard_id, fault, str(child.log))
     elif not child.is_ready and not child.has_failed:
         dispatcher.start_failed(child.number, fault, str(child.log), others_work=others_work)
 

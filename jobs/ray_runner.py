@@ -335,13 +335,13 @@ class _Crew:
         member.assignment = None
         self._report(report.outcomes)
         if report.kind == "done":
-            self._dispatcher.done(member.number, shard_id)
+            self._dispatcher.done(shard_id)
         elif report.kind == "doubted":
             self._dispatcher.doubted(shard_id)
         elif report.kind == "busy":
             self._dispatcher.busy(shard_id, report.fault, str(member.log))
         elif report.kind == "failed":
-            self._dispatcher.failed(member.number, shard_id, report.fault, str(member.log))
+            self._dispatcher.failed(shard_id, report.fault, str(member.log))
         else:
             self._dispatcher.give_back(shard_id)
         if report.kind == "given_back" or not self._dispatcher.is_of_use(member.number):
@@ -370,9 +370,9 @@ class _Crew:
             assert each.member.assignment is not None
             shard_id, log = each.member.assignment.shard.shard_id, str(each.member.log)
             if _is_preempted(each.error) or each.member.node_id not in living:
-                self._dispatcher.machine_lost(each.member.number, shard_id, log)
+                self._dispatcher.machine_lost(shard_id, log)
             elif each.is_dead_alone:
-                self._dispatcher.died(each.member.number, shard_id, _short(each.error), log)
+                self._dispatcher.died(shard_id, _short(each.error), log)
             else:
                 self._fallen.append(each)
 

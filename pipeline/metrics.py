@@ -93,7 +93,7 @@ def clipped_fraction(image: Pixels) -> float:
     """Share of all values, channels counted one by one, that are at either end of the range."""
     white = np.iinfo(image.dtype).max
     between = sum(np.count_nonzero(part) - np.count_nonzero(part == white) for part in _parts(image))
-    return 1 - between / image.size
+    return float(1 - between / image.size)
 
 
 def _parts(image: Pixels) -> Iterator[NDArray[np.uint8 | np.uint16]]:

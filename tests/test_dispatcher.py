@@ -23,7 +23,7 @@ def get_one_done(dispatcher: Dispatcher, number: int) -> None:
     assert assignment is not None
     shard = assignment.shard
     dispatcher.report(shard.shard_id, [outcome_of(shard.images[0], shard.shard_id)])
-    dispatcher.done(number, shard.shard_id)
+    dispatcher.done(shard.shard_id)
 
 
 def test_shards_go_out_in_order_and_once(run: TinyRun) -> None:
@@ -34,15 +34,15 @@ def test_shards_go_out_in_order_and_once(run: TinyRun) -> None:
     assert [a.shard.shard_id for a in (first, second)] == ["s000", "s001"]
     assert dispatcher.take(0, {0: "here"}) is None
     assert not dispatcher.is_finished
-    dispatcher.done(0, "s000")
-    dispatcher.done(0, "s001")
+    dispatcher.done("s000")
+    dispatcher.done("s001")
     assert dispatcher.is_finished
 
 
 def test_a_death_makes_the_next_attempt_careful_and_a_lost_machine_does_not(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None)
     attempts = []
-    for end in (dispatcher.give_back, lambda shard: dispatcher.died(0, shard, "SIGKILL", "log"), dispatcher.give_back):
+    for end in (dispatcher.give_back, lambda shard: dispatcher.died(shard, "SIGKILL", "log"), dispatcher.give_back):
         assignment = dispatcher.take(0, {0: "here"})
         assert assignment is not None
         attempts.append(assignment.attempt)
@@ -70,12 +70,12 @@ def test_a_shard_over_which_machines_are_lost_goes_last_with_care_until_losses_c
         assert assignment is not None
         if assignment.shard.shard_id == "s001":
             taken.append("s001")
-            dispatcher.done(0, "s001")
+            dispatcher.done("s001")
             assignment = dispatcher.take(0, {0: "here"})
             assert assignment is not None
         taken.append(f"{assignment.shard.shard_id}, attempt {assignment.attempt}")
         Journal(run.directory.journal_dir, "s000").begin("takes its machine with it")
-        dispatcher.machine_lost(0, "s000", "log")
+        dispatcher.machine_lost("s000", "log")
         blamed.append(Journal(run.directory.journal_dir, "s000").has_in_flight)
     assert taken[:4] == ["s000, attempt 1", "s000, attempt 1", "s001", "s000, attempt 2"]
     assert blamed == [False, False, False, False, True]
@@ -91,7 +91,7 @@ def test_machines_lost_over_a_shard_that_gets_on_count_for_nothing(run: TinyRun)
         assert assignment is not None
         attempts.append(assignment.attempt)
         dispatcher.report("s000", [outcome_of(ref, "s000")])
-        dispatcher.machine_lost(0, "s000", "log")
+        dispatcher.machine_lost("s000", "log")
     assert attempts == [1, 1]
 
 
@@ -135,7 +135,7 @@ def test_a_shard_that_is_done_reports_its_own_images_only(make_run: MakeRun) -> 
         [Shard("s000", shard.images[2:])], run.context, lambda rows: reported.extend(each.image_id for each in rows)
     )
     dispatcher.take(0, {0: "here"})
-    dispatcher.done(0, "s000")
+    dispatcher.done("s000")
     assert reported == [shard.images[2].image_id]
 
 
@@ -144,10 +144,10 @@ def test_a_worker_that_lives_and_fails_again_and_again_ends_the_run(run: TinyRun
     Journal(run.directory.journal_dir, "s000").begin("held by a process that cannot be ended")
     for _ in range(2):
         dispatcher.take(0, {0: "here"})
-        dispatcher.failed(0, "s000", "ValueError", "log")
+        dispatcher.failed("s000", "ValueError", "log")
     dispatcher.take(0, {0: "here"})
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
-        dispatcher.failed(0, "s000", "ValueError", "log")
+        dispatcher.failed("s000", "ValueError", "log")
 
 
 def test_a_shard_that_another_process_holds_is_no_workers_fault_and_ends_the_run_after_all_else(
@@ -167,7 +167,7 @@ def test_a_shard_that_another_process_holds_is_no_workers_fault_and_ends_the_run
             else:
                 done.append(shard_id)
                 dispatcher.report(shard_id, [outcome_of(assignment.shard.images[0], shard_id)])
-                dispatcher.done(0, shard_id)
+                dispatcher.done(shard_id)
 
     with pytest.raises(RunError, match=r"s000 made no headway in 3 attempts in a row: held by .*\.lock"):
         work_all_off()
@@ -182,15 +182,15 @@ def test_a_worker_that_fails_shard_after_shard_gets_no_more_and_the_others_go_on
         assert dispatcher.is_of_use(0)
         assignment = dispatcher.take(0, {0: "here"})
         assert assignment is not None
-        dispatcher.failed(0, assignment.shard.shard_id, "SourceGoneError", "log")
+        dispatcher.failed(assignment.shard.shard_id, "SourceGoneError", "log")
     assert not dispatcher.is_of_use(0)
     attempts = []
-    while (assignment := dispatcher.take(0, {0: "here"})) is not None:
+    while (assignment := dispatcher.take(1, {1: "here"})) is not None:
         attempts.append(assignment.attempt)
         run.directory.commit_part(
             assignment.shard.shard_id, [outcome_of(ref, assignment.shard.shard_id) for ref in assignment.shard.images]
         )
-        dispatcher.done(1, assignment.shard.shard_id)
+        dispatcher.done(assignment.shard.shard_id)
     assert dispatcher.is_finished
     assert attempts == [1] * 6, "no image was at fault, so none has to be done with care"
 
@@ -205,7 +205,7 @@ def test_a_worker_whose_processes_die_over_shard_after_shard_gets_no_more_and_ea
         assert dispatcher.is_of_use(1)
         assignment = dispatcher.take(1, {1: "here"})
         assert assignment is not None
-        dispatcher.died(1, assignment.shard.shard_id, "SIGILL", "logs/worker-1.log")
+        dispatcher.died(assignment.shard.shard_id, "SIGILL", "logs/worker-1.log")
         dispatcher.worker_ready(1)
     assert not dispatcher.is_of_use(1)
     told = [record.getMessage() for record in caplog.records]
@@ -223,9 +223,9 @@ def test_deaths_with_a_shard_done_in_between_and_those_of_the_last_worker_are_no
         assignment = dispatcher.take(number, {number: "here"})
         assert assignment is not None
         if dies:
-            dispatcher.died(number, assignment.shard.shard_id, "SIGKILL", "log")
+            dispatcher.died(assignment.shard.shard_id, "SIGKILL", "log")
         else:
-            dispatcher.done(number, assignment.shard.shard_id)
+            dispatcher.done(assignment.shard.shard_id)
 
     get_one_done(dispatcher, 0)
     for _ in range(3):
@@ -244,23 +244,23 @@ def test_a_worker_that_fails_costs_no_shard_its_attempts_while_others_work(run: 
     """One shard is with another worker, and the failing one gets the same again and again."""
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
     for _ in range(3):
-        dispatcher.take(0, {0: "here"})
-        dispatcher.failed(1, "s000", "OSError", "log")
+        dispatcher.take(1, {1: "here"})
+        dispatcher.failed("s000", "OSError", "log")
     assert not dispatcher.is_of_use(1)
     dispatcher.take(0, {0: "here"})
-    dispatcher.failed(0, "s000", "OSError", "log")
+    dispatcher.failed("s000", "OSError", "log")
     dispatcher.take(0, {0: "here"})
-    dispatcher.failed(0, "s000", "OSError", "log")
+    dispatcher.failed("s000", "OSError", "log")
     dispatcher.take(0, {0: "here"})
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
-        dispatcher.failed(0, "s000", "OSError", "log")
+        dispatcher.failed("s000", "OSError", "log")
 
 
 def test_no_worker_of_use_ends_the_run_whichever_way_the_last_one_failed(run: TinyRun) -> None:
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=2)
     for _ in range(3):
-        dispatcher.take(0, {0: "here"})
-        dispatcher.failed(1, "s000", "OSError", "log")
+        dispatcher.take(1, {1: "here"})
+        dispatcher.failed("s000", "OSError", "log")
     for _ in range(2):
         dispatcher.start_failed(0, "SIGKILL", "log", others_work=True)
     with pytest.raises(RunError, match="every worker failed 3 times in a row, at last so: SIGKILL"):
@@ -274,11 +274,11 @@ def test_a_shard_in_between_makes_a_worker_trusted_again(make_run: MakeRun) -> N
         assignment = dispatcher.take(0, {0: "here"})
         assert assignment is not None
         if number == 2:
-            dispatcher.done(0, assignment.shard.shard_id)
+            dispatcher.done(assignment.shard.shard_id)
         elif number < 5:
-            dispatcher.failed(0, assignment.shard.shard_id, "OSError", "log")
+            dispatcher.failed(assignment.shard.shard_id, "OSError", "log")
     with pytest.raises(RunError, match="every worker failed 3 times in a row"):
-        dispatcher.failed(0, run.shards[5].shard_id, "OSError", "log")
+        dispatcher.failed(run.shards[5].shard_id, "OSError", "log")
 
 
 def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) -> None:
@@ -290,9 +290,9 @@ def test_deaths_without_headway_and_without_a_culprit_end_the_run(run: TinyRun) 
             dispatcher.report("s000", [outcome_of(ref, "s000")])
         if number == 3:
             break
-        dispatcher.died(0, "s000", "SIGKILL", "log")
+        dispatcher.died("s000", "SIGKILL", "log")
     with pytest.raises(RunError, match="s000 made no headway in 3 attempts"):
-        dispatcher.died(0, "s000", "SIGKILL", "log")
+        dispatcher.died("s000", "SIGKILL", "log")
 
 
 def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
@@ -301,11 +301,11 @@ def test_an_image_is_reported_once_whoever_does_it_again(run: TinyRun) -> None:
     first, second = (outcome_of(ref, "s000") for ref in run.shards[0].images)
     dispatcher.take(0, {0: "here"})
     dispatcher.report("s000", [first])
-    dispatcher.died(0, "s000", "SIGKILL", "log")
+    dispatcher.died("s000", "SIGKILL", "log")
     dispatcher.take(0, {0: "here"})
     dispatcher.report("s000", [first])
     run.directory.commit_part("s000", [first, second])
-    dispatcher.done(0, "s000")
+    dispatcher.done("s000")
     dispatcher.report("s000", [first, second])  # Ray may deliver an answer after the shard's end
     assert seen == ["a.png", "b.png"]
 
@@ -314,11 +314,11 @@ def test_a_worker_that_gets_images_done_is_not_blamed_for_deaths(make_run: MakeR
     run = make_run([f"{number}.png" for number in range(8)], per_shard=2)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     for _ in range(4):
-        assignment = dispatcher.take(0, {0: "here"})
+        assignment = dispatcher.take(1, {1: "here"})
         assert assignment is not None
         shard = assignment.shard
         dispatcher.report(shard.shard_id, [outcome_of(shard.images[0], shard.shard_id)])
-        dispatcher.died(1, shard.shard_id, "SIGKILL", "log")
+        dispatcher.died(shard.shard_id, "SIGKILL", "log")
     assert dispatcher.is_of_use(1)
 
 
@@ -326,9 +326,9 @@ def test_workers_that_all_die_are_not_blamed_one_after_the_other(make_run: MakeR
     run = make_run([f"{number}.png" for number in range(12)], per_shard=1)
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     for number in (0, 1) * 5:
-        assignment = dispatcher.take(0, {0: "here"})
+        assignment = dispatcher.take(number, {number: "here"})
         assert assignment is not None
-        dispatcher.died(number, assignment.shard.shard_id, "SIGKILL", "log")
+        dispatcher.died(assignment.shard.shard_id, "SIGKILL", "log")
     assert dispatcher.is_of_use(0)
     assert dispatcher.is_of_use(1)
 
@@ -377,11 +377,11 @@ def test_a_shard_over_which_a_worker_died_is_for_another_one_where_there_is_one(
     dispatcher = Dispatcher(run.shards[:1], run.context, lambda rows: None, workers=3)
     crew = {0: "here", 1: "here", 2: None}
     dispatcher.take(0, crew)
-    dispatcher.died(0, "s000", "SIGKILL", "log")
+    dispatcher.died("s000", "SIGKILL", "log")
     assert dispatcher.take(0, crew) is None
     assert dispatcher.take(1, crew) is None, "another machine soon has a worker"
     assert dispatcher.take(1, {0: "here", 1: "here"}) is not None
-    dispatcher.died(1, "s000", "SIGKILL", "log")
+    dispatcher.died("s000", "SIGKILL", "log")
     assert dispatcher.take(1, {1: "here"}) is not None, "it is alone"
 
 
@@ -391,7 +391,7 @@ def test_a_shard_that_is_doubted_is_rather_for_whom_it_killed(run: TinyRun) -> N
     dispatcher.take(0, crew)
     dispatcher.doubted("s000")
     dispatcher.take(1, crew)
-    dispatcher.died(1, "s000", "SIGKILL", "log")
+    dispatcher.died("s000", "SIGKILL", "log")
     assert dispatcher.take(0, crew) is None, "its word would be final, and it is the one that doubted"
     assert dispatcher.take(1, crew) is not None
 
@@ -400,7 +400,7 @@ def test_a_worker_that_cannot_start_ends_no_run_in_which_another_has_worked(run:
     dispatcher = Dispatcher(run.shards, run.context, lambda rows: None, workers=2)
     dispatcher.take(0, {0: "here"})
     dispatcher.report("s000", [outcome_of(run.shards[0].images[0], "s000")])
-    dispatcher.died(0, "s000", "SIGKILL", "log")  # and is started anew
+    dispatcher.died("s000", "SIGKILL", "log")  # and is started anew
     for _ in range(3):
         dispatcher.start_failed(1, "no weights", "log", others_work=False)
     assert not dispatcher.is_of_use(1)
@@ -441,7 +441,7 @@ def test_a_worker_that_is_alone_with_its_failures_gets_no_more(
     while (assignment := dispatcher.take(0, {0: "here", 1: "here"})) is not None:
         shard = assignment.shard
         dispatcher.report(shard.shard_id, [replace(outcome_of(shard.images[0], shard.shard_id), status=status)])
-        dispatcher.done(0, shard.shard_id)
+        dispatcher.done(shard.shard_id)
     assert dispatcher.is_finished
     assert dispatcher.is_of_use(1) != others_succeed
     told = [record.getMessage() for record in caplog.records if "gets no more" in record.getMessage()]

@@ -105,13 +105,13 @@ class World:
                 worker.assignment = worker.going = None
                 if end.value == "died":
                     worker.is_up = worker.is_ready = False
-                    self.dispatcher.died(number, shard_id, "SIGKILL", "log")
+                    self.dispatcher.died(shard_id, "SIGKILL", "log")
                 elif end.value == "failed":
-                    self.dispatcher.failed(number, shard_id, "full disk", "log")
+                    self.dispatcher.failed(shard_id, "full disk", "log")
                 elif end.value == "doubted":
                     self.dispatcher.doubted(shard_id)
                 else:
-                    self.dispatcher.done(number, shard_id)
+                    self.dispatcher.done(shard_id)
 
     def work(self, worker: Worker, assignment: Assignment) -> Generator[None, None, str]:
         """What `pipeline.worker.Worker` does with a shard, without pixels; returns how it ended."""
