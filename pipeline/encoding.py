@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, mean_channel, to_uint8
+from pipeline.metadata import rewritable_exif
 from pipeline.png import encode_png
 from pipeline.records import Stage
 
@@ -153,14 +154,14 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
             if name == "JPEG" and len(source.exif) > _JPEG_EXIF_BYTES:
                 notes.append("EXIF was dropped: it is larger than JPEG can hold")
             else:
-                options["exif"] = source.exif
+                options["exif"] = rewritable_exif(source.exif) if name == "TIFF" else source.exif
         if source.xmp is not None:
             if name == "JPEG" and len(source.xmp) > _JPEG_XMP_BYTES:
                 notes.append("XMP was dropped: it is larger than JPEG can hold")
             elif name == "PNG" and not _is_utf8(source.xmp):
                 notes.append("XMP was dropped: it is not UTF-8, as PNG holds it")
             else:
-                _add_xmp(options, name, source.xmp, source.exif)
+                _add_xmp(options, name, source.xmp)
     if source.dpi is not None:
         options["dpi"] = source.dpi
     if name != "PNG" and _means_another_colour(dict(source.png_colour), has_profile=source.icc is not None):
@@ -191,14 +192,11 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _add_xmp(options: dict[str, object], name: str, xmp: bytes, exif: bytes | None) -> None:
+def _add_xmp(options: dict[str, object], name: str, xmp: bytes) -> None:
     match name:
         case "PNG":
             cast(PngImagePlugin.PngInfo, options["pnginfo"]).add_itxt("XML:com.adobe.xmp", xmp)
         case "TIFF":
-            both = Image.Exif()
-            both.load(exif or b"")
-            both[_XMP_TIFF_TAG] = xmp
-            options["exif"] = both.tobytes()
+            cast(Image.Exif, options.setdefault("exif", Image.Exif()))[_XMP_TIFF_TAG] = xmp
         case _:
             options["xmp"] = xmp

@@ -3,16 +3,30 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from PIL import ExifTags, Image
 
+from pipeline.exif_bytes import upright_exif
 from pipeline.file_bytes import is_lossless_webp, png_colour
 
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
 
 _XMP_OF_MORE = re.compile(rb"Container:Directory|:MicroVideo|:MotionPhoto|hdrgm:")
 """Of motion photos and Ultra HDR, whose further parts are not kept."""
+
+_XMP_ACROSS_AND_DOWN = re.compile(
+    rb"\b(tiff:Image)(Width|Length)\b|\b(tiff:|exif:FocalPlane)([XY])(Resolution)\b|\b(exif:Pixel)([XY])(Dimension)\b"
+)
+_XMP_OTHER_DIRECTION = {b"Width": b"Length", b"Length": b"Width", b"X": b"Y", b"Y": b"X"}
+
+_XMP_THUMBNAILS = re.compile(rb"<(xmp|xap):Thumbnails>.*?</\1:Thumbnails>", re.DOTALL)
+"""Which would show the photograph unrestored."""
+
+_XMP_EXTENDED = re.compile(
+    rb"""\s+xmpNote:HasExtendedXMP\s*=\s*("[^"]*"|'[^']*')|<xmpNote:HasExtendedXMP>[^<]*</xmpNote:HasExtendedXMP>"""
+)
+"""The pointer to segments of their own, which are not kept."""
 
 _MOST_DPI = 65_535
 """That JPEG holds."""
@@ -33,11 +47,7 @@ _DESCRIPTIVE_TIFF_TAGS = frozenset(
 )
 """A TIFF keeps its layout (strips, compression) beside its EXIF; only these tags hold for another file too."""
 
-_ACROSS_AND_DOWN = (
-    (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight),
-    (ExifTags.Base.FocalPlaneXResolution, ExifTags.Base.FocalPlaneYResolution),
-)
-"""EXIF's tags of the two directions of a picture, beside its resolution, which is read apart."""
+_SUB_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
     orientation, exif = None, None
     try:
         orientation = _stated_orientation(image.getexif())
-        exif = _upright_exif(image)
+        exif = _tiff_exif(image, notes) if image.format == "TIFF" else _stored_exif(image, orientation)
     except Exception:
         # Cameras and editors write all kinds of EXIF; the picture counts for more.
         notes.append("EXIF could not be read and was dropped")
@@ -73,13 +83,16 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
     if xmp and _XMP_OF_MORE.search(xmp):
         notes.append("XMP was dropped: it speaks of a video or gain map behind the picture")
         xmp = None
-    elif xmp and b"HasExtendedXMP" in xmp:
-        notes.append("extended XMP was dropped")
+    elif xmp:
+        xmp, extended = _XMP_EXTENDED.subn(b"", xmp)
+        if extended:
+            notes.append("extended XMP was dropped")
+        xmp = _upright_xmp(xmp, orientation)
     return Metadata(
         orientation=orientation,
         exif=exif,
         icc=image.info.get("icc_profile") or None,
-        xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if xmp else None,
+        xmp=xmp,
         dpi=_upright_dpi(image, orientation),
         png_colour=png_colour(data) if image.format == "PNG" else (),
         lossless_webp=image.format == "WEBP" and is_lossless_webp(data),
@@ -116,48 +129,54 @@ def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, fl
     return (down, across) if lies(orientation) else (across, down)
 
 
-def _upright_exif(image: Image.Image) -> bytes | None:
-    """The EXIF as of the upright picture, without a thumbnail; that of an upright image byte by byte."""
+def _upright_xmp(xmp: bytes, orientation: int | None) -> bytes:
+    xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", _XMP_THUMBNAILS.sub(b"", xmp))
+    if not lies(orientation):
+        return xmp
+
+    def other(name: re.Match[bytes]) -> bytes:
+        return b"".join(_XMP_OTHER_DIRECTION.get(part, part) for part in name.groups(b""))
+
+    return _XMP_ACROSS_AND_DOWN.sub(other, xmp)
+
+
+def _stored_exif(image: Image.Image, orientation: int | None) -> bytes | None:
+    """The EXIF of a file other than TIFF as of the upright picture, with the marker that JPEG wants before it."""
+    stored = image.info.get("exif")
+    if not stored and isinstance(text := image.info.get("Raw profile type exif"), str):
+        stored = bytes.fromhex("".join(text.split("\n")[3:]))  # as ImageMagick writes it into a PNG
+    if not stored:
+        return None
+    stated = image.getexif().get(ExifTags.Base.Orientation)
+    return upright_exif(stored, is_turned=stated not in (None, 1), lies=lies(orientation))
+
+
+def _tiff_exif(image: Image.Image, notes: list[str]) -> bytes | None:
+    """The EXIF among a TIFF's tags as of the upright picture; adds a note where Pillow loses letters."""
     exif = image.getexif()
-    value = exif.get(ExifTags.Base.Orientation)
-    if image.format == "TIFF":
-        for tag in set(exif) - _DESCRIPTIVE_TIFF_TAGS:
-            del exif[tag]
-    elif value in (None, 1):
-        return _without_thumbnail(_prefixed(image.info.get("exif")))
+    for tag in set(exif) - _DESCRIPTIVE_TIFF_TAGS:
+        del exif[tag]
     if not exif:
         return None
     exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
-    kept = Image.Exif()
-    kept.load(exif.tobytes())
+    kept = rewritable_exif(rewritable_exif(exif).tobytes())
+    if any(
+        isinstance(text, str) and not text.isascii() for tag in _SUB_DIRECTORIES for text in exif.get_ifd(tag).values()
+    ):
+        notes.append("letters beyond ASCII in EXIF's details were replaced by ?")
+    value = exif.get(ExifTags.Base.Orientation)
     if value is not None:
         kept[ExifTags.Base.Orientation] = 1
-    if lies(value):
-        details = kept.get_ifd(ExifTags.IFD.Exif)
-        for across, down in _ACROSS_AND_DOWN:
-            if across in details and down in details:
-                details[across], details[down] = details[down], details[across]
-    return kept.tobytes()
+    written = kept.tobytes()
+    return upright_exif(written, is_turned=False, lies=lies(value))
 
 
-def _without_thumbnail(exif: bytes | None) -> bytes | None:
-    """EXIF that ends its list of pictures after the first; the thumbnail would show the photograph unrestored.
-
-    Nothing moves, since makers' notes may hold offsets of their own.
-    """
-    if exif is None:
-        return None
-    tiff = bytearray(exif.removeprefix(b"Exif\0\0"))
-    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
-    first = int.from_bytes(tiff[4:8], order)
-    following = first + 2 + 12 * int.from_bytes(tiff[first : first + 2], order)
-    if following + 4 <= len(tiff):
-        tiff[following : following + 4] = bytes(4)
-    return b"Exif\0\0" + bytes(tiff)
-
-
-def _prefixed(exif: bytes | None) -> bytes | None:
-    """EXIF with the marker that JPEG wants before it and the other formats' writers take off."""
-    if not exif or exif.startswith(b"Exif\0\0"):
-        return exif or None
-    return b"Exif\0\0" + exif
+def rewritable_exif(exif: Image.Exif | bytes) -> Image.Exif:
+    """Tags whose text Pillow writes again letter by letter; as a string it would lose those beyond ASCII."""
+    if isinstance(exif, bytes):
+        stored, exif = exif, Image.Exif()
+        exif.load(stored)
+    for tag, value in exif.items():
+        if isinstance(value, str):
+            exif[tag] = value.encode("latin-1")  # as which Pillow reads any
+    return exif
