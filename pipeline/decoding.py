@@ -12,10 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from pipeline.file_bytes import format_by_beginning, has_damaged_pixels, is_cut_short, states_no_pixels, unfinished_end
+from pipeline.file_bytes import (
+    format_by_beginning,
+    has_damaged_pixels,
+    is_cut_short,
+    lacks_rows,
+    states_no_pixels,
+    unfinished_end,
+    unfinished_webp,
+)  # fmt: skip
 from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
-from pipeline.metadata import Metadata, read_metadata, tiff_tags
+from pipeline.metadata import Metadata, read_metadata
 from pipeline.records import Stage
+from pipeline.tiff import mend_storage, stated_channels, tiff_tags
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """Pillow's names of what is decoded; other formats are refused, whatever Pillow has a plugin for."""
@@ -88,11 +97,13 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
         try:
             layout = _read_layout(image, data)
             # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
-            if image.format != "TIFF":
+            if image.format == "TIFF":
+                mend_storage(image, layout.bit_depth)
+            else:
                 image.load()
             metadata = read_metadata(image, data)
             image.load()
-            _check_whole(data, _format_name(image))
+            _check_whole(image, data)
             decoded = _to_decoded(image, layout, metadata)
         except (ImageFault, MemoryError):
             raise
@@ -128,12 +139,22 @@ def _format_name(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else image.format or "image"
 
 
-def _check_whole(data: bytes, name: str) -> None:
-    """Refuses a PNG or JPEG file whose decoder took damage, or the zeros of an end never written, for pixels."""
-    if name == "PNG" and has_damaged_pixels(data):
-        raise _fault("unreadable", "the PNG file is damaged: the checksum of its pixels is wrong")
-    if name == "JPEG" and (zeros := unfinished_end(data)):
-        raise _fault("truncated", f"the JPEG file ends in {zeros} zeros, unfinished")
+def _check_whole(image: Image.Image, data: bytes) -> None:
+    """Refuses a file whose decoder took damage, missing rows, or the zeros of an end never written, for pixels."""
+    zeros = 0
+    match _format_name(image):
+        case "PNG":
+            if has_damaged_pixels(data):
+                raise _fault("unreadable", "the PNG file is damaged: the checksum of its pixels is wrong")
+            last_row = np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
+            if not last_row.any() and lacks_rows(data):
+                raise _fault("truncated", "the PNG file ends before the last row of its image")
+        case "JPEG":
+            zeros = unfinished_end(data)
+        case "WEBP":
+            zeros = unfinished_webp(data, image.width * image.height)
+    if zeros:
+        raise _fault("truncated", f"the {_format_name(image)} file ends in {zeros} zeros, unfinished")
 
 
 def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
@@ -142,6 +163,9 @@ def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
         return _fault("truncated", f"the {name} file is cut short: it ends after {len(data):,} bytes, before its image")
     if states_no_pixels(data, name):
         return _fault("zero_size", f"the {name} file states an image without pixels: one of its sides is 0")
+    is_of_kind = isinstance(error, UnidentifiedImageError) or "unknown raw mode" in str(error)
+    if name == "TIFF" and is_of_kind and (channels := stated_channels(data)) is not None:
+        return _fault("unsupported_mode", f"TIFF files of {channels} are not read")
     if isinstance(error, UnidentifiedImageError):
         return _fault("unreadable", f"the file begins like a {name} file, but its header is damaged or of another kind")
     return _fault("unreadable", f"the {name} file is damaged and cannot be decoded: {error or type(error).__name__}")
@@ -231,10 +255,14 @@ def _to_decoded(image: Image.Image, layout: _Layout, metadata: Metadata) -> Deco
             image = _cmyk_to_rgb(image, icc, notes)
         if mode in ("CMYK", "LAB"):
             icc = None
+        if mode == "La":
+            image = image.convert("LA")  # premultiplied; Pillow converts it to nothing else
         if image.has_transparency_data:
             _scale_transparent_colour(image, layout.bit_depth)
             colour_alpha = np.asarray(image.convert("RGBA"))
             pixels, alpha = colour_alpha[:, :, :3].copy(), colour_alpha[:, :, 3].copy()
+            if source_format == "BMP" and not alpha.any():
+                alpha = None  # a channel that its writer left empty
         else:
             pixels = np.array(_to_rgb(image))
         if mode == "P" and icc is None:

@@ -72,16 +72,17 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
         notes.append(f"{source.source_format} was written as {name}")
     options = _save_options(source, name, quality, notes)
     if format == "same" and source.lossless_webp:
-        options |= {"lossless": True, "quality": _LOSSLESS_EFFORT}
+        options |= {"lossless": True, "exact": True, "quality": _LOSSLESS_EFFORT}
     try:
         data = encode_png(channels, options) if name == "PNG" else _saved(channels, name, options)
+        with Image.open(io.BytesIO(data), formats=[name]) as written:
+            mode = written.mode  # WebP drops alpha that hides nothing, for one
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC):
             raise MemoryError(str(error)) from error
         fault = f"{name} cannot hold this {width} x {height} image: {error}"
         raise ImageFault(Stage.ENCODE, "not_encodable", fault) from error
-    with Image.open(io.BytesIO(data), formats=[name]) as written:  # WebP drops alpha that hides nothing, for one
-        return EncodedImage(data, name, written.mode, width, height, tuple(notes))
+    return EncodedImage(data, name, mode, width, height, tuple(notes))
 
 
 def _saved(channels: Pixels, name: str, options: dict[str, object]) -> bytes:

@@ -1,14 +1,13 @@
 """What an image file has beside its pixels, as it holds for the upright result: EXIF, XMP, profile, resolution."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 from PIL import ExifTags, Image
 
 from pipeline.exif_bytes import upright_exif
 from pipeline.file_bytes import is_lossless_webp, png_colour
+from pipeline.tiff import tiff_tags
 
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
 
@@ -98,11 +97,6 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
         lossless_webp=image.format == "WEBP" and is_lossless_webp(data),
         warnings=tuple(notes),
     )
-
-
-def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
-    """Those of the page that is open; none of another format."""
-    return cast(Mapping[int, Any], getattr(image, "tag_v2", {}))
 
 
 def _stated_orientation(exif: Image.Exif) -> int | None:

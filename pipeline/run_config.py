@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ALGORITHM_VERSION = 10
+ALGORITHM_VERSION = 11
 """Raised when the same options come to give different pixels or decisions."""
 
 

@@ -33,7 +33,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.faults import fault_point
-from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, Status, first_rows, to_table
+from pipeline.image_records import ImageFault
+from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, Stage, Status, first_rows, to_table
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_WAIT_S = 60.0
@@ -134,13 +135,16 @@ class RunDirectory:
     def link_image(self, relative_path: str, source: Path, data: bytes) -> Written:
         """Hard-links a source file below `images/`; `data` are its bytes.
 
-        Raises OSError where the file system cannot (another device, no hard links): never copies instead.
+        Raises OSError where the file system cannot (another device, no hard links): never copies instead; ImageFault
+        if the file is no longer what was read.
         """
         path = self.image_path(relative_path)
         self._require_there()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _linked(source, path)
         try:
+            if temporary.read_bytes() != data:
+                raise ImageFault(Stage.WRITE, "source_changed", "the file changed after it was read")
             fault_point("before-rename", path.name)
             os.replace(temporary, path)
         finally:

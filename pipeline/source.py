@@ -173,6 +173,8 @@ def _read_list(src: Path) -> Listing:
             if ".." in name.split("/"):  # behind a link it leads to where the link's target lies
                 path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             path = os.path.normpath(path)
+            if path.startswith("//"):  # which POSIX lets mean something else
+                path = path[1:]
             if path.startswith(as_given):  # by way of a link
                 path = prefix + path[len(as_given) :]
             try:

@@ -248,6 +248,80 @@ def test_depth_of_a_png_palette_is_that_of_the_file(bits):
     assert (data[24], decoded.bit_depth, decoded.warnings) == (bits, bits, ())
 
 
+def tiff_bytes(values, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, metadata=None, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize("extra", [None, ("unassalpha",)])
+def test_sixteen_bit_planes_of_a_tiff_are_the_colours_beside_each_other(compression, order, tile, extra):
+    values = picture(40, 30, 4 if extra else 3).astype(np.uint16) * 256 + 128
+    options = {
+        "byteorder": order,
+        "photometric": "rgb",
+        "compression": compression,
+        "tile": tile,
+        "extrasamples": extra,
+    }
+    beside = read(tiff_bytes(values, planarconfig="contig", **options))
+    planes = read(tiff_bytes(np.moveaxis(values, 2, 0), planarconfig="separate", **options))
+    assert_same_image(planes, beside)
+    np.testing.assert_array_equal(planes.pixels, values[:, :, :3] >> 8)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["f4", "i2", "i4"])
+def test_deep_greyscale_of_a_tiff_is_the_same_in_either_byte_order(compression, order, kind):
+    values = DEEP // 2
+    stored = (values / 65535).astype(np.float32) if kind == "f4" else values.astype(kind)
+    decoded = read(tiff_bytes(stored, byteorder=order, photometric="minisblack", compression=compression))
+    np.testing.assert_array_equal(decoded.pixels[:, :, 0], values)
+
+
+def test_premultiplied_greyscale_of_a_tiff_is_divided_by_its_alpha():
+    grey, alpha = picture(channels=1), np.maximum(picture(channels=1, seed=1), 64)
+    stored = np.dstack([np.rint(grey * (alpha / 255.0)).astype(np.uint8), alpha])
+    decoded = read(tiff_bytes(stored, photometric="minisblack", extrasamples=("assocalpha",)))
+    assert decoded.greyscale
+    np.testing.assert_array_equal(decoded.alpha, alpha)
+    np.testing.assert_allclose(decoded.pixels[:, :, 0].astype(int), grey, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "stated"),
+    [
+        (picture().astype(np.float32), {}, "3 x 32 floating-point bits (little-endian, photometric interpretation 2)"),
+        (picture().astype(np.int16), {"byteorder": ">"}, "3 x 16 signed bits (big-endian, photometric"),
+        (np.moveaxis(picture(channels=4).astype(np.uint16), 2, 0),
+         {"photometric": "separated", "planarconfig": "separate"},
+         "4 x 16 bits, plane by plane (little-endian, photometric interpretation 5)"),
+        (picture().astype(np.float32), {"bigtiff": True}, "3 x 32 floating-point bits (little-endian"),
+    ],
+)  # fmt: skip
+def test_kinds_of_tiff_that_are_not_read_are_called_so(values, options, stated):
+    fault = fault_of(tiff_bytes(values, **({"photometric": "rgb"} | options)))
+    assert fault.error_class == "unsupported_mode"
+    assert str(fault).startswith(f"TIFF files of {stated}")
+
+
+def test_an_empty_alpha_channel_of_a_bmp_hides_nothing():
+    channels = picture(channels=4)
+    for alpha, hidden in ((0, False), (7, True)):
+        channels[:, :, 3] = alpha
+        stored = channels[::-1, :, [2, 1, 0, 3]].tobytes()
+        masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+        header = struct.pack("<IiiHHIIiiII", 108, 17, 23, 1, 32, 3, len(stored), 0, 0, 0, 0) + masks + bytes(108 - 56)
+        data = struct.pack("<2sIHHI", b"BM", 14 + 108 + len(stored), 0, 0, 14 + 108) + header + stored
+        decoded = read(data)
+        np.testing.assert_array_equal(decoded.pixels, channels[:, :, :3])
+        assert (decoded.alpha is not None) == hidden
+
+
 def test_floating_point_greyscale_in_the_unit_range_becomes_sixteen_bits():
     values = (GREY / 255).astype(np.float32)
     decoded = read(file_bytes(Image.fromarray(values), "TIFF"))
@@ -342,6 +416,13 @@ def test_a_lossless_webp_stays_lossless(lossless, animated):
     assert again.lossless_webp == lossless
     assert np.array_equal(again.pixels, decoded.pixels) == lossless
     assert not read(encode(decoded, decoded.pixels, format="webp", quality=95).data).lossless_webp
+
+
+def test_colours_that_a_lossless_webp_hides_stay():
+    channels = picture(channels=4)
+    channels[:, :, 3] = 0
+    decoded = read(file_bytes(Image.fromarray(channels), "WEBP", lossless=True, exact=True))
+    assert_same_image(decoded, read(encode(decoded, decoded.pixels, format="same", quality=95).data))
 
 
 LINEAR, BT2020_PQ, OF_SRGB = b"\0\1\x86\xa0", b"\x09\x10\0\1", b"\0\0\xb1\x8f"
@@ -533,6 +614,29 @@ def test_a_file_whose_end_was_never_written_is_a_fault(name):
     for share in (0.1, 0.5, 0.9, 0.99):
         kept = round(share * len(data))
         assert fault_of(data[:kept] + bytes(len(data) - kept)).error_class in {"unreadable", "truncated"}
+
+
+def test_a_webp_whose_end_was_never_written_is_a_fault_and_a_flat_one_is_none():
+    noisy = file_bytes(Image.fromarray(picture(400, 500)), "WEBP", exif=b"Exif\0\0" + bytes(5000))
+    kept = len(noisy) // 2
+    fault = fault_of(noisy[:kept] + bytes(len(noisy) - kept))
+    assert (fault.error_class, "zeros, unfinished" in str(fault)) == ("truncated", True)
+    for quality in (1, 100):
+        assert read(file_bytes(Image.new("RGB", (1000, 1000)), "WEBP", quality=quality)).pixels.shape == (1000, 1000, 3)
+    lossless = file_bytes(Image.fromarray(np.vstack([picture(100, 1000), np.zeros((900, 1000, 3), np.uint8)])), "WEBP",
+                          lossless=True, quality=0, method=0)  # fmt: skip
+    assert lossless.rstrip(b"\0")[-100:] != lossless[-100:]
+    assert read(lossless).pixels.shape == (1000, 1000, 3)
+
+
+@pytest.mark.parametrize(
+    ("bit_depth", "color_type", "row"), [(8, 2, b"\x07" * 30), (1, 0, b"\xff\xff"), (16, 4, b"\x07" * 40)]
+)
+def test_a_png_without_its_last_rows_is_a_fault_and_one_that_ends_in_black_is_none(bit_depth, color_type, row):
+    header = {"bit_depth": bit_depth, "color_type": color_type}
+    fault = fault_of(raw_png(10, 9, rows=[row] * 5, **header))
+    assert (fault.error_class, str(fault)) == ("truncated", "the PNG file ends before the last row of its image")
+    assert read(raw_png(10, 9, rows=[row] * 5 + [bytes(len(row))] * 4, **header)).pixels.shape == (9, 10, 3)
 
 
 def test_zeros_behind_a_jpeg_are_no_fault():

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.records import MANIFEST_SCHEMA, Outcome, Status, image_id
+from pipeline.image_records import ImageFault
+from pipeline.records import MANIFEST_SCHEMA, Outcome, Stage, Status, image_id
 from pipeline.sink import ManifestError, OtherRunError, RunDirectory, ShardBusyError, done, read_manifest
 
 
@@ -114,6 +115,15 @@ def test_a_link_shares_the_source_and_a_rewrite_leaves_the_source_alone(
         assert names(directory.images_dir) == ["a.png"]
     directory.write_image("a.png", b"restored")
     assert source.read_bytes() == b"original"
+
+
+def test_a_file_that_changed_since_it_was_read_is_not_linked(directory: RunDirectory, tmp_path: Path) -> None:
+    source = tmp_path / "source.png"
+    source.write_bytes(b"replaced")
+    with pytest.raises(ImageFault) as caught:
+        directory.link_image("a.png", source, b"original")
+    assert (caught.value.stage, caught.value.error_class) == (Stage.WRITE, "source_changed")
+    assert names(directory.images_dir) == []
 
 
 def test_rows_come_back_as_they_were_committed(directory: RunDirectory) -> None:

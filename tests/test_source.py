@@ -197,11 +197,13 @@ def test_a_list_may_name_files_by_way_of_a_link(tmp_path):
     (tmp_path / "home").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "far").symlink_to(tmp_path / "real" / "photos")
     path = tmp_path / "home" / "list.txt"
-    path.write_text(f"{tmp_path}/home/photos/a.png\nphotos/a.png\n{tmp_path}/home/far/../x.png\nphotos/b..png\n")
+    path.write_text(
+        f"{tmp_path}/home/photos/a.png\nphotos/a.png\n{tmp_path}/home/far/../x.png\nphotos/b..png\n/{tmp_path}/home/x.png\n"
+    )
     listing = list_source(path)
     assert paths(listing) == ["photos/a.png", "x.png", "photos/b..png"]
     assert fetch(listing.images[1]) == b"real/x.png"
-    assert listing.ignored == 1
+    assert listing.ignored == 2
 
 
 def test_a_list_may_not_name_two_files_that_read_alike(tmp_path):

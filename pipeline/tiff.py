@@ -1,0 +1,60 @@
+"""How a TIFF stores its pixels, where Pillow does not know or is mistaken."""
+
+import io
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+from PIL import ExifTags, Image, TiffImagePlugin
+
+_OF_FILE_ORDER = re.compile(r"(;(?:16|32|64))B([SF]?)$")
+"""The end of Pillow's name of big-endian pixels; with N for B it is this machine's order."""
+
+_SAMPLE_FORMAT = 339
+
+
+def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Those of the page that is open; none of another format."""
+    return cast(Mapping[int, Any], getattr(image, "tag_v2", {}))
+
+
+def mend_storage(image: Image.Image, bit_depth: int) -> None:
+    """Corrects what Pillow tells its codecs of how a TIFF stores its pixels, where that is wrong.
+
+    It takes planes of 16 bits, uncompressed, for planes of bytes; and it takes what libtiff has decompressed, which is
+    in this machine's order, for the file's order in all modes but two.
+    """
+    tiff = cast(TiffImagePlugin.TiffImageFile, image)
+    is_planar = tiff.tag_v2.get(ExifTags.Base.PlanarConfiguration) == 2
+    for place, tile in enumerate(tiff.tile):
+        raw_mode, *others = cast(tuple[Any, ...], tile.args)
+        if tile.codec_name == "raw" and is_planar and bit_depth == 16 and ";" not in raw_mode:
+            raw_mode += ";16B" if tiff.tag_v2.prefix == b"MM" else ";16L"
+        elif tile.codec_name == "libtiff":
+            raw_mode = _OF_FILE_ORDER.sub(r"\1N\2", raw_mode)
+        tiff.tile[place] = tile._replace(args=(raw_mode, *others))
+
+
+def stated_channels(data: bytes) -> str | None:
+    """What a TIFF says of its channels; None if its header is not whole."""
+    try:
+        is_big = data[:4] in (b"II+\0", b"MM\0+")
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if is_big else 8])
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        bits = [int(each) for each in np.atleast_1d(tags[ExifTags.Base.BitsPerSample])]
+        has_place = ExifTags.Base.StripOffsets in tags or ExifTags.Base.TileOffsets in tags
+        sides = int(tags[ExifTags.Base.ImageWidth]) * int(tags[ExifTags.Base.ImageLength])
+        photometric = int(tags[ExifTags.Base.PhotometricInterpretation])
+    except Exception:
+        return None
+    if not has_place or sides <= 0:
+        return None
+    numbers = {2: " signed", 3: " floating-point"}.get(int(np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))[0]), "")
+    planes = ", plane by plane" if tags.get(ExifTags.Base.PlanarConfiguration) == 2 else ""
+    order = "big-endian" if data.startswith(b"MM") else "little-endian"
+    depth = "/".join(map(str, dict.fromkeys(bits)))
+    count = tags.get(ExifTags.Base.SamplesPerPixel, 1)
+    return f"{count} x {depth}{numbers} bits{planes} ({order}, photometric interpretation {photometric})"
