@@ -45,7 +45,9 @@ SHARES: dict[Degradation, float] = {
 
 
 def draw_scene(photographs: Photographs, rng: np.random.Generator, *, whole: bool = False) -> FloatImage:
-    """A photograph or a part of one, H x W x 3 in [0, 1], sides from 160 to 640 px, at native or reduced scale.
+    """A photograph or a part of one, H x W x 3 in [0, 1], sides from 160 px, at native or reduced scale.
+
+    Its shorter side has at most 512 px, its longer one seldom more than 640.
 
     Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are. A `whole`
     one is reduced, and cut only where it is more than twice as wide as high.

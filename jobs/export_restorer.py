@@ -6,7 +6,7 @@ the card that the registry reads.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,27 +16,28 @@ from safetensors import SafetensorError
 
 from classifier.labels import Degradation
 from jobs.errors import UsageError
-from jobs.train_restorer import prompt_bank
+from jobs.training_config import RestorerTraining, from_plain
 from jobs.training_loop import run_as_command
+from jobs.training_prompts import prompt_bank, stored_bank
 from jobs.training_state import CHECKPOINT, config_digest, require_target
-from models.dfpir import DFPIR, DFPIRConfig
+from models.dfpir import DFPIR
 from models.errors import WeightsError
-from models.prompts import PromptBank
+from models.prompts import PUBLISHED_SENTENCES
 from models.registry import write_card
 from models.weights import save_checkpoint
-from pipeline.prompting import prompts_for
+from pipeline.prompting import NOISE_PROMPTS, noise_prompt, prompts_for
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes the weights and their card; raises UsageError naming the file that cannot be read or written."""
     provenance = _read_object(arguments.provenance)
     quality = _read_object(arguments.quality) if arguments.quality else {}
-    network, state = _read_training(arguments.training / CHECKPOINT)
+    network, config, state = _read_training(arguments.training / CHECKPOINT)
     require_target(arguments.out, state["config"])
     provenance |= {"steps": int(state["step"]), "training_minutes": round(float(state["seconds"]) / 60, 1)}
     provenance["config_sha256"] = config_digest(state["config"])
     try:
-        bank = _learnt(prompt_bank(state["config"]["prompts"]), state["config"]["phases"])
+        bank = (stored_bank(state) or prompt_bank(config.prompts)).only(_learnt(config, state))
         save_checkpoint(
             arguments.out,
             network,
@@ -53,24 +54,29 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB) and {card}")
 
 
-def _read_training(path: Path) -> tuple[DFPIR, dict[str, Any]]:
-    """The network with its averaged weights, and all of the checkpoint."""
+def _read_training(path: Path) -> tuple[DFPIR, RestorerTraining, dict[str, Any]]:
+    """The network with its averaged weights, the configuration, and all of the checkpoint."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        network = DFPIR(DFPIRConfig(**state["config"]["model"]))
+        config = from_plain(RestorerTraining, state["config"])
+        network = DFPIR(config.model)
         network.load_state_dict(state["average"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; give the folder of a training") from error
     except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
         raise UsageError(f"{path} is no checkpoint of a restorer's training: {shorten(repr(error), 300)}") from error
-    return network, state
+    return network, config, state
 
 
-def _learnt(bank: PromptBank, phases: Sequence[Mapping[str, Any]]) -> PromptBank:
-    """The prompts of the bank that stood for a damage in one of the training's phases."""
-    labels = {Degradation(label) for phase in phases for label, share in phase["tasks"].items() if share > 0}
+def _learnt(config: RestorerTraining, state: Mapping[str, Any]) -> list[str]:
+    """Keys of the prompts that stood for a damage in one of the phases that the training has come to."""
+    progress = config.progress(state["step"], state["seconds"])
+    phases = [phase for phase in config.phases if phase.start < progress or phase.start == 0]
+    labels = {label for phase in phases for label, share in phase.tasks.items() if share > 0}
     learnt = {key for label in labels for key in prompts_for(label)}
-    return bank.only([key for key in bank.keys if key in learnt])
+    if config.data.noise_sigmas_255 and Degradation.NOISE not in {pairs.label for pairs in config.data.pairs}:
+        learnt -= set(NOISE_PROMPTS) - {noise_prompt(sigma) for sigma in config.data.noise_sigmas_255}
+    return [key for key in PUBLISHED_SENTENCES if key in learnt]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

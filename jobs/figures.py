@@ -100,22 +100,24 @@ def confusion(truth: Sequence[Degradation], predictions: Sequence[Prediction]) -
 def reliability(truth: Sequence[Degradation], predictions: Sequence[Prediction]) -> Figure:
     """How often predictions of each confidence are right, and how many there are.
 
-    All labels count alike, where a classifier's card has them as often as they are expected in use.
+    All labels count alike, however many pictures each has; a classifier's card has them as often as they are expected
+    in use.
     """
     confidence = np.array([prediction.confidence for prediction in predictions])
     right = np.array([label is prediction.label for label, prediction in zip(truth, predictions, strict=True)])
+    indices = np.array([LABELS.index(label) for label in truth])
+    weights = 1 / np.bincount(indices)[indices]
     edges = np.linspace(0, 1, RELIABILITY_BINS + 1)
     bins = np.clip(np.digitize(confidence, edges) - 1, 0, RELIABILITY_BINS - 1)
     figure, axes = _figure(5, 5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     for number in np.unique(bins):
         inside = bins == number
-        share = float(right[inside].mean())
+        share = float(np.average(right[inside], weights=weights[inside]))
         axes.bar(edges[number], share, width=1 / RELIABILITY_BINS, align="edge", color="tab:blue", edgecolor="white")
         axes.text(edges[number] + 0.5 / RELIABILITY_BINS, share + 0.01, str(inside.sum()), ha="center", fontsize=8)
     probability = np.array([[prediction.probabilities[label] for label in LABELS] for prediction in predictions])
-    indices = np.array([LABELS.index(label) for label in truth])
-    error = calibration_error(probability, indices, weights=np.ones(len(indices)), bins=RELIABILITY_BINS)
+    error = calibration_error(probability, indices, weights=weights, bins=RELIABILITY_BINS)
     axes.set_title(f"expected calibration error {error:.3f}, all labels alike")
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")

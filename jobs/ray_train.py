@@ -10,8 +10,9 @@ import ray.train.torch
 
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.ray_cluster import all_nodes, connected, measure_room
-from jobs.train_restorer import checked_bank, train
+from jobs.train_restorer import train
 from jobs.training_config import RestorerTraining
+from jobs.training_prompts import checked_bank
 from jobs.training_state import found_state
 
 

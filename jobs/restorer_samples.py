@@ -46,11 +46,12 @@ class Sources:
     pairs: Mapping[Degradation, Photographs]
 
     @classmethod
-    def load(cls, data: Data) -> "Sources":
+    def load(cls, data: Data, *, largest_patch_px: int = 0) -> "Sources":
         """Reads everything; raises UsageError as `Photographs` does."""
         options: dict[str, Any] = {"least_readable": data.least_readable, "on_disk": data.on_disk}
+        of_pairs = options | {"largest_patch_px": largest_patch_px}
         pairs = {
-            each.label: Photographs.pairs(each.degraded, each.reference, match=each.match, **options)
+            each.label: Photographs.pairs(each.degraded, each.reference, match=each.match, **of_pairs)
             for each in data.pairs
         }
         return cls(data, Photographs.clean(data.clean, **options) if data.clean else None, pairs)

@@ -8,9 +8,11 @@ was cut.
 """
 
 import copy
+import hashlib
 import itertools
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -184,6 +186,8 @@ class Training(TrainingRun):
                 if "optimiser" in state:
                     self.optimiser.load_state_dict(state["optimiser"])
                 self.take_place(state)
+            if state.get("teacher", self.taught_by) != self.taught_by:
+                raise UsageError(f"teacher {config.teacher} has other weights than this training began under")
         else:
             (out / "pool").unlink(missing_ok=True)  # another training's
         self.pool = Pool(out / "pool", config.pool, VIEW)
@@ -209,14 +213,23 @@ class Training(TrainingRun):
         portions: list[Sequence[int]] = [lacking[start : start + portion] for start in range(0, len(lacking), portion)]
         return portions, (range(first + fresh * i, first + fresh * (i + 1)) for i in itertools.count())
 
+    @property
+    def taught_by(self) -> str | None:
+        """Digest of the teacher's weights."""
+        if self.teacher is None:
+            return None
+        digest = hashlib.sha256()
+        for tensor in self.teacher.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def save(self) -> None:
         """See `TrainingRun.save`."""
         network, average = self.network.state_dict(), self.average.state_dict()
         whole = {"network": network, "average": average, "optimiser": self.optimiser.state_dict()}
-        save_atomically(self.place() | whole, self.out / CHECKPOINT)
-        save_atomically(
-            self.place() | {"network": to_float16(network), "average": to_float16(average)}, self.out / PORTABLE
-        )
+        place = self.place() | {"teacher": self.taught_by}
+        save_atomically(place | whole, self.out / CHECKPOINT)
+        save_atomically(place | {"network": to_float16(network), "average": to_float16(average)}, self.out / PORTABLE)
 
     def loss(self, crops: Tensor, thumbnails: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
         """Cross-entropy with the labels; under a teacher the divergence from its predictions has the larger part.
@@ -313,7 +326,7 @@ def _run(
         renew()
         return loss
 
-    def validate(last: bool) -> None:
+    def validate() -> None:
         logits, labels = all_logits(training.average, held_out)
         right, loss = logits.argmax(dim=1) == labels, float(F.cross_entropy(logits, labels))
         recall = {str(name): float(right[labels == i].float().mean()) for i, name in enumerate(LABELS)}
@@ -402,6 +415,11 @@ def require_exportable(path: Path, licence: str, config: ClassifierTraining) -> 
     if not licence:
         raise UsageError("--export needs --licence, an SPDX identifier; the photographs' licences decide")
     require_target(path, as_plain(config))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--export: nothing can be written in {path.parent}: {error.strerror}") from error
 
 
 def export(trained: Trained, path: Path, *, licence: str) -> dict[str, Any]:

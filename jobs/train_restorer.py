@@ -39,6 +39,7 @@ from jobs.training_loop import (
     run_as_command,
     usable_device,
 )
+from jobs.training_prompts import checked_bank, require_prompts, stored_bank, to_store
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
@@ -50,18 +51,15 @@ from jobs.training_state import (
     to_float16,
 )
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
-from models.errors import WeightsError
 from models.memory import on_device
-from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.weights import load_checkpoint
-from pipeline.clip_prompts import clip_bank
-from pipeline.prompting import prompts_for
 from pipeline.synthesis import FloatImage
 
 log = logging.getLogger("training")
 
-VALIDATION_PX = 192
+VALIDATION_PX, VALIDATION_PATCHES = 192, 24
+"""Side and number of the patches of each label."""
 
 
 def relative_l1(restored: Tensor, clean: Tensor) -> Tensor:
@@ -78,27 +76,6 @@ def plain_l1(restored: Tensor, clean: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": plain_l1, "relative": relative_l1}
-
-
-def prompt_bank(name: str) -> PromptBank:
-    """The bank that a configuration names: `orthogonal`, a model's by name or file, or CLIP's (`clip:PATH`)."""
-    if name == "orthogonal":
-        return orthogonal_bank()
-    try:
-        if name.startswith("clip:"):
-            return clip_bank(Path(name.removeprefix("clip:")))
-        return load_checkpoint(resolve(name).path).prompts
-    except WeightsError as error:
-        raise UsageError(f"prompts: {error}") from error
-
-
-def checked_bank(config: RestorerTraining) -> PromptBank:
-    """The bank that a training uses; raises UsageError if there is none, or it lacks a prompt for one of the tasks."""
-    bank = prompt_bank(config.prompts)
-    for label in {label for phase in config.phases for label in phase.tasks}:
-        if without := set(prompts_for(label)) - set(bank.keys):
-            raise UsageError(f"{config.prompts} has no prompt {', '.join(sorted(without))} for {label}")
-    return bank
 
 
 def weights_of(name: str, *, model: DFPIRConfig) -> dict[str, Tensor]:
@@ -154,16 +131,18 @@ class Training(TrainingRun):
         super().__init__(config, out, device)
         require_room(lambda: DFPIR(config.model), device)
         self.group = Group(device)
-        self.bank = checked_bank(config)
-        self.embeddings = self.bank.embeddings.to(device)
         out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
+        # Whatever the file that they came of holds by now; checkpoints of before have none.
+        self.bank = (stored_bank(state) if state is not None else None) or checked_bank(config)
+        self.embeddings = self.bank.embeddings.to(device)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
         # A portable checkpoint without guidance layers has those that its training started from.
         if config.start_from is not None and (state is None or self.network.state_dict().keys() - state["network"]):
             start_from(self.network, config.start_from, partial(weights_of, model=config.model))
+            require_prompts(self.bank, config.start_from, config.prompts)
         self.network.to(device).to(memory_format=torch.channels_last)
         self.learner: Callable[..., Any] = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.gradients: Gradients = self._gradients
@@ -202,10 +181,11 @@ class Training(TrainingRun):
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        save_atomically(self.place() | whole, self.out / CHECKPOINT)
+        place = self.place() | to_store(self.bank)
+        save_atomically(place | whole, self.out / CHECKPOINT)
         fixed = to_float16({name: tensor for name, tensor in whole["network"].items() if name not in self.trained})
         light = {"network": to_float16(self.trained) | fixed, "average": to_float16(self.averaged) | fixed}
-        save_atomically(self.place() | light, self.out / PORTABLE)
+        save_atomically(place | light, self.out / PORTABLE)
 
     def learn(self, batch: ReadyBatch, meanwhile: Callable[[], None] = lambda: None) -> float:
         """One step; returns the loss. `meanwhile` is called once a GPU has all of the gradient's work before it.
@@ -250,14 +230,14 @@ class Training(TrainingRun):
         return self.embeddings[self.bank.indices(prompts)]
 
     @torch.no_grad()
-    def validate(self, held_out: Sources, *, count: int) -> tuple[dict[str, tuple[float, float]], FloatImage]:
+    def validate(self, held_out: Sources) -> tuple[dict[str, tuple[float, float]], FloatImage]:
         """Mean PSNR (dB) before and after by label on fixed patches, and a sheet: degraded, restored, clean."""
         labels = dict.fromkeys(label for phase in self.config.phases for label in phase.tasks)
         found, rows = {}, []
         for label in labels:
             rng = np.random.default_rng(7)
             psnr = []
-            for number in range(count):
+            for number in range(VALIDATION_PATCHES):
                 sample = held_out.draw(rng, label=label, side_px=VALIDATION_PX, jpeg_share=self.config.jpeg_share)
                 given = Batch.of([sample]).to(self.device)
                 with mixed_precision(self.device):
@@ -316,7 +296,7 @@ def train(
     training = Training(config, out, usable_device(device), compiled=compiled)
     if training.progress < 1:
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
-            everything = Sources.load(config.data)
+            everything = Sources.load(config.data, largest_patch_px=max(phase.patch_px for phase in config.phases))
             sources, held_out = (everything.part(validation=validation) for validation in (False, True))
             _run(training, sources, held_out, diary, begun, loaders, max_minutes)
     elif training.group.rank == 0:
@@ -350,9 +330,9 @@ def _run(
         for step in itertools.count(training.step):
             yield step, config.phase_at(config.progress(step, training.seconds))
 
-    def validate(last: bool) -> None:
+    def validate() -> None:
         assert diary is not None
-        found, sheet = training.validate(held_out, count=24 if last else 8)
+        found, sheet = training.validate(held_out)
         line = ", ".join(f"{label} {after:.2f} dB ({after - before:+.2f})" for label, (before, after) in found.items())
         diary.validation(training.step, line, {f"PSNR/{k}": after for k, (_, after) in found.items()}, sheet)
 

@@ -151,10 +151,12 @@ class TrainingConfig:
         return min(step / self.steps if self.steps else seconds / 60 / self.minutes, 1.0)
 
     def learning_rate_at(self, progress: float) -> float:
-        """Linear warm-up, then a cosine to a hundredth of the peak."""
+        """Linear warm-up from a hundredth of the peak, then a cosine back to that."""
         if progress < self.warm_up:
-            return self.learning_rate * (progress / self.warm_up + 0.01)
-        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+            share = progress / self.warm_up
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - self.warm_up) / (1 - self.warm_up)))
+        return self.learning_rate * (0.01 + 0.99 * share)
 
     def average_decay_at(self, step: int) -> float:
         """Of the moving average after so many steps: it forgets the random start quickly at first."""
@@ -178,7 +180,7 @@ class RestorerTraining(TrainingConfig):
     clip_norm: float = 0.0
     """The gradient's norm is cut to this; 0: never."""
     jpeg_share: float = 0.0
-    """Share of the degraded patches that go through JPEG of quality 70 to 95, as files come."""
+    """Share of the synthesised patches that go through JPEG of quality 70 to 95, as files come."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,6 +198,12 @@ class RestorerTraining(TrainingConfig):
             raise ValueError("phases come in the order of their start")
         if self.initialisation not in ("published", "identity") or self.loss not in ("l1", "relative"):
             raise ValueError("initialisation is published or identity, loss is l1 or relative")
+        paths = any(phase.blur_paths for phase in self.phases)
+        if not self.data.clean and (self.jpeg_share or self.data.noise_sigmas_255 or self.data.smallest_scale or paths):
+            raise ValueError(
+                "jpeg_share, blur_paths, noise_sigmas_255 and smallest_scale are of what is made of clean photographs, "
+                "and data.clean names none"
+            )
         paired = {pairs.label for pairs in self.data.pairs}
         for phase in self.phases:
             if not self.data.clean and (without := set(phase.tasks) - paired):

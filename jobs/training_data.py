@@ -5,10 +5,11 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from classifier.labels import Degradation
 from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
@@ -49,7 +50,9 @@ def photographs_in(folders: Iterable[Path]) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.iterdir()) if is_photograph(path)]
 
 
-def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = False) -> dict[Path, Picture]:
+def read_all(
+    paths: Sequence[Path], *, least_readable: float, on_disk: bool = False, least_px: int = SMALLEST_SIDE_PX
+) -> dict[Path, Picture]:
     """The pixels of every readable file that is large enough, or with `on_disk` its path; the log tells of the others.
 
     Raises UsageError if fewer than this share can be read.
@@ -67,12 +70,12 @@ def read_all(paths: Sequence[Path], *, least_readable: float, on_disk: bool = Fa
             raise UsageError(
                 f"the photographs do not fit into memory, from {path} on; `on_disk = true` reads them when needed"
             ) from error
-        if min(pixels.shape[:2]) >= SMALLEST_SIDE_PX:
+        if min(pixels.shape[:2]) >= least_px:
             found[path] = path if on_disk else pixels
         else:
             small += 1
     if small:
-        log.warning("left out %d of %d photographs: a side has less than %d px", small, len(paths), SMALLEST_SIDE_PX)
+        log.warning("left out %d of %d photographs: a side has less than %d px", small, len(paths), least_px)
     readable = len(paths) - len(unreadable)
     if unreadable and readable / len(paths) < least_readable:
         raise UsageError(
@@ -107,10 +110,11 @@ def _pixels(picture: Picture) -> NDArray[np.uint8]:
 
 
 def _size(picture: Picture) -> tuple[int, int]:
-    """Width and height."""
+    """Width and height of the upright picture."""
     if isinstance(picture, Path):
         with Image.open(picture) as image:
-            return image.size
+            lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (image.height, image.width) if lies else image.size
     return picture.shape[1], picture.shape[0]
 
 
@@ -154,16 +158,20 @@ class Photographs:
         match: str = "name",
         least_readable: float = 0.9,
         on_disk: bool = False,
+        largest_patch_px: int = 0,
     ) -> "Photographs":
         """Reads all pairs of two folders; `match` is a key of `jobs.datasets.PARTNERS`.
 
+        Those smaller than the largest patch are left out: enlarged, their damage would be another one.
         Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
         paths = photographs_in([degraded])
         partners = partnered(paths, photographs_in([reference]), reference, match=match)
-        first = read_all(paths, least_readable=least_readable, on_disk=on_disk)
+        options: dict[str, Any] = {"least_readable": least_readable, "on_disk": on_disk}
+        options["least_px"] = max(SMALLEST_SIDE_PX, largest_patch_px)
+        first = read_all(paths, **options)
         wanted = dict.fromkeys(partners[path] for path in first)
-        second = read_all(list(wanted), least_readable=least_readable, on_disk=on_disk)
+        second = read_all(list(wanted), **options)
         scenes = {}
         for path, picture in first.items():
             other = second.get(partners[path])
@@ -173,7 +181,8 @@ class Photographs:
                 raise UsageError(f"{path} is of another size than its reference {partners[path]}")
             scenes[path.name] = (picture, other)
         if not scenes:
-            raise UsageError(f"no usable pair in {degraded} and {reference}")
+            wanted_px = f"none has {options['least_px']} px a side and can be read"
+            raise UsageError(f"no usable pair in {degraded} and {reference}: {wanted_px}")
         return cls(tuple(scenes), tuple(scenes.values()))
 
     def part(self, *, validation: bool, match: str = "name") -> "Photographs":
@@ -205,7 +214,8 @@ class Photographs:
     ) -> tuple[str, tuple[NDArray[np.uint8], ...]]:
         """One random square patch of every version of a scene, side_px x side_px x 3, and the scene's name.
 
-        It is cut at a scale between `smallest_scale` and 1, log-uniform, shrunk to size, flipped and turned at random.
+        It is cut at a scale between `smallest_scale` and 1, log-uniform, shrunk to size, flipped and turned at random;
+        of a scene with a smaller side than the patch it is all of that side, enlarged.
         """
         chosen = int(rng.integers(len(self.scenes)))
         versions = [_pixels(picture) for picture in self.scenes[chosen]]

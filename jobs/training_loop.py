@@ -121,7 +121,7 @@ class TrainingRun(ABC):
 def run(
     training: TrainingRun,
     learn: Callable[[], float],
-    validate: Callable[[bool], None],
+    validate: Callable[[], None],
     *,
     diary: Diary | None,
     group: Group,
@@ -134,7 +134,7 @@ def run(
     Args:
         training: knows how far it is.
         learn: takes a step and returns the loss.
-        validate: by the first process, after a checkpoint; told whether it is the last time.
+        validate: by the first process, after a checkpoint.
         diary: of the first process; None in others.
         group: whose first process has the clock.
         begun: when the call began, by `time.monotonic`.
@@ -144,12 +144,25 @@ def run(
     Raises:
         InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint and without a validation; a
             second one acts at once.
-        TrainingError: memory is full; or a photograph that is read again and again cannot be read any more. The first
-            of several processes writes a checkpoint before the latter, if the photograph is one of its own.
+        TrainingError: memory is full, a process that makes samples ended; or a photograph that is read again and again
+            cannot be read any more. The first of several processes writes a checkpoint before the latter, if the
+            photograph is one of its own.
     """
 
     def goes_on() -> bool:
         return training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes
+
+    def lost_photograph(fault: UsageError) -> TrainingError:
+        return TrainingError(
+            f"{fault}, at step {training.step}{group}; {last_good(training.out)}; take it away, with its "
+            "partner if it has one, and the same command goes on"
+        )
+
+    def check() -> None:
+        try:
+            validate()
+        except UsageError as fault:
+            raise lost_photograph(fault) from fault
 
     # One of several processes must not leave the others waiting for it.
     with stop_on_signals() if group.size == 1 else nullcontext(StopRequest()) as request:
@@ -165,11 +178,13 @@ def run(
             except UsageError as fault:
                 if diary is not None:
                     training.save()
-                raise TrainingError(
-                    f"{fault}, at step {training.step}{group}; {last_good(training.out)}; take it away, with its "
-                    "partner if it has one, and the same command goes on"
-                ) from fault
-            except (MemoryError, RuntimeError) as fault:
+                raise lost_photograph(fault) from fault
+            except (MemoryError, RuntimeError, ConnectionError, EOFError) as fault:
+                if _is_of_loader(fault):
+                    raise TrainingError(
+                        f"a process that makes samples ended at step {training.step}{group} ({fault}); "
+                        f"{last_good(training.out)}; if memory was full, try fewer --loaders"
+                    ) from fault
                 if not is_out_of_memory(fault):
                     raise
                 raise TrainingError(
@@ -182,16 +197,21 @@ def run(
                 diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
             if diary is not None and time.monotonic() - last_save > SAVE_EVERY_S:
                 training.save()
-                validate(False)
+                check()
                 last_save = time.monotonic()
         if diary is not None:
             training.save()
             if training.step > first_step and not request:
-                validate(True)
+                check()
     how = "over" if training.progress >= 1 else "stopped"
     log.info("%s at step %d, %.1f min", how, training.step, training.seconds / 60)
     if request.signal_number is not None:
         raise InterruptedBySignalError(request.signal_number)
+
+
+def _is_of_loader(fault: Exception) -> bool:
+    """Whether a process that makes samples is gone, as torch's loader tells it, or the pipe to it."""
+    return isinstance(fault, ConnectionError | EOFError) or "DataLoader worker" in str(fault)
 
 
 def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +225,11 @@ def read_arguments(description: str, argv: Sequence[str] | None, **more: dict[st
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="of this call")
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
-    return vars(parser.parse_args(argv))
+    arguments = vars(parser.parse_args(argv))
+    for name in ("threads", "loaders", "max_minutes"):
+        if arguments[name] < 0:
+            parser.error(f"--{name.replace('_', '-')} is from 0 up, not {arguments[name]}")
+    return arguments
 
 
 def run_as_command(work: Callable[[], object]) -> None:
@@ -213,9 +237,9 @@ def run_as_command(work: Callable[[], object]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         work()
-    except (UsageError, TrainingError) as error:
+    except (UsageError, TrainingError, OSError) as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2 if isinstance(error, UsageError | OSError) else 1)
     except InterruptedBySignalError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal_number)

@@ -64,6 +64,14 @@ def test_a_reliability_diagram_shows_shares_of_right_ones_by_confidence() -> Non
     assert axes.get_title() == "expected calibration error 0.200, all labels alike"
 
 
+def test_labels_count_alike_in_a_reliability_diagram_however_many_pictures_they_have() -> None:
+    truth = [Degradation.NOISE] * 6 + [Degradation.HAZE] * 2
+    predictions = [surely(Degradation.NOISE, 0.95)] * 6 + [surely(Degradation.RAIN, 0.95)] * 2
+    (axes,) = figures.reliability(truth, predictions).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.5]
+    assert axes.get_title() == "expected calibration error 0.450, all labels alike"
+
+
 def test_latent_features_are_means_that_the_prompt_changes(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(write_tiny_model(tmp_path / "model.safetensors"))
     picture = figures.middle(figures.Labelled(data.coffee()[:72, :83], Degradation.RAIN), 16)

@@ -1,3 +1,4 @@
+import os
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +24,12 @@ def folder(tmp_path: Path) -> Path:
         Image.fromarray(np.roll(data.coffee(), 20 * number, axis=1)[:300, :330]).save(place / f"photo-{number}.png")
     (place / "notes.txt").write_text("none")
     return place
+
+
+def test_a_name_that_a_zip_file_cannot_hold_is_told(folder: Path, tmp_path: Path, refuses: Refuses) -> None:
+    (folder / "photo-0.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    with refuses(r"a zip file holds no such name: 'caf\\udce9\.png' is not UTF-8"):
+        main([str(folder), str(tmp_path / "packed.zip")])
 
 
 def test_a_packed_folder_fits_and_is_what_it_was(folder: Path, tmp_path: Path) -> None:

@@ -247,6 +247,9 @@ def test_the_learning_rate_warms_up_and_ends_low(folder):
     assert rates[0] < 0.1
     assert max(rates) == pytest.approx(1, abs=0.01)
     assert rates[-1] == pytest.approx(0.01)
+    long = replace(config, warm_up=0.3)
+    rates = [long.learning_rate_at(progress) for progress in (0, 0.15, 0.2999, 0.3, 0.65, 1)]
+    assert rates == pytest.approx([0.01, 0.505, 1, 1, 0.505, 0.01], abs=1e-3)
     assert all(math.isfinite(rate) and type(rate) is float for rate in rates)
 
 
@@ -342,6 +345,12 @@ def test_an_export_replaces_its_own_trainings_files_alone(folder, tmp_path, refu
     with refuses("--export needs --licence"):
         main(unlicensed)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with refuses("--export: nothing can be written in .*file: File exists"):
+        main([*unlicensed[:-1], str(tmp_path / "file" / "own.safetensors"), "--licence", "CC0-1.0"])
+    assert not (tmp_path / "out").exists()
+    with refuses("error: --threads is from 0 up, not -1"):
+        main([*unlicensed, "--threads", "-1"])
     again = [*unlicensed, "--licence", "CC0-1.0"]
     main(again)
     assert load_classifier(target).weights.licence == "CC0-1.0"
@@ -560,6 +569,10 @@ def test_a_pupil_learns_what_its_teacher_says(folder, tmp_path):
     config = small(folder, teacher=tmp_path / "rain.safetensors", **(options | {"network": one_backbone}))
     pupil = train(config, tmp_path / "pupil", threads=1)
     alone = train(small(folder, **options), tmp_path / "alone", threads=1)
+    (tmp_path / "rain.safetensors").unlink()
+    export(alone, tmp_path / "rain.safetensors", licence="CC0-1.0")
+    with pytest.raises(UsageError, match=r"teacher .*rain\.safetensors has other weights than this training began"):
+        train(config, tmp_path / "pupil", threads=1)
     shares = []
     for trained in (pupil, alone):
         logits, _ = all_logits(trained.network, trained.held_out)

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
@@ -30,7 +30,6 @@ from jobs.train_restorer import (
     Training,
     initialise,
     plain_l1,
-    prompt_bank,
     relative_l1,
     train,
 )
@@ -38,11 +37,12 @@ from jobs.training_config import ConfigError, Data, Pairs, Phase, RestorerTraini
 from jobs.training_data import is_validation
 from jobs.training_diary import Diary
 from jobs.training_loop import prefetch
-from jobs.training_state import CHECKPOINT
+from jobs.training_prompts import prompt_bank
+from jobs.training_state import CHECKPOINT, found_state
 from models.dfpir import DFPIR, DFPIRConfig
-from models.prompts import PromptBank, orthogonal_bank
+from models.prompts import orthogonal_bank
 from models.registry import resolve
-from models.weights import load_checkpoint
+from models.weights import load_checkpoint, save_checkpoint
 from pipeline.degradations import MotionBlur
 from pipeline.synthesis import from_uint8, to_uint8, well_exposed
 
@@ -69,8 +69,7 @@ def photographs(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_restorer, "VALIDATION_PX", 32)
-    whole = Training.validate
-    monkeypatch.setattr(Training, "validate", lambda self, held_out, *, count: whole(self, held_out, count=1))
+    monkeypatch.setattr(train_restorer, "VALIDATION_PATCHES", 1)
 
 
 def tiny(folder: Path, **more: object) -> RestorerTraining:
@@ -432,13 +431,13 @@ def test_a_portable_checkpoint_goes_on_elsewhere_in_half_precision(photographs: 
     # Of the tiny network most is guidance, which is in it once.
     assert (there / PORTABLE).stat().st_size < (here / CHECKPOINT).stat().st_size / 2
 
-    def of_another_library(name: str) -> PromptBank:
+    def of_another_library(*arguments: Any) -> Any:
         """Which draws other random numbers on the way."""
         torch.rand(7)
-        return prompt_bank(name)
+        return found_state(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_restorer, "prompt_bank", of_another_library)
+        patch.setattr(train_restorer, "found_state", of_another_library)
         resumed = Training(config, there, CPU)
     assert resumed.step == 4
     wanted = averages(here)
@@ -673,6 +672,49 @@ def test_prompts_that_a_task_needs_are_asked_for(photographs: Path, tmp_path: Pa
         Training(tiny(photographs, prompts="clip:nowhere.pt"), tmp_path, CPU)
     with pytest.raises(UsageError, match=r"start_from .*nowhere\.pt is no checkpoint"):
         Training(tiny(photographs, start_from=Path("nowhere.pt")), tmp_path, CPU)
+
+
+def test_a_training_keeps_the_prompts_that_it_began_with(photographs: Path, tmp_path: Path) -> None:
+    bank = orthogonal_bank()
+    file, here, there = tmp_path / "bank.safetensors", tmp_path / "here", tmp_path / "there"
+    save_checkpoint(file, DFPIR(TINY), bank, licence="CC0-1.0", provenance={})
+    config = tiny(photographs, prompts=str(file))
+    Training(config, here, CPU).save()
+    save_checkpoint(file, DFPIR(TINY), replace(bank, embeddings=bank.embeddings.flip(0)), licence="x", provenance={})
+    assert not torch.equal(prompt_bank(str(file)).embeddings, bank.embeddings)
+    assert torch.equal(Training(config, here, CPU).embeddings, bank.embeddings)
+    there.mkdir()
+    (there / PORTABLE).write_bytes((here / PORTABLE).read_bytes())
+    file.unlink()
+    assert torch.equal(Training(config, there, CPU).embeddings, bank.embeddings)
+
+
+def test_weights_of_other_prompts_are_no_start(photographs: Path, tmp_path: Path) -> None:
+    bank = orthogonal_bank()
+    other = replace(bank, embeddings=bank.embeddings.flip(0))
+    file = tmp_path / "other.safetensors"
+    save_checkpoint(file, DFPIR(TINY), other, licence="CC0-1.0", provenance={})
+    Training(tiny(photographs, prompts=str(file)), tmp_path / "first", CPU).save()
+    for source in (file, tmp_path / "first" / CHECKPOINT):
+        with pytest.raises(UsageError, match=r"trained under other embeddings of its prompts than orthogonal; name"):
+            Training(tiny(photographs, start_from=source), tmp_path / "second", CPU)
+        Training(tiny(photographs, start_from=source, prompts=str(file)), tmp_path / "third", CPU)
+
+
+@pytest.mark.usefixtures("quick_validation")
+def test_a_process_that_makes_samples_and_dies_ends_a_training_with_its_last_checkpoint(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, here = Batches.__getitem__, os.getpid()
+
+    def fatal(self: Batches, place: tuple[int, Phase]) -> Any:
+        if os.getpid() != here and place[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(self, place)
+
+    monkeypatch.setattr(Batches, "__getitem__", fatal)
+    with pytest.raises(TrainingError, match=r"a process that makes samples ended at step \d.*try fewer --loaders"):
+        train(tiny(photographs), tmp_path, threads=1, loaders=1)
 
 
 def test_banks_are_told_by_name() -> None:

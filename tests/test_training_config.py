@@ -95,6 +95,11 @@ def test_phases_follow_the_progress(tmp_path: Path) -> None:
             f"pairs = [{PAIR}, {PAIR}]",
             "data: there may be one folder of pairs for each label",
         ),
+        (
+            'clean = ["photographs"]',
+            f"pairs = [{PAIR}]\nnoise_sigmas_255 = [15.0]",
+            "of what is made of clean photographs, and data.clean names none",
+        ),
         ("noise = 2", "clean = 2", "no prompt for clean"),
         ("start = 0.0", "start = 0.1", "the first of phases starts at 0"),
         ("num_blocks = [1, 1, 1, 1]", "num_blocks = [1, 1]", "model.num_blocks needs 4 entries, not 2"),

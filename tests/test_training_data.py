@@ -148,6 +148,31 @@ def test_photographs_left_on_disk_give_the_same_patches(pairs: tuple[Path, Path]
         assert all(np.array_equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_size_of_a_pair_is_that_of_the_upright_pictures(tmp_path: Path, on_disk: bool) -> None:
+    upright = np.random.default_rng(0).integers(0, 256, (180, 240, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for folder in ("degraded", "reference"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "degraded" / "a.png", exif=exif)
+    folders = tmp_path / "degraded", tmp_path / "reference"
+    Image.fromarray(upright).save(tmp_path / "reference" / "a.png")
+    found = Photographs.pairs(*folders, on_disk=on_disk)
+    _, versions = found.patches(np.random.default_rng(0), side_px=100, smallest_scale=1.0)
+    assert np.array_equal(*versions)
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "reference" / "a.png")
+    with pytest.raises(UsageError, match=r"a\.png is of another size"):
+        Photographs.pairs(*folders, on_disk=on_disk)
+
+
+def test_pairs_smaller_than_a_patch_are_left_out(pairs: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    assert len(Photographs.pairs(*pairs, largest_patch_px=170).names) == 40
+    with pytest.raises(UsageError, match=r"no usable pair in .*: none has 176 px a side and can be read"):
+        Photographs.pairs(*pairs, largest_patch_px=176)
+    assert "left out 40 of 40 photographs: a side has less than 176 px" in caplog.text
+
+
 def test_references_are_found_by_what_names_share(tmp_path: Path) -> None:
     write_photographs(tmp_path / "clear", 12)
     for number in range(12):

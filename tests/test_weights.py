@@ -1,8 +1,7 @@
 import errno
 import json
 import os
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +12,6 @@ import torch
 from safetensors import safe_open
 from synthetic_weights import GOLDEN, TINY, golden_state, tiny_network, write_tiny_model
 
-from jobs import export_restorer
-from jobs.training_state import config_digest
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import orthogonal_bank, prompt_permutations
@@ -425,65 +422,3 @@ def test_shipped_weights_are_those_of_their_cards():
         checkpoint = load_checkpoint(spec.file, expected_sha256=spec.sha256)
         assert checkpoint.prompts.keys == spec.prompts
         assert sum(p.numel() for p in checkpoint.network.parameters()) == spec.parameters
-
-
-# Export
-
-
-def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
-    network = tiny_network()
-    training, out = tmp_path / "run", tmp_path / "shipped" / "new.safetensors"
-    training.mkdir()
-    out.parent.mkdir()
-    phases = [{"tasks": {"noise": 1.0, "rain": 0.0}}, {"tasks": {"haze": 0.5}}]
-    config = {"model": asdict(network.config), "prompts": "orthogonal", "phases": phases}
-    state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
-    torch.save(state, training / "checkpoint.pt")
-    (tmp_path / "provenance.json").write_text('{"data": "made up"}')
-    options = ["--licence", "Apache-2.0", "--provenance", tmp_path / "provenance.json", "--description", "new"]
-    monkeypatch.setattr(sys, "argv", ["export_restorer", *map(str, [training, out, *options])])
-    export_restorer.main()
-    loaded = load_checkpoint(out)
-    assert loaded.network.config == network.config
-    assert torch.equal(loaded.network.output.weight, network.output.weight.half().float())
-    made = {"data": "made up", "steps": 7, "training_minutes": 1.5, "config_sha256": config_digest(config)}
-    assert loaded.provenance == made
-    assert resolve("new", out.parent).spec.description == "new"
-    assert loaded.prompts.keys == (
-        "noise15",
-        "noise25",
-        "noise50",
-        "haze",
-    )  # what the phases never asked for is not there
-
-
-@pytest.mark.parametrize(
-    ("training", "provenance", "out", "said"),
-    [
-        ("none", "{}", "new.safetensors", "cannot read .*none/checkpoint.pt: No such file.*; give the folder"),
-        ("run", None, "new.safetensors", r"cannot read .*p\.json: No such file"),
-        ("run", "[", "new.safetensors", r"p\.json is not JSON"),
-        ("run", "[]", "new.safetensors", r"p\.json holds no JSON object"),
-        ("run", "{}", "run/checkpoint.pt", r"names end in \.safetensors; choose another name"),
-        ("run", "{}", "none/new.safetensors", r"new\.safetensors and its card cannot be written"),
-        ("other", "{}", "new.safetensors", r"checkpoint\.pt is no checkpoint of a restorer's training: KeyError"),
-    ],
-)
-def test_an_export_tells_wrong_inputs_without_a_traceback(
-    tmp_path, monkeypatch, training, provenance, out, said, refuses
-):
-    network = tiny_network()
-    phases = [{"tasks": {"noise": 1.0, "rain": 0.0}}, {"tasks": {"haze": 0.5}}]
-    config = {"model": asdict(network.config), "prompts": "orthogonal", "phases": phases}
-    whole = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
-    for name, state in (("run", whole), ("other", {"config": {}})):
-        (tmp_path / name).mkdir()
-        torch.save(state, tmp_path / name / "checkpoint.pt")
-    if provenance is not None:
-        (tmp_path / "p.json").write_text(provenance)
-    options = ["--licence", "Apache-2.0", "--provenance", tmp_path / "p.json", "--description", "new"]
-    monkeypatch.setattr(sys, "argv", ["export_restorer", *map(str, [tmp_path / training, tmp_path / out, *options])])
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    with refuses(said):
-        export_restorer.main()
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
