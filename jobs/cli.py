@@ -106,7 +106,8 @@ MaxFailedFraction = Annotated[
     typer.Option(help="More failures than this share make the exit code 1; the run never stops for it; default: 0.05."),
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="Plan no more than the first N images of SRC; what is planned already stays.")
+    int | None,
+    typer.Option(help="Plan no more than the first N images of SRC; what an earlier call planned is done as well."),
 ]
 RetryFailed = Annotated[
     bool | None, typer.Option("--retry-failed", help="Do images again that failed or were quarantined.")

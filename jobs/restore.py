@@ -95,6 +95,9 @@ def resolve_run_device(options: RestoreOptions) -> str:
     return "cuda" if has_gpu else "cpu"
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """`auto` becomes what is fastest on the device (`models.precision.fastest_dtype`)."""
     return str(fastest_dtype(device)).removeprefix("torch.") if dtype == "auto" else dtype
@@ -119,12 +122,14 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         raise UsageError(str(error)) from error
     pa.default_memory_pool().release_unused()
     device = resolve_run_device(options)
-    config, network = _resolve(options, device)
     directory = RunDirectory(out)
     job = read_job(directory)
-    if job is not None and (directory.parts() or any(directory.images_dir.glob("*"))):
-        differences = config.differences(job["config"])
-        if differences:
+    is_begun = job is not None and bool(directory.parts() or any(directory.images_dir.glob("*")))
+    if job is not None and is_begun and options.dtype == "auto" and job["config"].get("dtype") in DTYPES:
+        options = options.model_copy(update={"dtype": job["config"]["dtype"]})  # wherever it was begun
+    config, network = _resolve(options, device)
+    if job is not None and is_begun:
+        if differences := config.differences(job["config"]):
             raise UsageError(
                 f"{out} holds a run of another configuration:\n  "
                 + "\n  ".join(differences)

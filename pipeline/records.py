@@ -84,7 +84,7 @@ class ImageRef:
     size_bytes: int
     modified: datetime | None
     revision: int = 0
-    """Raised by one each time a re-run finds the file changed."""
+    """Raised by one each time a call finds the file changed, or does it again for another reason."""
 
 
 IMAGE_REF_SCHEMA = arrow_schema(ImageRef)

@@ -372,7 +372,7 @@ def build_worker(context: RunContext, worker_id: str) -> Worker:
     config = context.config
     dtype = getattr(torch, config.dtype)
     if dtype is not torch.float32 and fastest_dtype(context.device) is torch.float32:
-        _log.warning("this processor only imitates %s, which is many times slower than float32", config.dtype)
+        _log.warning("this processor only imitates %s, which takes two to many times as long as float32", config.dtype)
     restorer = load_restorer(
         config.model, device=context.device, dtype=dtype, tile=parse_tile(config.tile), sharers=context.sharers
     )

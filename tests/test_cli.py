@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from jobs import restore as restoration
 from jobs.cli import app
 from jobs.config import RestoreOptions
+from jobs.errors import UsageError
 from jobs.local import LocalRunner
 from jobs.restore import _absolute, prepare, worker_seconds
 from jobs.runner import WHOLE_PIXELS
@@ -130,6 +131,21 @@ def test_workers_that_share_a_gpu_have_memory_for_large_photographs(
     context = prepare(photographs, tmp_path / "out", options).context
     network = load_checkpoint(Path(weights[1])).network.config
     assert context.least_gpu_bytes == bytes_needed(WHOLE_PIXELS, network, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in_wherever_that_was(
+    photographs: Path, tmp_path: Path, weights: list[str], first: str
+) -> None:
+    options = RestoreOptions(model=weights[1], classifier=weights[3], dtype=first, device="cpu")  # type: ignore[arg-type]
+    by_itself = options.model_copy(update={"dtype": "auto"})
+    begun = prepare(photographs, tmp_path / "out", options)
+    begun.directory.create()
+    (begun.directory.images_dir / "a result").touch()
+    assert prepare(photographs, tmp_path / "out", by_itself).context.config == begun.context.config
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[first]
+    with pytest.raises(UsageError, match=f"dtype: was '{first}', is now '{other}'"):
+        prepare(photographs, tmp_path / "out", options.model_copy(update={"dtype": other}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="registers what aborts by glibc's name")
