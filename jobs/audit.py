@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.errors import UsageError
 from jobs.restore import read_job
-from pipeline.plan import PlanError, load_plan
+from pipeline.plan import PlanError, load_plan, read_plan
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
 from pipeline.run_config import digest_of
@@ -115,18 +115,34 @@ def audit(
     job = read_job(directory)
     if job is None:
         raise UsageError(f"{run_dir} holds no run: it has no {directory.job_path.name}")
-    _require_rest(directory)
+    with _at_rest(directory):
+        return _audit(directory, job, contents=contents, sources=sources, watch=watch)
+
+
+def _audit(
+    directory: RunDirectory,
+    job: dict[str, Any],
+    *,
+    contents: bool,
+    sources: bool,
+    watch: Callable[[Iterable[Any], int], Iterable[Any]],
+) -> Audit:
+    run_dir = directory.root
     try:
-        planned, rows = load_plan(run_dir).table, read_rows(run_dir, columns=COLUMNS)
+        ever_planned, planned = read_plan(run_dir), load_plan(run_dir).table
+        rows = read_rows(run_dir, columns=COLUMNS)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
+    is_planned = pc.is_in(_revisions(rows), _revisions(ever_planned).combine_chunks())
     place = pc.index_in(rows["image_id"], planned["image_id"])
     latest = planned["revision"].take(place)
     is_latest = pc.fill_null(pc.equal(rows["revision"], latest), False)
-    is_earlier = pc.fill_null(pc.less(rows["revision"], latest), False)
+    is_earlier = pc.and_(is_planned, pc.invert(is_latest))
     counting = rows.filter(is_latest)
     findings = [
-        *_about(rows.filter(pc.invert(pc.or_(is_latest, is_earlier))), "not_planned", "the plan has no such image"),
+        *_about(rows.filter(pc.invert(is_planned)), "not_planned", "the plan has no such image, or not this revision"),
+        *_about(_several(ever_planned), "inconsistent", "planned more than once"),
+        *_about(_several(rows), "double_row", "several rows for one revision of this image"),
         *_unmatched(planned, counting),
         *_unlike_the_plan(planned.take(place.filter(is_latest)), counting),
         *_unlike_the_job(counting, job),
@@ -160,15 +176,19 @@ def audit(
     )
 
 
-def _require_rest(directory: RunDirectory) -> None:
-    """Raises UsageError while a call works on the run; a folder without its lock is a copy."""
-    with suppress(FileNotFoundError), directory.lock_path.open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"a call is working on {directory.root}; audit it once that has ended") from None
-        except OSError:
-            return  # a file system without locks has no run in work either
+@contextmanager
+def _at_rest(directory: RunDirectory) -> Iterator[None]:
+    """Keeps calls off the run; raises UsageError while one works on it. A folder without its lock is a copy."""
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError):
+            lock = stack.enter_context(directory.lock_path.open("rb"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"a call is working on {directory.root}; audit it once that has ended") from None
+            except OSError:
+                pass  # a file system without locks has no run in work either
+        yield
 
 
 def _about(rows: pa.Table, kind: Kind, message: str) -> Iterator[Finding]:
@@ -178,14 +198,19 @@ def _about(rows: pa.Table, kind: Kind, message: str) -> Iterator[Finding]:
 def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
     without = planned.filter(pc.invert(pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())))
     yield from _about(without, "no_row", "planned, but not done: the run is unfinished")
-    yield from _about(_several(planned), "inconsistent", "planned more than once")
-    yield from _about(_several(counting), "double_row", "several rows for one revision of this image")
+
+
+def _revisions(table: pa.Table) -> pa.ChunkedArray:
+    """What an image and its revision are told by."""
+    return pc.binary_join_element_wise(table["image_id"], table["revision"].cast(pa.string()), "/")
 
 
 def _several(table: pa.Table) -> pa.Table:
-    """The first row of each image that has more than one."""
-    rows = table.filter(pc.is_in(table["image_id"], _repeated(table["image_id"]).field("values")))
-    return rows.take(pa.array(first_rows(rows["image_id"])))
+    """The first row of each image's revision that has more than one."""
+    revisions = _revisions(table)
+    found = pc.is_in(revisions, _repeated(revisions).field("values"))
+    rows, several = table.filter(found), revisions.filter(found)
+    return rows.take(pa.array(first_rows(several)))
 
 
 def _unlike_the_plan(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
@@ -201,7 +226,7 @@ def _unlike_the_job(counting: pa.Table, job: dict[str, Any]) -> Iterator[Finding
     expected = {name: job[name] for name in ("run_id", "config_digest")}
     expected["weights_sha256"] = job["config"].get("weights_sha256")
     for name, value in expected.items():
-        others = counting.filter(pc.fill_null(pc.not_equal(counting[name], value), True))
+        others = counting.filter(pc.fill_null(pc.not_equal(counting[name], str(value)), True))
         yield from _about(others, "other_run", f"its {name} is not that of job.json")
 
 

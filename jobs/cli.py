@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
-from jobs.signals import interrupt, sigterm_raises
+from jobs.signals import interrupt, signals_raise
 from jobs.terminal import harmless
 
 app = typer.Typer(
@@ -204,7 +204,7 @@ def restore(
     used; 128 + N ended by signal N.
     """
     given = _given(locals())
-    with _faults_explained(), sigterm_raises():
+    with _faults_explained(), signals_raise():
         from jobs import display
         from jobs.config import read_options
         from jobs.progress import ProgressView
@@ -402,7 +402,7 @@ def evaluate(
         require_writable(target)
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
         try:
-            with sigterm_raises(goes_on=False):
+            with signals_raise(goes_on=False):
                 for row in track(found, dataset, total=len(examples), console=messages, transient=True):
                     rows.append(row)
         except BaseException:  # a file that cannot be read, or Ctrl-C, does not cost the results before it

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jobs.dispatcher import Assignment, Dispatcher
 from jobs.errors import InterruptedBySignalError
 from jobs.runner import STOP_GRACE_S, log_to, note_traceback, workers_per_gpu
-from jobs.signals import StopRequest, stop_on_signals
+from jobs.signals import OF_DRIVER, StopRequest, kept_from_children, stop_on_signals
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import RunDirectory, ShardBusyError
@@ -93,7 +93,8 @@ class _Child:
         self.process: BaseProcess = spawn.Process(
             target=_child_main, args=(theirs, context, number, gpu, str(self.log), os.getpid()), daemon=True
         )
-        self.process.start()
+        with kept_from_children():
+            self.process.start()
         theirs.close()
 
     def give(self, assignment: Assignment) -> None:
@@ -245,8 +246,9 @@ def _child_main(
     """The life of a child: load the weights, then shard after shard until the pipe is closed."""
     _die_with(driver_pid)
     log_to(Path(log))
-    # Ctrl-C reaches the whole process group; only the driver decides what it means.
+    # A terminal's signals reach the whole process group; only the driver decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
 
@@ -260,6 +262,7 @@ def _child_main(
         connection.send(_Message("start_failed", fault=f"{type(error).__name__}: {error}"))
         return
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_DRIVER)
     connection.send(_Message("ready"))
     while not worker.is_stopping:
         try:

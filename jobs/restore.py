@@ -40,7 +40,16 @@ from pipeline.prompting import parse_label, prompts_for
 from pipeline.records import OnOutcomes, Outcome, Stage, Status, first_rows
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
-from pipeline.sink import ManifestError, RunDirectory, ShardBusyError, done, is_partial, read_manifest, read_rows
+from pipeline.sink import (
+    PARTIAL_NAME,
+    ManifestError,
+    RunDirectory,
+    ShardBusyError,
+    done,
+    is_partial,
+    read_manifest,
+    read_rows,
+)  # fmt: skip
 from pipeline.source import Listing, SourceError, list_source, local_path
 from pipeline.worker import WINDOW_IMAGES
 
@@ -288,16 +297,7 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
     directory = RunDirectory(out)
     made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    with directory.lock_path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process is working on {out}; wait for it, or end it") from error
-        except OSError as error:
-            raise UsageError(
-                f"OUT {out} lies on a file system without locks ({error.strerror}), which keep processes off each "
-                "other's work; have it mounted with them (flock), or choose another OUT"
-            ) from error
+    with _locked(directory.lock_path, out):
         try:
             yield
         finally:
@@ -306,6 +306,26 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
                 with suppress(OSError):
                     for path in made:
                         path.rmdir()
+
+
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    """Holds a lock file that is in its place: a call that did not begin may have removed the one that was opened."""
+    while True:
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"another process is working on {out}; wait for it, or end it") from error
+            except OSError as error:
+                raise UsageError(
+                    f"OUT {out} lies on a file system without locks ({error.strerror}), which keep processes off each "
+                    "other's work; have it mounted with them (flock), or choose another OUT"
+                ) from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                    yield
+                    return
 
 
 def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
@@ -450,6 +470,11 @@ def _check_names(listing: Listing, directory: RunDirectory) -> None:
     for images in {directory.images_dir.resolve(), directory.images_dir.absolute()}:  # lists may go by way of links
         if len(found := names.filter(pc.starts_with(listing.table["uri"], f"{images.as_uri()}/"))):
             raise UsageError(f"the list names {len(found)} results of this run, the first {found[0]}; take them out")
+    if len(partial := names.filter(pc.match_substring_regex(names, f"(^|/){PARTIAL_NAME}$"))):
+        raise UsageError(
+            f"the list names {partial[0]} ({len(partial)} such), which is called like a result that is not whole yet; "
+            "rename it, or take it out"
+        )
     if directory.folds_names():
         folded = pc.utf8_lower(pc.utf8_normalize(names, "NFC"))
         first = first_rows(folded)

@@ -23,9 +23,15 @@ def end_if_importing(number: int, frame: FrameType | None) -> None:
         frame = frame.f_back
 
 
+_raised: int | None = None
+"""The last signal for which an exception was raised: where Python runs what is to be done at a fork, it drops it."""
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     """What SIGINT does as long as nothing else is arranged: KeyboardInterrupt, but for `end_if_importing`."""
+    global _raised
     end_if_importing(number, frame)
+    _raised = number
     raise KeyboardInterrupt
 
 
@@ -43,10 +49,12 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """While open, the first SIGINT, SIGTERM or SIGHUP asks for an orderly end; a second one acts as usual.
 
-    A SIGHUP that is ignored, as `nohup` has it, stays so.
+    So does one before, within `signals_raise`, whose exception got lost. A SIGHUP that is ignored, as `nohup` has it,
+    stays so.
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
     """
+    global _raised
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -62,6 +70,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     for number in numbers:
         signal.signal(number, ask)
+    request.signal_number, _raised = _raised, None
     try:
         yield request
     finally:
@@ -72,30 +81,60 @@ def stop_on_signals() -> Iterator[StopRequest]:
 class _EndedError(BaseException):
     """Not to be taken for a fault of what was being done."""
 
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
 
 @contextmanager
-def sigterm_raises(*, goes_on: bool = True) -> Iterator[None]:
-    """While open, SIGTERM ends what is being done and raises InterruptedBySignalError, in the main thread alone.
+def signals_raise(*, goes_on: bool = True) -> Iterator[None]:
+    """While open, SIGTERM or SIGHUP ends what is being done and raises InterruptedBySignalError.
 
-    `goes_on`: whether the same command does not begin anew.
+    In the main thread alone. A SIGHUP that is ignored stays so.
+
+    Args:
+        goes_on: whether the same command does not begin anew.
     """
+    global _raised
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
+        global _raised
         end_if_importing(number, frame)
-        raise _EndedError
+        _raised = number
+        raise _EndedError(number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    _raised = None
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
     try:
         yield
-    except _EndedError:
-        raise InterruptedBySignalError(signal.SIGTERM, goes_on=goes_on) from None
+    except _EndedError as error:
+        raise InterruptedBySignalError(error.signal_number, goes_on=goes_on) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+OF_DRIVER = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+"""Signals that reach a whole process group, and of which only the driver decides what they mean."""
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Processes that are started while this is open have these signals blocked until they allow them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_interrupts_to_parent(worker: int) -> None:
-    """For processes that make samples ahead: a terminal's Ctrl-C reaches them, but the training needs them."""
+    """For processes that make samples ahead: a terminal's signals reach them, but the training needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

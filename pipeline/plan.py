@@ -138,7 +138,7 @@ def update_plan(
     that can no longer be examined counts as vanished. `limit` leaves out of the listing what lies behind that many
     images and is not planned yet.
     """
-    planned = _latest(_read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED]))
+    planned = _latest(read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED]))
     listed = listing.table
     where = _places(listed["image_id"], planned["image_id"])
     if limit is not None:
@@ -146,7 +146,7 @@ def update_plan(
         listed, where = listed.filter(kept), where.filter(kept)
     new = _with_revision(_where(listed, pc.is_null(where)), 0)
     if new.num_rows and planned.num_rows:
-        names = _read_plan(run_dir, ["relative_path"])["relative_path"]
+        names = read_plan(run_dir, ["relative_path"])["relative_path"]
         if len(both := names.filter(pc.is_in(names, new["relative_path"].combine_chunks()))):
             raise PlanError(
                 f"{both[0]} is the name of two images once bytes that are not UTF-8 are written out, and one has been "
@@ -170,7 +170,7 @@ def update_plan(
     gone = pc.and_(pc.is_valid(planned["modified"]), pa.array(~present))
     fresh = pa.concat_tables([new, changed])
     if fresh.num_rows:
-        earlier = _read_plan(run_dir, ["shard_id"])["shard_id"]
+        earlier = read_plan(run_dir, ["shard_id"])["shard_id"]
         shards = cut_shards(fresh, first_index=1 + int(earlier[-1].as_py()) if len(earlier) else 0)
         _write_generation(Path(run_dir) / "plan", shards.table)
     differing_count, gone_count = (pc.sum(mask).as_py() or 0 for mask in (differs, gone))
@@ -182,7 +182,7 @@ def load_plan(run_dir: Path | str) -> Shards:
 
     Raises PlanError for a damaged plan.
     """
-    return Shards(_latest(_read_plan(run_dir)))
+    return Shards(_latest(read_plan(run_dir)))
 
 
 def _latest(planned: pa.Table) -> pa.Table:
@@ -221,7 +221,7 @@ def _generations(folder: Path) -> list[Path]:
     return [path for path in parquet_files(folder) if path.stem.isdigit()]
 
 
-def _read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> pa.Table:
+def read_plan(run_dir: Path | str, columns: list[str] = PLAN_SCHEMA.names) -> pa.Table:
     """Every row ever planned, in order, superseded revisions included."""
     tables = [PLAN_SCHEMA.empty_table().select(columns)]
     for path in _generations(Path(run_dir) / "plan"):

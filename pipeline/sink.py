@@ -37,6 +37,9 @@ from pipeline.image_records import ImageFault
 from pipeline.records import MANIFEST_SCHEMA, SCHEMA_VERSION, Outcome, Stage, Status, first_rows, to_table
 
 PARTIAL_SUFFIX = ".partial"
+_NOT_LINKABLE = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK})
+"""Of one file: it is somebody else's and protected (Linux's `protected_hardlinks`), lies elsewhere, or has too many."""
+
 LOCK_WAIT_S = 60.0
 """How long a process of an ended run may take to die."""
 
@@ -135,13 +138,18 @@ class RunDirectory:
     def link_image(self, relative_path: str, source: Path, data: bytes) -> Written:
         """Hard-links a source file below `images/`; `data` are its bytes.
 
-        Raises OSError where the file system cannot (another device, no hard links): never copies instead; ImageFault
-        if the file is no longer what was read.
+        Never copies instead. Raises ImageFault for a file that cannot be linked (another device, another owner) or is
+        no longer what was read.
         """
         path = self.image_path(relative_path)
         self._require_there()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _linked(source, path)
+        try:
+            temporary = _linked(source, path)
+        except OSError as error:
+            if error.errno in _NOT_LINKABLE:
+                raise ImageFault(Stage.WRITE, "not_linkable", f"{error.strerror}: {source}") from error
+            raise
         try:
             if temporary.read_bytes() != data:
                 raise ImageFault(Stage.WRITE, "source_changed", "the file changed after it was read")
@@ -362,10 +370,13 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
         ) from error
 
 
+PARTIAL_NAME = r"\.[^/]*\.[0-9a-f]{16}" + re.escape(PARTIAL_SUFFIX)
+"""Of files that are not whole yet."""
+
+
 def is_partial(path: Path) -> bool:
     """Whether an interrupted write has left this: an image may have a name that ends like such a file's."""
-    named = re.fullmatch(r"\..*\.[0-9a-f]{16}" + re.escape(PARTIAL_SUFFIX), path.name, re.DOTALL)
-    return named is not None and not path.is_dir()
+    return re.fullmatch(PARTIAL_NAME, path.name) is not None and not path.is_dir()
 
 
 def _temporary_name(path: Path) -> Path:

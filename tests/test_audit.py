@@ -20,7 +20,10 @@ from synthetic_weights import write_tiny_model
 from tiny_runs import write_pictures
 from typer.testing import CliRunner
 
+from jobs import audit
 from jobs.cli import app
+from jobs.errors import UsageError
+from jobs.restore import sole_driver
 from pipeline.sink import MANIFEST_SCHEMA, ManifestError, RunDirectory, read_rows
 
 NAMES = ["a.png", "b.png", "folder/c.jpg", "folder/d.png"]
@@ -155,6 +158,22 @@ def test_a_row_that_stands_twice_is_found(run: Run) -> None:
     assert run.kinds() == [("double_row", name) for name in sorted(names)]
 
 
+def test_earlier_revisions_are_looked_at_too(own: Run) -> None:
+    write_pictures(own.source, ["a.png"], side=32)
+    own.restore()
+    first = max(RunDirectory(own.out).parts(), key=lambda part: int(pq.read_table(part).num_rows))
+    kept = pq.read_table(first)
+    is_superseded = pc.equal(kept["relative_path"], "a.png")
+    pq.write_table(pa.concat_tables([kept, kept.filter(is_superseded)]), first)
+    assert own.kinds() == [("double_row", "a.png")]
+    rows = [row | ({"revision": -1} if row["relative_path"] == "a.png" else {}) for row in kept.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), first)
+    assert own.kinds() == [("not_planned", "a.png")]
+    pq.write_table(kept, first)
+    shutil.copy(own.out / "plan" / "00000.parquet", own.out / "plan" / "00002.parquet")
+    assert {("inconsistent", name) for name in NAMES} <= set(own.kinds())
+
+
 def test_a_row_that_nobody_planned_is_found(run: Run) -> None:
     run.set("a.png", image_id="0" * 32)
     assert run.kinds() == [("no_row", "a.png"), ("not_planned", "a.png")]
@@ -168,6 +187,15 @@ def test_a_row_of_another_run_is_found(run: Run, column: str) -> None:
     assert run.kinds() == [("other_run", "a.png")]
     run.set("a.png", **{column: None})
     assert run.kinds() == [("other_run", "a.png")]
+
+
+@pytest.mark.parametrize("value", [5, ["a"], None])
+def test_weights_of_no_text_are_found(run: Run, value: object) -> None:
+    path = run.out / "job.json"
+    job = json.loads(path.read_text())
+    job["config"]["weights_sha256"] = value
+    path.write_text(json.dumps(job))
+    assert set(run.kinds()) == {("inconsistent", "job.json"), *(("other_run", name) for name in NAMES)}
 
 
 def test_a_configuration_that_was_edited_is_found(run: Run) -> None:
@@ -314,6 +342,20 @@ def test_a_run_in_work_is_left_alone(run: Run) -> None:
         result = runner.invoke(app, ["audit", str(run.out)])
     assert result.exit_code == 2
     assert "is working on" in result.stderr
+
+
+def test_no_call_may_begin_while_files_are_looked_at(own: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, refused = audit._fault, []
+
+    def during(*arguments: Any, **options: Any) -> Any:
+        with pytest.raises(UsageError, match="another process is working on"), sole_driver(own.source, own.out):
+            pytest.fail("a call has begun")
+        refused.append(arguments)
+        return look(*arguments, **options)
+
+    monkeypatch.setattr(audit, "_fault", during)
+    assert own.kinds() == []
+    assert len(refused) == 4
 
 
 def test_what_is_no_run_is_refused(run: Run, tmp_path: Path) -> None:

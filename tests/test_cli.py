@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from jobs.cli import app
 from jobs.config import RestoreOptions
 from jobs.errors import UsageError
 from jobs.local import LocalRunner
-from jobs.restore import _absolute, prepare, worker_seconds
+from jobs.restore import _absolute, prepare, sole_driver, worker_seconds
 from jobs.runner import WHOLE_PIXELS
 from jobs.terminal import harmless
 from models import orthogonal_bank
@@ -395,6 +397,36 @@ def test_links_to_another_file_system_are_refused_before_the_work(photographs: P
         assert tree(Path(folder)) == {}
     assert code == 2
     assert "cannot be linked into OUT (Invalid cross-device link)" in stderr
+
+
+def test_a_list_with_a_name_of_what_is_not_whole_yet_is_refused(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    """The next call would remove its result."""
+    name = ".grey.png.0123456789abcdef.partial"
+    (photographs / name).write_bytes(b"x")
+    (photographs / "list.txt").write_text(f"grey.png\n{name}\n")
+    result = runner.invoke(app, ["restore", str(photographs / "list.txt"), str(tmp_path / "out"), *weights])
+    assert (result.exit_code, f"the list names {name} (1 such)" in result.stderr) == (2, True)
+
+
+def test_a_lock_that_another_call_takes_away_is_not_the_runs(photographs: Path, tmp_path: Path) -> None:
+    """A call that ends with wrong usage removes it between another one's opening and locking it."""
+    out, lock, taken = tmp_path / "out", fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        if not taken:
+            taken.append(how)
+            (out / ".dfpir.lock").unlink()
+        lock(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with sole_driver(photographs, out):
+            assert taken
+            patch.undo()
+            with pytest.raises(UsageError, match="another process is working"), sole_driver(photographs, out):
+                pytest.fail("two calls have the run")
 
 
 def test_a_list_of_the_runs_own_results_is_refused(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
@@ -812,11 +844,11 @@ def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(given: dict
 IMPORTING = """
 import os, signal, sys
 from jobs import cli
-from jobs.signals import sigterm_raises
+from jobs.signals import signals_raise
 
 @cli.app.command()
 def swallow(number: int) -> None:
-    with cli._faults_explained(), sigterm_raises():
+    with cli._faults_explained(), signals_raise():
         try:
             import module_that_is_interrupted
         except BaseException:

@@ -23,6 +23,29 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminals_signal_ends_no_local_worker_with_work_in_hand(
+    number: signal.Signals, make_run: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    """It reaches the whole process group."""
+    run = make_run(NAMES, per_shard=2)
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps((run.context, run.shards)))
+    environment = os.environ | {
+        FAULT: "stall:before-rename:d.png", MARKER: str(tmp_path / "marker"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / "run_driver.py"), "local", str(tmp_path / "run.pickle")]
+    driver = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    try:
+        worker = stalled_process(tmp_path / "marker")
+        os.killpg(driver.pid, number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            driver.wait(timeout=2)  # for the worker to commit what it has in hand
+        os.kill(worker, 0)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray])])
 def test_a_run_whose_driver_is_killed_goes_on_to_the_same_end(

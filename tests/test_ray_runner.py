@@ -33,7 +33,7 @@ from jobs.local import LocalRunner
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
 from jobs.restore import resolve_run_device
-from jobs.signals import sigterm_raises
+from jobs.signals import signals_raise
 from pipeline.faults import FAULT, MARKER
 from pipeline.records import Shard
 from pipeline.sink import ShardBusyError, read_rows
@@ -521,7 +521,7 @@ def test_ray_takes_no_place_of_the_commands_handler(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray_cluster_module.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_cluster_module.ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
     monkeypatch.setattr(ray_cluster_module.ray, "shutdown", lambda: None)
-    with pytest.raises(InterruptedBySignalError), sigterm_raises(), connected("auto", threads=1):
+    with pytest.raises(InterruptedBySignalError), signals_raise(), connected("auto", threads=1):
         os.kill(os.getpid(), signal.SIGTERM)
 
 

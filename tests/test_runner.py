@@ -1,14 +1,16 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from jobs.errors import InterruptedBySignalError
 from jobs.runner import note_traceback
-from jobs.signals import sigterm_raises, stop_on_signals
+from jobs.signals import OF_DRIVER, interrupt, kept_from_children, signals_raise, stop_on_signals
 
 
 def test_the_first_signal_asks_and_handlers_come_back() -> None:
@@ -21,15 +23,70 @@ def test_the_first_signal_asks_and_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_sigterm_is_not_taken_for_a_fault_of_what_it_ends() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedBySignalError, match="ended by SIGTERM"), sigterm_raises():  # noqa: PT012
+@pytest.fixture
+def default_hangup() -> Iterator[None]:
+    """The tests may run under `nohup` themselves."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("default_hangup")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_not_taken_for_a_fault_of_what_it_ends(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(InterruptedBySignalError, match=f"ended by {number.name}"), signals_raise():  # noqa: PT012
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(60)
         except Exception:
             pytest.fail("it was taken for one")
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("default_hangup")
+@pytest.mark.parametrize("number", OF_DRIVER)
+def test_a_signal_whose_exception_is_lost_asks_for_an_orderly_end(number: signal.Signals) -> None:
+    """Python drops one that comes while it runs what is registered to be done at a fork."""
+    before = signal.signal(signal.SIGINT, interrupt)
+    reached: list[str] = []
+
+    def at_fork() -> None:
+        if not reached:
+            reached.append("fork")
+            signal.raise_signal(number)
+
+    os.register_at_fork(after_in_parent=at_fork)
+    try:
+        with signals_raise():
+            subprocess.run([sys.executable, "-c", ""], preexec_fn=os.getpid, check=True)
+            assert reached
+            with stop_on_signals() as request:
+                assert request.signal_number == number
+            with stop_on_signals() as request:
+                assert not request
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_before_is_no_request_to_a_later_command() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, None)
+    with signals_raise(), stop_on_signals() as request:
+        assert not request
+
+
+def test_signals_of_the_process_group_wait_until_a_child_is_ready_for_them() -> None:
+    script = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+
+    def blocked() -> str:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+    usual = blocked()
+    with kept_from_children():
+        kept = blocked()
+    assert all(repr(number) in kept for number in OF_DRIVER)
+    assert blocked() == usual
 
 
 def test_a_log_on_a_full_disk_does_not_hide_what_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,15 +105,12 @@ def test_a_log_on_a_full_disk_does_not_hide_what_is_at_fault(monkeypatch: pytest
     assert written
 
 
+@pytest.mark.usefixtures("default_hangup")
 def test_a_lost_terminal_asks_for_an_orderly_end_unless_it_is_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under `nohup` themselves
-    try:
-        with stop_on_signals() as request:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert request.signal_number == signal.SIGHUP
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with stop_on_signals() as request:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not request
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with stop_on_signals() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.signal_number == signal.SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals_raise(), stop_on_signals() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not request

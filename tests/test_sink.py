@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import subprocess
@@ -124,6 +125,27 @@ def test_a_file_that_changed_since_it_was_read_is_not_linked(directory: RunDirec
         directory.link_image("a.png", source, b"original")
     assert (caught.value.stage, caught.value.error_class) == (Stage.WRITE, "source_changed")
     assert names(directory.images_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "is_of_image"),
+    [(errno.EPERM, True), (errno.EXDEV, True), (errno.EMLINK, True), (errno.EACCES, False), (errno.ENOSPC, False)],
+)
+def test_a_file_that_alone_cannot_be_linked_is_told_from_a_folder_in_which_none_can(
+    directory: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_of_image: bool
+) -> None:
+    """As Linux refuses a link to somebody else's file."""
+    source = tmp_path / "source.png"
+    source.write_bytes(b"original")
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(ImageFault if is_of_image else OSError, match=os.strerror(number)) as caught:
+        directory.link_image("a.png", source, b"original")
+    if is_of_image:
+        assert (caught.value.stage, caught.value.error_class) == (Stage.WRITE, "not_linkable")
 
 
 def test_rows_come_back_as_they_were_committed(directory: RunDirectory) -> None:
