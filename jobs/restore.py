@@ -133,6 +133,11 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     device = resolve_run_device(options)
     directory = RunDirectory(out)
     job = read_job(directory)
+    if job is not None:
+        try:
+            directory.await_workers()  # what they still commit is of the run that there is
+        except ShardBusyError as error:
+            raise UsageError(str(error)) from error
     is_begun = job is not None and bool(directory.parts() or any(directory.images_dir.glob("*")))
     if job is not None and is_begun and options.dtype == "auto" and job["config"].get("dtype") in DTYPES:
         options = options.model_copy(update={"dtype": job["config"]["dtype"]})  # wherever it was begun
@@ -330,10 +335,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
 
 def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
     """Works off what is left and returns the summary, also written to `summary.json`."""
-    try:
-        job.directory.remove_partials()
-    except ShardBusyError as error:
-        raise UsageError(str(error)) from error
+    job.directory.remove_partials()
     if job.left:
         _remove_leftovers(job)
     fresh = Tally()

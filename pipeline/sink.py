@@ -226,16 +226,15 @@ class RunDirectory:
         """
         return parquet_files(self.manifest_dir)
 
-    def remove_partials(self, *, wait_s: float = LOCK_WAIT_S) -> int:
-        """Removes what interrupted writes have left, and returns how many files that was.
-
-        First waits for processes of an ended run that still work on a shard: their files are not stale.
-        Raises ShardBusyError when they do not end.
-        """
-        self.create()
+    def await_workers(self, *, wait_s: float = LOCK_WAIT_S) -> None:
+        """Waits for processes of an ended call that still work on a shard; raises ShardBusyError if they do not end."""
         for lock in sorted(self.journal_dir.glob("*.lock")):
             with self.shard_lock(lock.stem, wait_s=wait_s):
                 pass
+
+    def remove_partials(self) -> int:
+        """Removes what interrupted writes have left, and returns how many files that was; no worker may be at it."""
+        self.create()
         found = [path for folder in (self.images_dir, self.manifest_dir, self.plan_dir, self.journal_dir)
                  for path in folder.rglob(f".*{PARTIAL_SUFFIX}")]  # fmt: skip
         found += self.root.glob(f".*{PARTIAL_SUFFIX}")

@@ -13,6 +13,7 @@ from pipeline.sink import RunDirectory, done
 def drive(runner: Runner, context: RunContext, shards: tuple[Shard, ...]) -> list[str]:
     """Removes what was left half-written, then works off what has no row; returns the ids reported."""
     directory = RunDirectory(context.run_dir)
+    directory.await_workers()
     directory.remove_partials()
     rows = done(context.run_dir)
     finished = set(zip(rows["image_id"].to_pylist(), rows["revision"].to_pylist(), strict=True))

@@ -150,6 +150,22 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in_wherever_that_was(
         prepare(photographs, tmp_path / "out", options.model_copy(update={"dtype": other}))
 
 
+def test_what_a_killed_calls_worker_still_commits_counts_against_other_options(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RestoreOptions(model=weights[1], classifier=weights[3], dtype="float32", device="cpu")
+    prepare(photographs, tmp_path / "out", options)
+    other = options.model_copy(update={"quality": 77})
+
+    def commit(directory: RunDirectory) -> None:
+        directory.create()
+        directory.write_image("grey.png", b"a late result")
+
+    monkeypatch.setattr(RunDirectory, "await_workers", commit)
+    with pytest.raises(UsageError, match="quality: was 95, is now 77"):
+        prepare(photographs, tmp_path / "out", other)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="registers what aborts by glibc's name")
 @pytest.mark.parametrize(("option", "code"), [("--version", 0), ("--nonsense", 2)])
 def test_a_library_that_aborts_at_the_end_changes_no_exit_code(option: str, code: int) -> None:

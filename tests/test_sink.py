@@ -259,7 +259,7 @@ def test_a_shard_is_held_until_its_process_is_killed(directory: RunDirectory) ->
         with pytest.raises(ShardBusyError, match="s1"), directory.shard_lock("s1", wait_s=0):
             pass
         with pytest.raises(ShardBusyError):
-            directory.remove_partials(wait_s=0)
+            directory.await_workers(wait_s=0)
         with directory.shard_lock("s2", wait_s=0):
             pass
     finally:
@@ -268,7 +268,7 @@ def test_a_shard_is_held_until_its_process_is_killed(directory: RunDirectory) ->
         holder.stdout.close()
     with directory.shard_lock("s1"):
         pass
-    assert directory.remove_partials() == 0
+    directory.await_workers(wait_s=0)
 
 
 def test_json_is_replaced_whole(directory: RunDirectory) -> None:
