@@ -20,6 +20,7 @@ from torchvision import io as torchvision_io
 
 from benchmarks.record import add_csv_option, spread, write_csv
 from jobs.datasets import is_photograph
+from pipeline.jpeg import read_jpeg
 from pipeline.png import encode_png
 
 Pixels = NDArray[np.uint8]
@@ -54,6 +55,8 @@ def main() -> None:
     for name, options in {"PNG": {"compress_level": 2}, "JPEG": {"quality": 95, "subsampling": 0}}.items():
         files = [_pillow(picture, name, **options) for picture in pictures]
         kinds[f"{name}, decoding"] = {"Pillow": (_decoded, files), "torchvision": (_torchvision_decoded, files)}
+        if name == "JPEG":
+            kinds[f"{name}, decoding"]["pipeline.jpeg"] = (lambda file: read_jpeg(file)[0], files)
     megapixels = sum(picture.shape[0] * picture.shape[1] for picture in pictures) / 1e6
     rows = []
     for kind, ways in kinds.items():

@@ -5,7 +5,7 @@ All functions are pure and may run in many threads at once; Pillow's codecs rele
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -22,6 +22,7 @@ from pipeline.file_bytes import (
     unfinished_webp,
 )  # fmt: skip
 from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
+from pipeline.jpeg import read_jpeg, turned_upright
 from pipeline.metadata import Metadata, read_metadata
 from pipeline.records import Stage
 from pipeline.tiff import mend_storage, stated_channels, tiff_tags
@@ -96,15 +97,20 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
         # Codecs raise nearly any exception on bytes that are not what they should be.
         try:
             layout = _read_layout(image, data)
+            is_jpeg = _format_name(image) == "JPEG" and image.mode in ("L", "RGB")
+            stored, complaint = read_jpeg(data) if is_jpeg else (None, "")
             # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
             if image.format == "TIFF":
                 mend_storage(image, layout.bit_depth)
-            else:
+            elif stored is None:
                 image.load()
             metadata = read_metadata(image, data)
-            image.load()
-            _check_whole(image, data)
-            decoded = _to_decoded(image, layout, metadata)
+            if stored is None:
+                image.load()
+                _check_whole(image, data)
+            decoded = _to_decoded(image, layout, metadata, stored)
+            if complaint:
+                decoded = _doubted(decoded, image, complaint)
         except (ImageFault, MemoryError):
             raise
         except Exception as error:
@@ -155,6 +161,17 @@ def _check_whole(image: Image.Image, data: bytes) -> None:
             zeros = unfinished_webp(data, image.width * image.height)
     if zeros:
         raise _fault("truncated", f"the {_format_name(image)} file ends in {zeros} zeros, unfinished")
+
+
+def _doubted(decoded: DecodedImage, image: Image.Image, complaint: str) -> DecodedImage:
+    """A JPEG of which libjpeg complains, with a note; refused if its end is missing, which Pillow fills with a colour.
+
+    A single row of one colour is what is left of that: each block after the last one has its mean.
+    """
+    last_row = np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
+    if "premature end" in complaint.lower() and bool((last_row == last_row[:, :1]).all()):
+        raise _fault("truncated", f"the JPEG file ends before the last row of its image: {complaint}")
+    return replace(decoded, warnings=(*decoded.warnings, f"the JPEG decoder warns: {complaint}"))
 
 
 def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
@@ -233,19 +250,23 @@ def _count_frames(image: Image.Image, data: bytes) -> int | None:
 # Pixels
 
 
-def _to_decoded(image: Image.Image, layout: _Layout, metadata: Metadata) -> DecodedImage:
-    """Turns a loaded Pillow image upright and into arrays."""
+def _to_decoded(
+    image: Image.Image, layout: _Layout, metadata: Metadata, stored: NDArray[np.uint8] | None
+) -> DecodedImage:
+    """Turns a loaded Pillow image, or its pixels as they are `stored`, upright and into arrays."""
     mode, source_format = image.mode, _format_name(image)
     notes = [*layout.warnings, *metadata.warnings]
     icc = metadata.icc
     transparent = image.info.get("transparency")
     # Pillow turns TIFF upright while it loads; every other format is left to its reader.
-    if metadata.orientation in _UPRIGHT and source_format != "TIFF":
+    if metadata.orientation in _UPRIGHT and source_format != "TIFF" and stored is None:
         image = image.transpose(_UPRIGHT[metadata.orientation])
     greyscale = layout.greyscale
     pixels: Pixels
     alpha: Pixels | None = None
-    if mode.startswith(("I", "F")):
+    if stored is not None:
+        pixels = turned_upright(stored, metadata.orientation)
+    elif mode.startswith(("I", "F")):
         grey = _deep_grey(image, layout, notes)
         pixels = np.repeat(grey[:, :, None], 3, axis=2)
         if isinstance(transparent, int):

@@ -23,10 +23,11 @@ from picture_files import (
     read,
     with_segment,
 )
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from pipeline import decoding
 from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
+from pipeline.jpeg import read_jpeg
 from pipeline.records import Stage
 
 GREY = picture(channels=1)
@@ -614,6 +615,40 @@ def test_a_file_whose_end_was_never_written_is_a_fault(name):
     for share in (0.1, 0.5, 0.9, 0.99):
         kept = round(share * len(data))
         assert fault_of(data[:kept] + bytes(len(data) - kept)).error_class in {"unreadable", "truncated"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (130, 64)])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2, "progressive": True}, {"restart_marker_blocks": 2},
+     {"keep_rgb": True}, {"grey": True}],
+    ids=str,
+)  # fmt: skip
+def test_pixels_of_a_jpeg_are_those_of_pillow_to_the_bit(options, size, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = Image.fromarray(picture(*size))
+    options = dict(options)
+    data = file_bytes(image.convert("L") if options.pop("grey", False) else image, "JPEG", exif=exif, **options)
+    assert read_jpeg(data)[0] is not None
+    with Image.open(io.BytesIO(data)) as opened:
+        np.testing.assert_array_equal(read(data).pixels, np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+
+
+def test_a_jpeg_with_a_damaged_scan_is_noted_and_one_without_its_end_refused():
+    noise = file_bytes(Image.fromarray(picture(160, 200)), "JPEG", quality=90)
+    half = len(noise) // 2
+    fault = fault_of(noise[:half] + b"\xff\xd9")
+    assert fault.error_class == "truncated"
+    assert str(fault).startswith("the JPEG file ends before the last row of its image: ")
+    with_restarts = file_bytes(Image.fromarray(picture(160, 200)), "JPEG", quality=90, restart_marker_blocks=4)
+    marker = with_restarts.index(b"\xff\xd3", len(with_restarts) // 3)
+    decoded = read(with_restarts[: marker - 200] + with_restarts[marker:])
+    (note,) = decoded.warnings
+    assert note.startswith("the JPEG decoder warns: Corrupt JPEG data")
+    with Image.open(io.BytesIO(with_restarts[: marker - 200] + with_restarts[marker:])) as opened:
+        np.testing.assert_array_equal(decoded.pixels, np.asarray(opened))
 
 
 def test_a_webp_whose_end_was_never_written_is_a_fault_and_a_flat_one_is_none():
