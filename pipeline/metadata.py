@@ -64,7 +64,7 @@ class Metadata:
 
 
 def read_metadata(image: Image.Image, data: bytes) -> Metadata:
-    """That of an image which Pillow has loaded, but for a TIFF, from `data`, the whole file."""
+    """That of an image from `data`, the whole file; Pillow has loaded it, but for JPEG and TIFF."""
     notes = []
     for key, name in (("xmp", "XMP"), ("icc_profile", "the colour profile")):
         if not isinstance(image.info.get(key, b""), bytes):
