@@ -264,6 +264,7 @@ def plan(
         with sole_driver(src, out):
             job = prepare(src, out, options)
         record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories
+        options = options.model_copy(update={"dtype": job.context.config.dtype})
         del job  # the networks need as much memory as the plan of a million images
         readable = record["left"] * (1 - record["unreadable_fraction"])
         record["worker_seconds"] = worker_seconds(options, images=readable, megapixels=record["megapixels"])

@@ -106,6 +106,9 @@ def resolve_run_device(options: RestoreOptions) -> str:
 
 DTYPES = ("float32", "bfloat16")
 
+LINKS_TRIED = 20
+"""Photographs of which one can be linked into OUT, with `--clean link`."""
+
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """`auto` becomes what is fastest on the device (`models.precision.fastest_dtype`)."""
@@ -134,6 +137,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
     directory = RunDirectory(out)
     job = read_job(directory)
     if job is not None:
+        directory.create()
         try:
             directory.await_workers()  # what they still commit is of the run that there is
         except ShardBusyError as error:
@@ -327,10 +331,12 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
                     f"OUT {out} lies on a file system without locks ({error.strerror}), which keep processes off each "
                     "other's work; have it mounted with them (flock), or choose another OUT"
                 ) from error
+            is_there = False
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                    yield
-                    return
+                is_there = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+            if is_there:
+                yield
+                return
 
 
 def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
@@ -491,16 +497,20 @@ def _check_names(listing: Listing, directory: RunDirectory) -> None:
 
 
 def _check_links(listing: Listing, directory: RunDirectory) -> None:
-    """Links one photograph into OUT, since no other way tells for sure whether that can be done."""
-    present = pc.index(pc.is_valid(listing.table["modified"]), True).as_py()
-    if present < 0:
-        return
-    try:
-        directory.try_link(local_path(listing.table["uri"][present].as_py()))
-    except OSError as error:
+    """Links a photograph into OUT, since no other way tells for sure whether that can be done."""
+    present = listing.table.filter(pc.is_valid(listing.table["modified"]))["uri"]
+    faults: list[OSError] = []
+    for uri in present[:LINKS_TRIED].to_pylist():
+        try:
+            directory.try_link(local_path(uri))
+        except OSError as error:
+            faults.append(error)
+        else:
+            return  # the others fail alone
+    if faults:
         raise UsageError(
-            f"--clean link: files of SRC cannot be linked into OUT ({error.strerror}); use copy or skip"
-        ) from error
+            f"--clean link: files of SRC cannot be linked into OUT ({faults[0].strerror}); use copy or skip"
+        ) from faults[0]
 
 
 def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from jobs.errors import InterruptedBySignalError
@@ -68,9 +69,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for each in numbers:
             signal.signal(each, before[each])
 
+    request.signal_number, _raised = _raised, None
     for number in numbers:
         signal.signal(number, ask)
-    request.signal_number, _raised = _raised, None
     try:
         yield request
     finally:
@@ -127,6 +128,7 @@ OF_DRIVER = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 @contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes that are started while this is open have these signals blocked until they allow them."""
+    resource_tracker.ensure_running()  # to start it with the first of them would unblock the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
     try:
         yield

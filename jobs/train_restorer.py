@@ -296,7 +296,9 @@ def train(
     training = Training(config, out, usable_device(device), compiled=compiled)
     if training.progress < 1:
         with closing(Diary(out)) if training.group.rank == 0 else nullcontext() as diary:
-            everything = Sources.load(config.data, largest_patch_px=max(phase.patch_px for phase in config.phases))
+            everything = Sources.load(
+                config.data, largest_patch_px=max(VALIDATION_PX, *(phase.patch_px for phase in config.phases))
+            )
             sources, held_out = (everything.part(validation=validation) for validation in (False, True))
             _run(training, sources, held_out, diary, begun, loaders, max_minutes)
     elif training.group.rank == 0:

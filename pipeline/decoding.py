@@ -17,9 +17,9 @@ from pipeline.file_bytes import (
     has_damaged_pixels,
     is_cut_short,
     lacks_rows,
+    shortened_webp,
     states_no_pixels,
     unfinished_end,
-    unfinished_webp,
 )  # fmt: skip
 from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
 from pipeline.jpeg import read_jpeg, turned_upright
@@ -158,9 +158,22 @@ def _check_whole(image: Image.Image, data: bytes) -> None:
         case "JPEG":
             zeros = unfinished_end(data)
         case "WEBP":
-            zeros = unfinished_webp(data, image.width * image.height)
+            shortened = shortened_webp(data)
+            if shortened is not None and _can_be_decoded(shortened):
+                raise _fault("truncated", "the WEBP file ends in zeros, unfinished")
     if zeros:
         raise _fault("truncated", f"the {_format_name(image)} file ends in {zeros} zeros, unfinished")
+
+
+def _can_be_decoded(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+            image.load()
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    return True
 
 
 def _doubted(decoded: DecodedImage, image: Image.Image, complaint: str) -> DecodedImage:

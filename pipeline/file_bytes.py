@@ -16,8 +16,8 @@ BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "PPM": tuple(f"P{kind}{space}".encode() for kind in range(1, 7) for space in " \n"),
 }
 
-_LEAST_UNFINISHED = 4096
-"""Zeros: a block of most file systems."""
+_LEAST_UNFINISHED, _SHORTENED_BY = 4096, 64
+"""Zeros: a block of most file systems; and how many of them are tried without."""
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type."""
@@ -53,17 +53,20 @@ def unfinished_end(data: bytes) -> int:
     return zeros if zeros >= 16 and data.find(b"\xff\xd9", _first_scan(data)) < 0 else 0
 
 
-def unfinished_webp(data: bytes, pixels: int) -> int:
-    """How many zeros the lossy picture in a WebP ends in if its decoder would take them for pixels; else 0.
+def shortened_webp(data: bytes) -> bytes | None:
+    """A WebP without the last bytes of its picture, if that ends in many zeros and is not one of several frames.
 
-    A flat picture ends in some by itself: at most one for each 9,000 pixels, measured. Of lossless ones nothing can be
-    told, since a run of one colour may be stored as zeros.
+    A decoder needs the zeros that a flat picture ends in by itself, and not those of an end that was never written.
     """
-    for kind, begin, end in _webp_chunks(data):
-        if kind == b"VP8 ":
-            zeros = end - begin - len(data[begin:end].rstrip(b"\0"))
-            return zeros if zeros >= _LEAST_UNFINISHED and zeros * 2000 > pixels else 0
-    return 0
+    place = next((place for place in _webp_chunks(data) if place[0] in (b"VP8 ", b"VP8L")), None)
+    if place is None or b"ANMF" in data[: place[1]]:
+        return None
+    _, begin, end = place
+    if end - begin - len(data[begin:end].rstrip(b"\0")) < _LEAST_UNFINISHED:
+        return None
+    sizes = (int.from_bytes(data[at : at + 4], "little") - _SHORTENED_BY for at in (4, begin - 4))
+    whole, own = (size.to_bytes(4, "little") for size in sizes)
+    return data[:4] + whole + data[8 : begin - 4] + own + data[begin : end - _SHORTENED_BY] + data[end:]
 
 
 def _first_scan(data: bytes) -> int:

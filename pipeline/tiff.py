@@ -22,11 +22,16 @@ def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
 def mend_storage(image: Image.Image, bit_depth: int) -> None:
     """Corrects what Pillow tells its codecs of how a TIFF stores its pixels, where that is wrong.
 
-    It takes planes of 16 bits, uncompressed, for planes of bytes; and it takes what libtiff has decompressed, which is
-    in this machine's order, for the file's order in all modes but two.
+    It takes planes of 16 bits, uncompressed, for planes of bytes, and a single plane for one of plain bytes; and it
+    takes what libtiff has decompressed, which is in this machine's order, for the file's order in all modes but two.
     """
     tiff = cast(TiffImagePlugin.TiffImageFile, image)
     is_planar = tiff.tag_v2.get(ExifTags.Base.PlanarConfiguration) == 2
+    if is_planar and tiff.tag_v2.get(ExifTags.Base.SamplesPerPixel, 1) == 1:
+        tiff.tag_v2[ExifTags.Base.PlanarConfiguration] = 1
+        tiff.tile = []
+        tiff._setup()
+        return
     for place, tile in enumerate(tiff.tile):
         raw_mode, *others = cast(tuple[Any, ...], tile.args)
         if tile.codec_name == "raw" and is_planar and bit_depth == 16 and ";" not in raw_mode:

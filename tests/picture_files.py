@@ -29,8 +29,8 @@ def file_bytes(image, format, **options):
     return buffer.getvalue()
 
 
-def read(data):
-    return decode(data, max_pixels=MAX_PIXELS)
+def read(data, max_pixels=MAX_PIXELS):
+    return decode(data, max_pixels=max_pixels)
 
 
 def fault_of(data, **options):

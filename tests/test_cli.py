@@ -404,6 +404,36 @@ def test_a_list_may_begin_with_a_byte_order_mark(photographs: Path, tmp_path: Pa
     assert [row["status"] for row in read_manifest(tmp_path / "out").to_pylist()] == ["restored"]
 
 
+def test_one_photograph_that_cannot_be_linked_does_not_stop_the_others(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, first = os.link, min(path.name for path in photographs.iterdir() if path.suffix == ".png")
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == first:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    options = RestoreOptions(model=weights[1], classifier=weights[3], dtype="float32", device="cpu", clean="link")
+    assert prepare(photographs, tmp_path / "out", options).left.image_count > 1
+
+
+def test_a_run_whose_folders_are_gone_begins_anew(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    """Such as a copy without empty ones."""
+    options = RestoreOptions(model=weights[1], classifier=weights[3], dtype="float32", device="cpu")
+    directory = prepare(photographs, tmp_path / "out", options).directory
+    for folder in (directory.manifest_dir, directory.journal_dir, directory.images_dir):
+        if folder.exists():
+            folder.rmdir()
+    assert prepare(photographs, tmp_path / "out", options).left
+
+
+def test_a_fault_of_a_call_is_not_taken_for_one_of_its_lock(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="of the call"), sole_driver(photographs, tmp_path / "out"):
+        raise FileNotFoundError(errno.ENOENT, "of the call", "file")
+
+
 def test_links_to_another_file_system_are_refused_before_the_work(photographs: Path, weights: list[str]) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == photographs.stat().st_dev:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,22 @@ def test_a_signal_whose_exception_is_lost_asks_for_an_orderly_end(number: signal
                 assert not request
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_hangup")
+def test_a_signal_that_comes_with_the_handlers_is_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_handler, calls = signal.signal, []
+
+    def then_signal(number: int, handler: Any) -> Any:
+        before = set_handler(number, handler)
+        calls.append(number)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return before
+
+    monkeypatch.setattr(signal, "signal", then_signal)
+    with stop_on_signals() as request:
+        assert request.signal_number == signal.SIGINT
 
 
 def test_a_signal_before_is_no_request_to_a_later_command() -> None:
