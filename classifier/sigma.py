@@ -112,7 +112,7 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     Noise of brightness alone (of a grey picture, or in a JPEG whose colours are stored at half the size) counts as
     noise of all colours with that much in brightness, 1.5 times its own, which is how a restorer has to take it; it
     is told from texture above `TEXTURE_255` only. Clean photographs give up to about 3, textured ones more. Images
-    smaller than a patch give 0.
+    smaller than a patch give 0, and those of less than some 20 px a side too little.
     """
     if min(image.shape[:2]) < PATCH_PX:
         return 0.0

@@ -103,6 +103,9 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ClassifierWeightsError(f"{file.path} describes a network that cannot be built: {error}") from error
+    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in plain]:
+        raise ClassifierWeightsError(f"{file.path} has weights of odd types: {shorten(', '.join(odd), 300)}")
     if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ClassifierWeightsError(
             f"{file.path} has weights that are not finite: {shorten(', '.join(infinite), 300)}"

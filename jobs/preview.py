@@ -13,6 +13,7 @@ from jobs.restore import load_networks, require_writable
 from jobs.sheets import side_by_side
 from jobs.terminal import harmless
 from pipeline.images import ImageFault, decode, in_grey, to_uint8
+from pipeline.metrics import is_blank
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
 from pipeline.source import IMAGE_EXTENSIONS
@@ -44,7 +45,12 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     prediction = classifier.predict([shown])[0]
     label, sigma = parse_label(options.label)
     if label == "auto":
-        decision = decide(prediction, prompts=restorer.prompts.keys, min_confidence=options.min_confidence)
+        decision = decide(
+            prediction,
+            prompts=restorer.prompts.keys,
+            min_confidence=options.min_confidence,
+            is_blank=is_blank(shown),
+        )
     else:
         decision = decide_forced(
             label, sigma_255=sigma, estimated_sigma_255=prediction.noise_sigma_255, prompts=restorer.prompts.keys

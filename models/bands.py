@@ -100,7 +100,10 @@ class Similarity:
         """Scaled similarities, B x heads x C_head x C_head; `temperature` is heads x 1 x 1."""
         gram, *powers = self.sums
         query_norm, key_norm = (power.sqrt().clamp_min(1e-12) for power in powers)
-        return gram / query_norm[..., :, None] / key_norm[..., None, :] * temperature
+        cosines = gram / query_norm[..., :, None] / key_norm[..., None, :]
+        # Of features of a single pixel all are 1 or -1, and which ones are kept must not hang on their rounding.
+        cosines = torch.where(cosines.abs() > 1 - 1e-6, cosines.sign(), cosines)
+        return cosines * temperature
 
 
 class Wide(NamedTuple):

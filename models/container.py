@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,6 +64,12 @@ def metadata_json(path: Path, metadata: Mapping[str, str], key: str, kind: type)
     if not isinstance(value, kind):
         raise WeightsError(f"{path}: {key!r} in its metadata is a {type(value).__name__}, not a {kind.__name__}")
     return value
+
+
+def is_plain_float(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that networks are stored in."""
+    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return tensor.dtype in plain and tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -42,6 +42,8 @@ class PromptBank:
     def __post_init__(self) -> None:
         if not (len(self.keys) == len(self.sentences) == len(self.embeddings)):
             raise ValueError("a prompt bank needs one sentence and one embedding per key")
+        if not self.keys:
+            raise ValueError("a prompt bank needs a prompt")
         if len(set(self.keys)) != len(self.keys):
             raise ValueError(f"the keys of a prompt bank must differ: {', '.join(self.keys)}")
         if self.embeddings.shape[1:] != (TEXT_DIM,) or self.embeddings.dtype != torch.float32:

@@ -28,7 +28,7 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         return found if len(found) == len(default) else default
 
     def count(default: int, *levels: str) -> int:
-        indices = {key.split(".")[1] for key in state if key.split(".")[0] in levels}
+        indices = {key.partition(".")[2].partition(".")[0] for key in state if key.partition(".")[0] in levels}
         return max((int(i) + 1 for i in indices if i.isdecimal()), default=default)
 
     # Each figure from two places, so that one missing entry does not make all others look wrong.

@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.container import listed, metadata_entry, metadata_json, read_container, require_finite, write_container
+from models.container import (
+    is_plain_float,
+    listed,
+    metadata_entry,
+    metadata_json,
+    read_container,
+    require_finite,
+    write_container,
+)  # fmt: skip
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, prompt_guidance, prompt_permutations
@@ -222,6 +230,8 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
         found = listed(content) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{path}: expected an entry state_dict, as released checkpoints have; found {found}")
     state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
+    if len(state) < len(content["state_dict"]):
+        raise WeightsError(f"{path}: state_dict has entries both with and without the prefix module.")
     if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise WeightsError(f"{path}: entries of state_dict that are no tensors: {listed(odd)}")
     if prefix := wrapped_prefix(state):
@@ -251,8 +261,11 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
 
 def _build(path: Path, config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
     """The network with exactly these weights, in float32."""
-    with torch.device("meta"):
-        network = DFPIR(config)
+    try:
+        with torch.device("meta"):
+            network = DFPIR(config)
+    except Exception as error:  # torch raises nearly anything on sizes that are none
+        raise WeightsError(f"{path} describes a network that cannot be built, {asdict(config)}: {error}") from error
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     faults = []
     if missing := [key for key in shapes if key not in state]:
@@ -265,6 +278,8 @@ def _build(path: Path, config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPI
         if key in shapes and tuple(value.shape) != shapes[key]
     ]:
         faults.append(f"wrong shapes: {listed(wrong)}")
+    if odd := [f"{key} is {value.dtype}" for key, value in state.items() if not is_plain_float(value)]:
+        faults.append(f"no plain floating-point numbers: {listed(odd)}")
     if faults:
         raise WeightsError(f"{path} does not fit DFPIR of {asdict(config)}: {'; '.join(faults)}")
     require_finite(path, state)

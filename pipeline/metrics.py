@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from pipeline.images import Pixels
 
+BLANK_LEVELS = 4
+"""Of 255, by which pixels of one tone may differ in each channel."""
+
 PSNR_CAP_DB = 100.0
 """Stands for the infinite PSNR of equal images, so that means stay finite."""
 SSIM_WINDOW_PX = 11
@@ -94,6 +97,12 @@ def clipped_fraction(image: Pixels) -> float:
     white = np.iinfo(image.dtype).max
     between = sum(np.count_nonzero(part) - np.count_nonzero(part == white) for part in _parts(image))
     return float(1 - between / image.size)
+
+
+def is_blank(image: NDArray[np.uint8]) -> bool:
+    """Whether an image, H x W x 3, is of one tone, but for a few levels: a page, a lens cap, a frame of black."""
+    few = image[::16, ::16]
+    return all(int(np.ptp(part[:, :, channel])) <= BLANK_LEVELS for part in (few, image) for channel in range(3))
 
 
 def _parts(image: Pixels) -> Iterator[NDArray[np.uint8 | np.uint16]]:

@@ -1,5 +1,6 @@
 """Which label leads to which prompt: decided here and nowhere else."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -83,10 +84,20 @@ def parse_label(text: str) -> LabelChoice:
     return LabelChoice(name, sigma_255)
 
 
-def decide(prediction: Prediction, *, prompts: Collection[str], min_confidence: float | None = None) -> Decision:
+def decide(
+    prediction: Prediction,
+    *,
+    prompts: Collection[str],
+    min_confidence: float | None = None,
+    is_blank: bool = False,
+) -> Decision:
     """What the prediction leads to, given the keys of the model's prompts.
 
-    `min_confidence` replaces the classifier's own thresholds. Unsure ones are abstained whatever their label.
+    Args:
+        prediction: unsure ones are abstained whatever their label.
+        prompts: keys of the model's.
+        min_confidence: replaces the classifier's own thresholds.
+        is_blank: whether the picture is of one tone (`pipeline.metrics.is_blank`), of which nothing can be restored.
     """
     # What training needs imports this module, and not pyarrow, which comes with the records.
     from pipeline.records import Status
@@ -94,16 +105,23 @@ def decide(prediction: Prediction, *, prompts: Collection[str], min_confidence: 
     label, confidence = prediction.label, prediction.confidence
     if min_confidence is None:
         if not prediction.confident:
-            reason = f"best guess {label} only {confidence:.2f}, below its threshold"
+            reason = f"best guess {label} only {_floored(confidence)}, below its threshold"
             return Decision(Status.ABSTAINED, label, None, reason)
-    elif confidence < min_confidence:
-        reason = f"best guess {label} only {confidence:.2f}, below the threshold {min_confidence:.2f}"
+    elif not confidence >= min_confidence:
+        reason = f"best guess {label} only {_floored(confidence)}, below the threshold {min_confidence:.2f}"
         return Decision(Status.ABSTAINED, label, None, reason)
     seen = f"{label} with probability {confidence:.2f}"
     if label is Degradation.CLEAN:
         return Decision(Status.COPIED, label, None, f"{seen}: kept as it was")
+    if is_blank:
+        return Decision(Status.ABSTAINED, label, None, f"{seen}, but it is of one tone: nothing to restore")
     sigma_255 = prediction.noise_sigma_255
     return _with_prompt(label, sigma_255, f"estimated sigma {sigma_255:.0f}", seen, prompts)
+
+
+def _floored(probability: float) -> str:
+    """Two digits that are not more than it is: it may be just below a threshold."""
+    return f"{math.floor(100 * probability) / 100:.2f}" if math.isfinite(probability) else str(probability)
 
 
 def decide_forced(

@@ -42,11 +42,16 @@ class BatchRestorer:
             in_halves(batch, self._restore, on_halved=self._note_full_memory, on_fault=self._restore_in_tiles)
 
     def _restore_in_tiles(self, item: Item, error: Exception) -> None:
-        """The last resort for an image that failed alone; anything but full memory is its fault at once."""
+        """The last resort for an image that failed alone; anything but full memory is its fault at once.
+
+        One that goes in tiles, several at a time, goes in the same ones singly at first.
+        """
         height, width = item.decoded().pixels.shape[:2]
-        tile_px = self._tile_px(item)
+        tile_px = own = self._tile_px(item)
         while is_out_of_memory(error):
-            tile_px = self._restorer.smaller_tile_px(height, width, than=tile_px)
+            if own is None:
+                tile_px = self._restorer.smaller_tile_px(height, width, than=tile_px)
+            own = None
             if tile_px is None:
                 break
             self._note_full_memory([item], error)

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pipeline import metrics
-from pipeline.metrics import PSNR_CAP_DB, change_rmse_255, clipped_fraction, psnr_db, ssim
+from pipeline.metrics import PSNR_CAP_DB, change_rmse_255, clipped_fraction, is_blank, psnr_db, ssim
 
 
 def random_pair(height, width, seed, spread=40, dtype=np.uint8):
@@ -110,3 +110,11 @@ def test_figures_of_large_images_are_those_of_all_their_parts(monkeypatch, dtype
     clipped = np.mean((two == 0) | (two == top))
     assert clipped >= 2 / 3 / 13
     assert clipped_fraction(two) == pytest.approx(clipped)
+
+
+def test_a_picture_of_one_tone_is_blank_but_for_a_few_levels():
+    image = np.random.default_rng(0).integers(250, 255, (70, 90, 3), dtype=np.uint8)
+    assert is_blank(image)
+    image[5, 7, 1] = 200
+    assert not is_blank(image)
+    assert is_blank(np.full((3, 2, 3), (255, 0, 7), np.uint8))

@@ -68,6 +68,21 @@ def test_unsure_is_abstained_whatever_the_label(label):
     assert decision.reason == f"best guess {label} only 0.41, below its threshold"
 
 
+def test_a_reason_does_not_contradict_itself():
+    decision = decide(prediction("rain", confidence=0.49999), prompts=ALL, min_confidence=0.5)
+    assert decision.reason == "best guess rain only 0.49, below the threshold 0.50"
+
+
+def test_no_number_is_not_sure_enough():
+    decision = decide(prediction("rain", confidence=float("nan")), prompts=ALL, min_confidence=0.5)
+    assert decision.status is Status.ABSTAINED
+
+
+def test_of_one_tone_nothing_is_restored_and_what_is_clean_stays_so():
+    for label, status in (("lowlight", Status.ABSTAINED), ("clean", Status.COPIED)):
+        assert decide(prediction(label), prompts=ALL, is_blank=True).status is status
+
+
 def test_given_confidence_replaces_the_thresholds_both_ways():
     unsure = prediction("haze", 0.41, confident=False)
     assert decide(unsure, prompts=ALL, min_confidence=0.4).status is Status.RESTORED

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_weights import tiny_network, write_tiny_model
+from synthetic_weights import golden_state, tiny_network, write_tiny_model
 
 from models import Restorer, load_restorer, orthogonal_bank
+from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.memory import MEMORY_SHARE, available_bytes, bytes_needed, bytes_per_pixel, is_out_of_memory, total_bytes
 from models.padding import padded_size
@@ -67,6 +68,21 @@ def test_a_batch_of_mixed_sizes_and_degradations_equals_singles(dtype):
         (alone,), (unrounded,) = (each.restore([image], [key]) for each in (restorer, exact))
         assert restored.shape == image.shape
         assert levels_apart(restored, alone) <= max(1, levels_apart(alone, unrounded))
+
+
+@pytest.mark.parametrize("golden", [False, True])
+def test_a_picture_of_a_single_feature_is_the_same_in_any_batch(golden):
+    """At the published size it has one pixel at the lowest level, where all cosines are 1 or -1, and tie."""
+    torch.manual_seed(0)
+    network = DFPIR(DFPIRConfig()).eval()
+    if golden:
+        network.load_state_dict(golden_state({key: value.shape for key, value in network.state_dict().items()}))
+    restorer = Restorer(network, orthogonal_bank())
+    images = photographs((8, 8), (5, 7), (8, 3))
+    together = restorer.restore(images, KEYS[:3])
+    for image, key, restored in zip(images, KEYS, together, strict=False):
+        (alone,) = restorer.restore([image], [key])
+        assert levels_apart(restored, alone) <= 1
 
 
 def test_the_prompt_key_decides(restorer):

@@ -238,6 +238,34 @@ def test_an_image_alone_goes_in_ever_smaller_tiles(tmp_path: Path) -> None:
     assert (small["status"], small["tiled"], small["tile_px"], small["oom_retries"]) == ("restored", False, None, 0)
 
 
+def test_tiles_that_do_not_fit_together_go_singly_before_smaller_ones(tmp_path: Path) -> None:
+    """Several tiles of a prompt's window go through the network at once."""
+    marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=100, width=90)
+    asked: list[int | None] = []
+
+    class Short(Restorer):
+        def restore(self, images: Any, prompt_keys: Any, *, tile_px: int | None = None) -> Any:
+            asked.append(tile_px)
+            if tile_px is None:
+                raise MemoryError
+            return super().restore(images, prompt_keys, tile_px=tile_px)
+
+    row = work(plan(tmp_path), Short(tiny_network(), orthogonal_bank(), windows_px={"rain": 64}))["large.png"]
+    assert (row["status"], row["tile_px"], row["oom_retries"]) == ("restored", 64, 1)
+    assert asked == [None, 64]
+
+
+def test_what_is_of_one_tone_is_left_alone(tmp_path: Path) -> None:
+    """A page, or a frame of black: it would be restored to something that is not there."""
+    label = Degradation.LOWLIGHT
+    (tmp_path / "src").mkdir()
+    Image.fromarray(np.full((40, 50, 3), red(label), np.uint8)).save(tmp_path / "src" / "page.png")
+    marked(tmp_path / "src" / "picture.png", red(label))
+    rows = work(plan(tmp_path))
+    assert (rows["picture.png"]["status"], rows["page.png"]["status"]) == ("restored", "abstained")
+    assert rows["page.png"]["decision_reason"].endswith("but it is of one tone: nothing to restore")
+
+
 def test_an_image_whose_smallest_tiles_are_too_large_fails(tmp_path: Path) -> None:
     marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=64, width=40)
     row = work(plan(tmp_path), Brightener(memory_px=7))["large.png"]
@@ -476,6 +504,8 @@ def test_what_reading_and_writing_gave_up_is_in_the_row(tmp_path: Path) -> None:
     frames = [
         Image.fromarray(np.full((32, 32, 4), (red(Degradation.RAIN), 0, 0, 99 + 9 * i), np.uint8)) for i in (0, 1)
     ]
+    for frame in frames:
+        frame.putpixel((31, 31), (255, 255, 255, 255))  # what is of one tone is left alone
     frames[0].save(tmp_path / "src" / "a.tif", save_all=True, append_images=frames[1:])
     row = work(plan(tmp_path, output_format="jpeg"))["a.tif"]
     assert row["warnings"] == ["first of 2 frames", "JPEG has no alpha: composed over white"]
