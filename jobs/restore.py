@@ -49,7 +49,7 @@ from pipeline.sink import (
     is_partial,
     read_manifest,
     read_rows,
-)  # fmt: skip
+)
 from pipeline.source import Listing, SourceError, list_source, local_path
 from pipeline.worker import WINDOW_IMAGES
 

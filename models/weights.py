@@ -33,7 +33,7 @@ from models.container import (
     read_container,
     require_finite,
     write_container,
-)  # fmt: skip
+)
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, prompt_guidance, prompt_permutations

@@ -5,8 +5,9 @@ All functions are pure and may run in many threads at once; Pillow's codecs rele
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,9 @@ from pipeline.file_bytes import (
     shortened_webp,
     states_no_pixels,
     unfinished_end,
-)  # fmt: skip
+)
 from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
-from pipeline.jpeg import read_jpeg, turned_upright
+from pipeline.jpeg import read_jpeg
 from pipeline.metadata import Metadata, read_metadata
 from pipeline.records import Stage
 from pipeline.tiff import mend_storage, stated_channels, tiff_tags
@@ -37,16 +38,16 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
 """Bytes of one text or profile and of all texts in a PNG; Pillow refuses a profile above 1 MiB, which others hold."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURNED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
-"""What turns an image of each EXIF orientation upright; 1 already is."""
+"""What turns pixels of each EXIF orientation upright; 1 already are."""
 
 _PNG_BITS = re.compile(r";(\d+)")
 """Bits per channel in Pillow's name of how a PNG's pixels are stored, for instance `L;4` or `RGB;16B`."""
@@ -147,7 +148,6 @@ def _format_name(image: Image.Image) -> str:
 
 def _check_whole(image: Image.Image, data: bytes) -> None:
     """Refuses a file whose decoder took damage, missing rows, or the zeros of an end never written, for pixels."""
-    zeros = 0
     match _format_name(image):
         case "PNG":
             if has_damaged_pixels(data):
@@ -156,13 +156,12 @@ def _check_whole(image: Image.Image, data: bytes) -> None:
             if not last_row.any() and lacks_rows(data):
                 raise _fault("truncated", "the PNG file ends before the last row of its image")
         case "JPEG":
-            zeros = unfinished_end(data)
+            if zeros := unfinished_end(data):
+                raise _fault("truncated", f"the JPEG file ends in {zeros} zeros, unfinished")
         case "WEBP":
             shortened = shortened_webp(data)
             if shortened is not None and _can_be_decoded(shortened):
                 raise _fault("truncated", "the WEBP file ends in zeros, unfinished")
-    if zeros:
-        raise _fault("truncated", f"the {_format_name(image)} file ends in {zeros} zeros, unfinished")
 
 
 def _can_be_decoded(data: bytes) -> bool:
@@ -271,14 +270,11 @@ def _to_decoded(
     notes = [*layout.warnings, *metadata.warnings]
     icc = metadata.icc
     transparent = image.info.get("transparency")
-    # Pillow turns TIFF upright while it loads; every other format is left to its reader.
-    if metadata.orientation in _UPRIGHT and source_format != "TIFF" and stored is None:
-        image = image.transpose(_UPRIGHT[metadata.orientation])
     greyscale = layout.greyscale
     pixels: Pixels
     alpha: Pixels | None = None
     if stored is not None:
-        pixels = turned_upright(stored, metadata.orientation)
+        pixels = stored
     elif mode.startswith(("I", "F")):
         grey = _deep_grey(image, layout, notes)
         pixels = np.repeat(grey[:, :, None], 3, axis=2)
@@ -301,6 +297,11 @@ def _to_decoded(
             pixels = np.array(_to_rgb(image))
         if mode == "P" and icc is None:
             greyscale = bool((pixels == pixels[:, :, :1]).all())
+    # Pillow turns TIFF upright while it loads; every other format is left to its reader.
+    turn = _TURNED.get(metadata.orientation or 1) if source_format != "TIFF" else None
+    if turn is not None:
+        pixels = np.ascontiguousarray(turn(pixels))
+        alpha = None if alpha is None else np.ascontiguousarray(turn(alpha))
     return DecodedImage(
         pixels=pixels,
         alpha=alpha,
