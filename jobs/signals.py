@@ -24,16 +24,20 @@ def end_if_importing(number: int, frame: FrameType | None) -> None:
         frame = frame.f_back
 
 
-_raised: int | None = None
-"""The last signal for which an exception was raised: where Python runs what is to be done at a fork, it drops it."""
+_raised: list[int] | None = None
+"""Within `signals_raise`, those for which an exception was raised: what runs at a fork may lose it to Python."""
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """What SIGINT does as long as nothing else is arranged: KeyboardInterrupt, but for `end_if_importing`."""
-    global _raised
     end_if_importing(number, frame)
-    _raised = number
+    _note(number)
     raise KeyboardInterrupt
+
+
+def _note(number: int) -> None:
+    if _raised is not None:
+        _raised.append(number)
 
 
 class StopRequest:
@@ -55,7 +59,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
     """
-    global _raised
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -69,7 +72,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for each in numbers:
             signal.signal(each, before[each])
 
-    request.signal_number, _raised = _raised, None
+    if _raised:
+        request.signal_number = _raised.pop()
+        _raised.clear()
     for number in numbers:
         signal.signal(number, ask)
     try:
@@ -102,12 +107,11 @@ def signals_raise(*, goes_on: bool = True) -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        global _raised
         end_if_importing(number, frame)
-        _raised = number
+        _note(number)
         raise _EndedError(number)
 
-    _raised = None
+    _raised = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -117,6 +121,7 @@ def signals_raise(*, goes_on: bool = True) -> Iterator[None]:
     except _EndedError as error:
         raise InterruptedBySignalError(error.signal_number, goes_on=goes_on) from None
     finally:
+        _raised = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

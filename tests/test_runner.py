@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -46,6 +47,7 @@ def test_a_signal_is_not_taken_for_a_fault_of_what_it_ends(number: signal.Signal
 
 
 @pytest.mark.usefixtures("default_hangup")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it is what is tested
 @pytest.mark.parametrize("number", OF_DRIVER)
 def test_a_signal_whose_exception_is_lost_asks_for_an_orderly_end(number: signal.Signals) -> None:
     """Python drops one that comes while it runs what is registered to be done at a fork."""
@@ -87,10 +89,13 @@ def test_a_signal_that_comes_with_the_handlers_is_a_request(monkeypatch: pytest.
 
 
 def test_a_signal_before_is_no_request_to_a_later_command() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        interrupt(signal.SIGINT, None)
-    with signals_raise(), stop_on_signals() as request:
-        assert not request
+    for before in (nullcontext(), signals_raise()):
+        with pytest.raises(KeyboardInterrupt), before:
+            interrupt(signal.SIGINT, None)
+        with stop_on_signals() as request:
+            assert not request
+        with signals_raise(), stop_on_signals() as request:
+            assert not request
 
 
 def test_signals_of_the_process_group_wait_until_a_child_is_ready_for_them() -> None:
