@@ -49,7 +49,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
             prediction,
             prompts=restorer.prompts.keys,
             min_confidence=options.min_confidence,
-            is_blank=is_blank(shown),
+            is_blank=is_blank(decoded.pixels),
         )
     else:
         decision = decide_forced(

@@ -133,8 +133,9 @@ OF_DRIVER = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 @contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes that are started while this is open have these signals blocked until they allow them."""
-    resource_tracker.ensure_running()  # to start it with the first of them would unblock the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
+    resource_tracker.ensure_running()  # which unblocks two of them, as would the first process that starts it
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
     try:
         yield
     finally:

@@ -182,7 +182,7 @@ def _doubted(decoded: DecodedImage, image: Image.Image, complaint: str) -> Decod
     """
     last_row = np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
     if "premature end" in complaint.lower() and bool((last_row == last_row[:, :1]).all()):
-        raise _fault("truncated", f"the JPEG file ends before the last row of its image: {complaint}")
+        raise _fault("truncated", f"the JPEG file lacks pixels, perhaps up to its end: {complaint}")
     return replace(decoded, warnings=(*decoded.warnings, f"the JPEG decoder warns: {complaint}"))
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pipeline.images import Pixels
 
-BLANK_LEVELS = 4
-"""Of 255, by which pixels of one tone may differ in each channel."""
+BLANK_LEVELS = {"uint8": 4, "uint16": 64}
+"""By which pixels of one tone may differ in each channel; deep ones may use the bottom of their range alone."""
 
 PSNR_CAP_DB = 100.0
 """Stands for the infinite PSNR of equal images, so that means stay finite."""
@@ -99,10 +99,11 @@ def clipped_fraction(image: Pixels) -> float:
     return float(1 - between / image.size)
 
 
-def is_blank(image: NDArray[np.uint8]) -> bool:
+def is_blank(image: Pixels) -> bool:
     """Whether an image, H x W x 3, is of one tone, but for a few levels: a page, a lens cap, a frame of black."""
     few = image[::16, ::16]
-    return all(int(np.ptp(part[:, :, channel])) <= BLANK_LEVELS for part in (few, image) for channel in range(3))
+    levels = BLANK_LEVELS[str(image.dtype)]
+    return all(int(np.ptp(part[:, :, channel])) <= levels for part in (few, image) for channel in range(3))
 
 
 def _parts(image: Pixels) -> Iterator[NDArray[np.uint8 | np.uint16]]:

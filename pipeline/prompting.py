@@ -121,7 +121,7 @@ def decide(
 
 def _floored(probability: float) -> str:
     """Two digits that are not more than it is: it may be just below a threshold."""
-    return f"{math.floor(100 * probability) / 100:.2f}" if math.isfinite(probability) else str(probability)
+    return f"{math.floor(100 * probability + 1e-9) / 100:.2f}" if math.isfinite(probability) else str(probability)
 
 
 def decide_forced(

@@ -31,7 +31,7 @@ def mend_storage(image: Image.Image, bit_depth: int) -> None:
         tiff.tag_v2[ExifTags.Base.PlanarConfiguration] = 1
         tiff.tile = []
         tiff._setup()
-        return
+        is_planar = False
     for place, tile in enumerate(tiff.tile):
         raw_mode, *others = cast(tuple[Any, ...], tile.args)
         if tile.codec_name == "raw" and is_planar and bit_depth == 16 and ";" not in raw_mode:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -284,6 +285,18 @@ def test_deep_greyscale_of_a_tiff_is_the_same_in_either_byte_order(compression, 
     stored = (values / 65535).astype(np.float32) if kind == "f4" else values.astype(kind)
     decoded = read(tiff_bytes(stored, byteorder=order, photometric="minisblack", compression=compression))
     np.testing.assert_array_equal(decoded.pixels[:, :, 0], values)
+
+
+@pytest.mark.parametrize("kind", ["i2", "i4", "f4"])
+def test_a_single_plane_of_deep_numbers_is_read_in_its_order(kind):
+    values = DEEP // 2
+    stored = (values / 65535).astype(kind) if kind == "f4" else values.astype(kind)
+    options = {"byteorder": ">", "photometric": "minisblack", "compression": "zlib"}
+    data = tiff_bytes(stored, extratags=[(285, 3, 1, 2, True)], **options)  # one that may be written
+    data = data.replace(struct.pack(">HHIH", 285, 3, 1, 2), struct.pack(">HHIH", 284, 3, 1, 2))
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.tag_v2[284] == 2
+    np.testing.assert_array_equal(read(data).pixels[:, :, 0], values)
 
 
 @pytest.mark.parametrize("white_is_zero", [False, True])
@@ -653,7 +666,7 @@ def test_a_jpeg_with_a_damaged_scan_is_noted_and_one_without_its_end_refused():
     half = len(noise) // 2
     fault = fault_of(noise[:half] + b"\xff\xd9")
     assert fault.error_class == "truncated"
-    assert str(fault).startswith("the JPEG file ends before the last row of its image: ")
+    assert str(fault).startswith("the JPEG file lacks pixels, perhaps up to its end: Corrupt JPEG data: premature end")
     with_restarts = file_bytes(Image.fromarray(picture(160, 200)), "JPEG", quality=90, restart_marker_blocks=4)
     marker = with_restarts.index(b"\xff\xd3", len(with_restarts) // 3)
     decoded = read(with_restarts[: marker - 200] + with_restarts[marker:])
@@ -661,6 +674,44 @@ def test_a_jpeg_with_a_damaged_scan_is_noted_and_one_without_its_end_refused():
     assert note.startswith("the JPEG decoder warns: Corrupt JPEG data")
     with Image.open(io.BytesIO(with_restarts[: marker - 200] + with_restarts[marker:])) as opened:
         np.testing.assert_array_equal(decoded.pixels, np.asarray(opened))
+
+
+@pytest.mark.parametrize("kind", ["JFIF of another version", "profile", "bytes between segments"])
+def test_what_stands_before_the_pixels_of_a_jpeg_hides_no_damage_of_theirs(kind):
+    whole = file_bytes(Image.fromarray(picture(160, 200)), "JPEG", quality=90, restart_marker_blocks=4)
+    match kind:
+        case "profile":
+            whole = with_segment(whole, 0xE2, b"ICC_PROFILE\0\x01\x09nonsense")
+        case "bytes between segments":
+            at = whole.index(b"\xff\xc0")
+            whole = whole[:at] + b"\x01\x02\x03" + whole[at:]
+        case _:
+            whole = whole.replace(b"JFIF\0\x01", b"JFIF\0\x07")
+    assert not any("premature" in note for note in read(whole).warnings)
+    assert fault_of(whole[: len(whole) // 2] + b"\xff\xd9").error_class == "truncated"
+
+
+def test_full_memory_in_libjpeg_is_full_memory(monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("Insufficient memory (case 4)")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", full)
+    with pytest.raises(MemoryError, match="Insufficient memory"):
+        read(file_bytes(Image.fromarray(picture()), "JPEG"))
+
+
+@pytest.mark.parametrize(
+    "said", ["Could not determine subsampling level of JPEG image", "Unsupported color conversion"]
+)
+def test_a_jpeg_of_a_kind_that_the_library_does_not_read_is_read_by_pillow_without_a_word(monkeypatch, said):
+    def unknown(*_: object, **__: object) -> None:
+        raise ValueError(said)
+
+    data = file_bytes(Image.fromarray(picture()), "JPEG")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", unknown)
+    decoded = read(data)
+    assert decoded.warnings == ()
+    np.testing.assert_array_equal(decoded.pixels, np.asarray(Image.open(io.BytesIO(data))))
 
 
 @pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}], ids=str)

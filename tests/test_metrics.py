@@ -118,3 +118,6 @@ def test_a_picture_of_one_tone_is_blank_but_for_a_few_levels():
     image[5, 7, 1] = 200
     assert not is_blank(image)
     assert is_blank(np.full((3, 2, 3), (255, 0, 7), np.uint8))
+    sensor = np.random.default_rng(0).integers(0, 1023, (30, 40, 3), dtype=np.uint16)
+    assert not is_blank(sensor), "a picture at the bottom of its range"
+    assert is_blank(sensor // 16)
