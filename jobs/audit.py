@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.errors import UsageError
 from jobs.restore import read_job
-from pipeline.plan import PlanError, load_plan, read_plan
+from pipeline.plan import PlanError, latest_revisions, read_plan
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
 from pipeline.run_config import digest_of
@@ -129,11 +129,12 @@ def _audit(
 ) -> Audit:
     run_dir = directory.root
     try:
-        ever_planned, planned = read_plan(run_dir), load_plan(run_dir).table
-        rows = read_rows(run_dir, columns=COLUMNS)
+        ever_planned, rows = read_plan(run_dir), read_rows(run_dir, columns=COLUMNS)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
-    is_planned = pc.is_in(_revisions(rows), _revisions(ever_planned).combine_chunks())
+    planned = latest_revisions(ever_planned)
+    of_plan, of_rows = _revisions(ever_planned), _revisions(rows)
+    is_planned = pc.is_in(of_rows, of_plan.combine_chunks())
     place = pc.index_in(rows["image_id"], planned["image_id"])
     latest = planned["revision"].take(place)
     is_latest = pc.fill_null(pc.equal(rows["revision"], latest), False)
@@ -141,8 +142,8 @@ def _audit(
     counting = rows.filter(is_latest)
     findings = [
         *_about(rows.filter(pc.invert(is_planned)), "not_planned", "the plan has no such image, or not this revision"),
-        *_about(_several(ever_planned), "inconsistent", "planned more than once"),
-        *_about(_several(rows), "double_row", "several rows for one revision of this image"),
+        *_about(_several(ever_planned, of_plan), "inconsistent", "planned more than once"),
+        *_about(_several(rows, of_rows), "double_row", "several rows for one revision of this image"),
         *_unmatched(planned, counting),
         *_unlike_the_plan(planned.take(place.filter(is_latest)), counting),
         *_unlike_the_job(counting, job),
@@ -205,9 +206,8 @@ def _revisions(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(table["image_id"], table["revision"].cast(pa.string()), "/")
 
 
-def _several(table: pa.Table) -> pa.Table:
+def _several(table: pa.Table, revisions: pa.ChunkedArray) -> pa.Table:
     """The first row of each image's revision that has more than one."""
-    revisions = _revisions(table)
     found = pc.is_in(revisions, _repeated(revisions).field("values"))
     rows, several = table.filter(found), revisions.filter(found)
     return rows.take(pa.array(first_rows(several)))

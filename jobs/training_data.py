@@ -15,6 +15,7 @@ from classifier.labels import Degradation
 from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
 from jobs.errors import UsageError
 from pipeline.degradations import log_uniform
+from pipeline.metadata import lies
 
 log = logging.getLogger("training")
 
@@ -113,8 +114,8 @@ def _size(picture: Picture) -> tuple[int, int]:
     """Width and height of the upright picture."""
     if isinstance(picture, Path):
         with Image.open(picture) as image:
-            lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (image.height, image.width) if lies else image.size
+            is_turned = lies(image.getexif().get(ExifTags.Base.Orientation))
+            return (image.height, image.width) if is_turned else image.size
     return picture.shape[1], picture.shape[0]
 
 

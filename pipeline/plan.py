@@ -138,7 +138,7 @@ def update_plan(
     that can no longer be examined counts as vanished. `limit` leaves out of the listing what lies behind that many
     images and is not planned yet.
     """
-    planned = _latest(read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED]))
+    planned = latest_revisions(read_plan(run_dir, [name for name in PLAN_SCHEMA.names if name not in _UNUSED]))
     listed = listing.table
     where = _places(listed["image_id"], planned["image_id"])
     if limit is not None:
@@ -182,10 +182,10 @@ def load_plan(run_dir: Path | str) -> Shards:
 
     Raises PlanError for a damaged plan.
     """
-    return Shards(_latest(read_plan(run_dir)))
+    return Shards(latest_revisions(read_plan(run_dir)))
 
 
-def _latest(planned: pa.Table) -> pa.Table:
+def latest_revisions(planned: pa.Table) -> pa.Table:
     """The rows that no later one supersedes; a revision above the first one does."""
     if not pc.any(pc.greater(planned["revision"], 0)).as_py():
         return planned
