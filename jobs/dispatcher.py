@@ -4,6 +4,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jobs.errors import RunError
 from pipeline.journal import Journal
@@ -24,6 +25,9 @@ LOSSES_FORGIVEN = 4
 """Machines lost in a row over one shard without an image done in between; further ones count as deaths."""
 
 _log = logging.getLogger(__name__)
+
+Ending = Literal["done", "given_back", "doubted", "busy", "failed"]
+"""What a worker that lives says of its shard: see the methods of `Dispatcher`."""
 
 Seat = tuple[int, str | None]
 """A worker's number and its machine; None while that is not known."""
@@ -150,6 +154,20 @@ class Dispatcher:
                     "machine's fault than theirs (--retry-failed does them again)",
                     str(self._directory.logs_dir),
                 )
+
+    def ended(self, shard_id: str, how: Ending, fault: str, log: str) -> None:
+        """The shard's worker is through with it."""
+        match how:
+            case "done":
+                self.done(shard_id)
+            case "given_back":
+                self.give_back(shard_id)
+            case "doubted":
+                self.doubted(shard_id)
+            case "busy":
+                self.busy(shard_id, fault, log)
+            case "failed":
+                self.failed(shard_id, fault, log)
 
     def done(self, shard_id: str) -> None:
         """The shard's worker has committed a row for each image of it."""

@@ -14,13 +14,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.dispatcher import Assignment, Dispatcher
+from jobs.dispatcher import Assignment, Dispatcher, Ending
 from jobs.errors import InterruptedBySignalError
-from jobs.runner import STOP_GRACE_S, log_to, note_traceback, workers_per_gpu
+from jobs.runner import STOP_GRACE_S, log_to, note_traceback, work_off, workers_per_gpu
 from jobs.signals import OF_DRIVER, StopRequest, kept_from_children, stop_on_signals
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
-from pipeline.sink import RunDirectory, ShardBusyError
+from pipeline.sink import RunDirectory
 
 POLL_S = 0.5
 START_PATIENCE_S = 1800.0
@@ -41,7 +41,7 @@ def crew_size(context: RunContext, gpu_bytes: Sequence[int], *, max_workers: int
 class _Message:
     """From a child to the driver."""
 
-    kind: Literal["ready", "outcomes", "done", "given_back", "doubted", "busy", "failed", "start_failed"]
+    kind: Literal["ready", "start_failed", "outcomes"] | Ending
     outcomes: tuple[Outcome, ...] = ()
     fault: str = ""
 
@@ -192,17 +192,9 @@ def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_wor
         case "outcomes":
             dispatcher.report(shard_id, list(message.outcomes))
             return
-        case "done":
-            dispatcher.done(shard_id)
         case "given_back":
             child.is_ready, child.has_failed = False, True  # it ends now: no further shard, and no death
-            dispatcher.give_back(shard_id)
-        case "doubted":
-            dispatcher.doubted(shard_id)
-        case "busy":
-            dispatcher.busy(shard_id, message.fault, str(child.log))
-        case "failed":
-            dispatcher.failed(shard_id, message.fault, str(child.log))
+    dispatcher.ended(shard_id, message.kind, message.fault, str(child.log))
     child.assignment = None
 
 
@@ -252,8 +244,7 @@ def _child_main(
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
 
-    from pipeline.batching import is_device_lost
-    from pipeline.worker import DoubtfulShardError, build_worker
+    from pipeline.worker import build_worker
 
     try:
         worker = build_worker(context, f"local-{number}")
@@ -269,27 +260,8 @@ def _child_main(
             assignment: Assignment = connection.recv()
         except EOFError:
             return
-        try:
-            worker(
-                assignment.shard,
-                attempt=assignment.attempt,
-                is_final=assignment.doubted_by is not None,
-                on_outcomes=lambda rows: connection.send(_Message("outcomes", tuple(rows))),
-            )
-        except DoubtfulShardError:
-            note_traceback()
-            connection.send(_Message("doubted"))
-            continue
-        except ShardBusyError as error:
-            connection.send(_Message("busy", fault=str(error)))
-            continue
-        except Exception as error:
-            if is_device_lost(error):
-                raise  # the next process finds the GPU anew
-            note_traceback()
-            connection.send(_Message("failed", fault=f"{type(error).__name__}: {error}"))
-            continue
-        connection.send(_Message("given_back" if worker.is_stopping else "done"))
+        how, fault = work_off(worker, assignment, lambda rows: connection.send(_Message("outcomes", tuple(rows))))
+        connection.send(_Message(how, fault=fault))
 
 
 def _die_with(driver_pid: int) -> None:

@@ -18,15 +18,15 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.dispatcher import Assignment, Dispatcher
+from jobs.dispatcher import Assignment, Dispatcher, Ending
 from jobs.errors import InterruptedBySignalError
 from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
-from jobs.runner import STOP_GRACE_S, log_to, note_traceback
+from jobs.runner import STOP_GRACE_S, log_to, work_off
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
-from pipeline.sink import RunDirectory, ShardBusyError
+from pipeline.sink import RunDirectory
 
 if TYPE_CHECKING:
     from pipeline.worker import Worker
@@ -46,14 +46,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Report:
-    """What came of an assignment, and the outcomes not yet fetched.
+    """What came of an assignment, and the outcomes not yet fetched."""
 
-    `kind` is `done`, `given_back`, `doubted`, `busy` or `failed`.
-    """
-
-    kind: str
+    kind: Ending
+    fault: str
     outcomes: list[Outcome]
-    fault: str = ""
 
 
 class WorkerActor:
@@ -86,24 +83,9 @@ class WorkerActor:
 
     def work(self, assignment: Assignment) -> _Report:
         """Works off a shard."""
-        from pipeline.batching import is_device_lost
-        from pipeline.worker import DoubtfulShardError
-
         assert self._worker is not None
-        is_final = assignment.doubted_by is not None
-        try:
-            self._worker(assignment.shard, attempt=assignment.attempt, on_outcomes=self._keep, is_final=is_final)
-        except DoubtfulShardError:
-            note_traceback()
-            return _Report("doubted", self._take())
-        except ShardBusyError as error:
-            return _Report("busy", self._take(), str(error))
-        except Exception as error:
-            if is_device_lost(error):
-                raise  # the next process finds the GPU anew
-            note_traceback()
-            return _Report("failed", self._take(), f"{type(error).__name__}: {error}")
-        return _Report("given_back" if self._worker.is_stopping else "done", self._take())
+        kind, fault = work_off(self._worker, assignment, self._keep)
+        return _Report(kind, fault, self._take())
 
     # Called several times a second: noted as tasks, the calls would fill the memory of Ray's control store.
     @ray.method(concurrency_group="control", enable_task_events=False)
@@ -334,16 +316,7 @@ class _Crew:
         shard_id = member.assignment.shard.shard_id
         member.assignment = None
         self._report(report.outcomes)
-        if report.kind == "done":
-            self._dispatcher.done(shard_id)
-        elif report.kind == "doubted":
-            self._dispatcher.doubted(shard_id)
-        elif report.kind == "busy":
-            self._dispatcher.busy(shard_id, report.fault, str(member.log))
-        elif report.kind == "failed":
-            self._dispatcher.failed(shard_id, report.fault, str(member.log))
-        else:
-            self._dispatcher.give_back(shard_id)
+        self._dispatcher.ended(shard_id, report.kind, report.fault, str(member.log))
         if report.kind == "given_back" or not self._dispatcher.is_of_use(member.number):
             self._dismiss(member)
 

@@ -6,10 +6,15 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from jobs.dispatcher import Assignment, Ending
 from pipeline.records import OnOutcomes, Shard
 from pipeline.run_config import RunContext
+from pipeline.sink import ShardBusyError
+
+if TYPE_CHECKING:
+    from pipeline.worker import Worker
 
 STOP_GRACE_S = 300.0
 """How long workers may take to finish and commit what they have in hand once the run is to end."""
@@ -39,6 +44,30 @@ class Runner(Protocol):
         their rows are committed: the manifest is what counts). Raises RunError when the run cannot go on.
         """
         ...
+
+
+def work_off(worker: "Worker", assignment: Assignment, on_outcomes: OnOutcomes) -> tuple[Ending, str]:
+    """Has a worker work off a shard; says how that ended, and the fault if there is one.
+
+    Raises what shows that the worker's GPU is lost: the next process finds it anew.
+    """
+    from pipeline.batching import is_device_lost
+    from pipeline.worker import DoubtfulShardError
+
+    is_final = assignment.doubted_by is not None
+    try:
+        worker(assignment.shard, attempt=assignment.attempt, is_final=is_final, on_outcomes=on_outcomes)
+    except DoubtfulShardError:
+        note_traceback()
+        return "doubted", ""
+    except ShardBusyError as error:
+        return "busy", str(error)
+    except Exception as error:
+        if is_device_lost(error):
+            raise
+        note_traceback()
+        return "failed", f"{type(error).__name__}: {error}"
+    return "given_back" if worker.is_stopping else "done", ""
 
 
 def note_traceback() -> None:
