@@ -24,11 +24,7 @@ IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff",
 
 
 class SourceError(ValueError):
-    """The source cannot be used at all: a usage error, told before any work. `hint` says what to do."""
-
-    def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(f"{message}; {hint}")
-        self.hint = hint
+    """The source cannot be used at all: a usage error, told before any work; the message says what to do."""
 
 
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
@@ -70,15 +66,14 @@ def list_source(src: Path) -> Listing:
         SourceError: `src` is missing, is neither, cannot be read, or holds no candidate.
     """
     if not src.exists():
-        raise SourceError(f"source {src} does not exist", hint="check the path")
+        raise SourceError(f"source {src} does not exist; check the path")
     if src.is_dir():
         return _list_folder(src)
     if src.is_file() and src.suffix.lower() in LIST_SUFFIXES:
         return _read_list(src)
     raise SourceError(
-        f"source {src} is not a directory, nor a list of files",
-        hint="give the folder that holds the images, or their paths as .txt (one per line), .csv or .parquet "
-        "(a column `path`)",
+        f"source {src} is not a directory, nor a list of files; give the folder that holds the images, or their paths "
+        "as .txt (one per line), .csv or .parquet (a column `path`)"
     )
 
 
@@ -122,11 +117,11 @@ def _list_folder(src: Path) -> Listing:
         table = _with_rewritten(table, rewritten)
     skipped = tuple(sorted(printable(os.path.relpath(path, root)) for path in unreadable))
     if "." in skipped:
-        raise SourceError(f"source {src} cannot be listed", hint="check its permissions")
+        raise SourceError(f"source {src} cannot be listed; check its permissions")
     if not table.num_rows:
         raise SourceError(
-            f"no images in {src} ({ignored} other files)",
-            hint=f"expected files with one of the extensions {', '.join(sorted(IMAGE_EXTENSIONS))}",
+            f"no images in {src} ({ignored} other files); expected files with one of the extensions "
+            f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
         )
     return Listing(table, ignored, skipped)
 
@@ -168,7 +163,7 @@ def _read_list(src: Path) -> Listing:
         for name in _names_in(src):
             names += 1
             if "\0" in name:
-                raise SourceError(f"list {src} has a path with a NUL in it", hint="is it UTF-16? save it as UTF-8")
+                raise SourceError(f"list {src} has a path with a NUL in it; is it UTF-16? save it as UTF-8")
             path = os.path.join(root, name)
             if ".." in name.split("/"):  # behind a link it leads to where the link's target lies
                 path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
@@ -190,11 +185,11 @@ def _read_list(src: Path) -> Listing:
         table = _to_table(candidates())
     except (pa.ArrowException, OSError, UnicodeError, KeyError) as error:
         raise SourceError(
-            f"list {src} cannot be read ({error})",
-            hint="expected one path per line (.txt), or a column `path` (.csv, .parquet)",
+            f"list {src} cannot be read ({error}); expected one path per line (.txt), or a column `path` (.csv, "
+            ".parquet)"
         ) from error
     if not table.num_rows:
-        raise SourceError(f"list {src} names no file", hint="expected one path per line, or a column `path`")
+        raise SourceError(f"list {src} names no file; expected one path per line, or a column `path`")
     may_repeat = any(len(np.unique(np.frombuffer(seen, np.int64))) < len(seen) for seen in hashes)
     if may_repeat and len(files := first_rows(table["uri"])) < table.num_rows:
         table = table.take(pa.array(files))
@@ -202,8 +197,8 @@ def _read_list(src: Path) -> Listing:
         clash = np.setdiff1d(np.arange(table.num_rows), results)[0]
         both = table.filter(pc.equal(table["relative_path"], table["relative_path"][clash]))["uri"].to_pylist()
         raise SourceError(
-            f"list {src} names two files whose results would have one name: {' and '.join(both)}",
-            hint="put the list into a folder above both, or rename one",
+            f"list {src} names two files whose results would have one name: {' and '.join(both)}; put the list into a "
+            "folder above both, or rename one"
         )
     return Listing(table, names - table.num_rows)
 

@@ -132,9 +132,8 @@ def test_replaced_bytes_do_not_take_the_name_of_another_file(tmp_path):
 
 
 def test_unusable_sources_say_what_to_do(tmp_path):
-    with pytest.raises(SourceError, match="does not exist") as caught:
+    with pytest.raises(SourceError, match="does not exist; check the path"):
         list_source(tmp_path / "missing")
-    assert caught.value.hint in str(caught.value)
     fill(tmp_path, "one.png", "empty/notes.txt")
     with pytest.raises(SourceError, match="not a directory"):
         list_source(tmp_path / "one.png")
