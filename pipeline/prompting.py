@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from classifier.base import Prediction
 from classifier.labels import Degradation
@@ -24,13 +24,6 @@ FORCED_LABELS: tuple[Degradation, ...] = (
     Degradation.LOWLIGHT,
 )
 """What `--label` may name besides `auto`."""
-
-
-class LabelChoice(NamedTuple):
-    """What `--label` says: `auto` or a degradation, and for noise the standard deviation if it is given."""
-
-    label: str
-    noise_sigma_255: float | None
 
 
 @dataclass(frozen=True)
@@ -62,8 +55,8 @@ def prompts_for(label: Degradation) -> tuple[str, ...]:
     return (str(label),) if label in FORCED_LABELS else ()
 
 
-def parse_label(text: str) -> LabelChoice:
-    """Reads `auto`, `noise`, `noise:SIGMA`, `rain`, `haze`, `blur` or `lowlight`.
+def parse_label(text: str) -> tuple[str, float | None]:
+    """Reads `auto`, `noise`, `noise:SIGMA`, `rain`, `haze`, `blur` or `lowlight`: the name, and SIGMA if it is given.
 
     Raises ValueError naming the valid labels, or what is wrong with SIGMA (0 to 255).
     """
@@ -72,7 +65,7 @@ def parse_label(text: str) -> LabelChoice:
     if name not in {"auto", *FORCED_LABELS}:
         raise ValueError(f"unknown label {text!r}; choose {', '.join(valid)}")
     if not colon:
-        return LabelChoice(name, None)
+        return name, None
     if name != Degradation.NOISE:
         raise ValueError(f"label {text!r}: only noise takes a number, as in noise:25")
     try:
@@ -81,7 +74,7 @@ def parse_label(text: str) -> LabelChoice:
         sigma_255 = float("nan")
     if not 0 <= sigma_255 <= 255:
         raise ValueError(f"label {text!r}: sigma must be a number from 0 to 255, as in noise:25")
-    return LabelChoice(name, sigma_255)
+    return name, sigma_255
 
 
 def decide(

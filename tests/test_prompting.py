@@ -10,7 +10,6 @@ from classifier.labels import LABELS, Degradation
 from models.prompts import PUBLISHED_SENTENCES
 from pipeline.prompting import (
     NOISE_CUT_POINTS_255,
-    LabelChoice,
     decide,
     decide_forced,
     noise_prompt,
@@ -125,11 +124,11 @@ def test_forced_noise_goes_by_the_given_sigma_else_by_the_estimated():
 @pytest.mark.parametrize(
     ("text", "choice"),
     [
-        ("auto", LabelChoice("auto", None)),
-        ("noise", LabelChoice("noise", None)),
-        ("noise:25", LabelChoice("noise", 25.0)),
-        ("noise:12.5", LabelChoice("noise", 12.5)),
-        ("lowlight", LabelChoice("lowlight", None)),
+        ("auto", ("auto", None)),
+        ("noise", ("noise", None)),
+        ("noise:25", ("noise", 25.0)),
+        ("noise:12.5", ("noise", 12.5)),
+        ("lowlight", ("lowlight", None)),
     ],
 )
 def test_labels_are_read(text, choice):
