@@ -9,6 +9,7 @@ from pipeline.images import Header, ImageFault, encoded_format, read_header
 from pipeline.source import local_path
 
 SAMPLE_IMAGES = 1_000
+"""So many headers are read at most."""
 
 BYTES_PER_PIXEL = {"JPEG": 0.7, "PNG": 1.9, "WEBP": 0.5, "TIFF": 2.0, "BMP": 3.0, "PPM": 3.0}
 """Typical size of a restored colour photograph at the default quality, by Pillow's name of the format."""
@@ -30,24 +31,16 @@ class Estimate:
         return self.unreadable / self.sampled if self.sampled else 0.0
 
 
-def estimate(
-    uris: pa.ChunkedArray,
-    *,
-    output_format: str = "same",
-    sample_images: int = SAMPLE_IMAGES,
-    seed: int = 0,
-) -> Estimate:
-    """Size of the work and disk for its outputs, from the headers of a seeded random sample.
+def estimate(uris: pa.ChunkedArray, *, output_format: str = "same") -> Estimate:
+    """Size of the work and disk for its outputs, from the headers of a random sample, the same in each call.
 
     Args:
         uris: of the images to be done.
         output_format: `same`, `png`, `jpeg` or `webp`.
-        sample_images: read this many headers at most.
-        seed: of the sample.
     """
     headers: list[Header] = []
-    rng = np.random.default_rng(seed)
-    sampled = min(sample_images, len(uris))
+    rng = np.random.default_rng(0)
+    sampled = min(SAMPLE_IMAGES, len(uris))
     for index in sorted(rng.choice(len(uris), size=sampled, replace=False)):
         path = local_path(uris[index].as_py())
         try:

@@ -27,11 +27,12 @@ def test_an_estimate_does_not_wait_for_a_pipe(tmp_path):
     assert (found.sampled, found.unreadable) == (1, 1)
 
 
-def test_estimate_extrapolates_from_a_seeded_sample(tmp_path):
+def test_estimate_extrapolates_from_a_seeded_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.estimate.SAMPLE_IMAGES", 5)
     for i in range(20):
         Image.new("L", (100, 10 * (i + 1))).save(tmp_path / f"{i}.png")
     source = list_source(tmp_path).table["uri"]
-    one, two = (estimate(source, sample_images=5, seed=3) for _ in range(2))
+    one, two = (estimate(source) for _ in range(2))
     assert one == two
     assert (one.images, one.sampled) == (20, 5)
     of_sample_px = one.megapixels * 1e6 * 5 / 20
