@@ -201,10 +201,7 @@ MANIFEST_SCHEMA = arrow_schema(Outcome)
 
 def to_table(outcomes: list[Outcome]) -> pa.Table:
     """Rows as an Arrow table of `MANIFEST_SCHEMA`."""
-    names = [f.name for f in fields(Outcome)]
-    columns: dict[str, list[Any]] = {name: [getattr(o, name) for o in outcomes] for name in names}
-    columns["warnings"] = [list(w) for w in columns["warnings"]]
-    return pa.table(columns, schema=MANIFEST_SCHEMA)
+    return pa.Table.from_pylist([vars(outcome) for outcome in outcomes], schema=MANIFEST_SCHEMA)
 
 
 def first_rows(values: pa.ChunkedArray) -> NDArray[np.intp]:
