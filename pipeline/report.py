@@ -90,6 +90,7 @@ def summarise(
 ) -> Summary:
     """Counts and means over the whole manifest (`SUMMARY_COLUMNS`), rates over `fresh` and `elapsed_s` seconds."""
     undone = manifest.filter(pc.is_in(manifest["status"], pa.array([Status.FAILED, Status.QUARANTINED])))
+    told = ("relative_path", "status", "stage", "error_class", "error_message")
     return Summary(
         counts=status_counts(manifest),
         labels=label_counts(manifest),
@@ -107,16 +108,7 @@ def summarise(
         elapsed_s=elapsed_s,
         stage_s=fresh.stage_s,
         failed_fraction=undone.num_rows / manifest.num_rows if manifest.num_rows else 0.0,
-        failures=[
-            Failure(
-                row["relative_path"],
-                row["status"],
-                row["stage"] or "",
-                row["error_class"] or "",
-                row["error_message"] or "",
-            )
-            for row in undone[:20].to_pylist()
-        ],
+        failures=[Failure(*(row[name] or "" for name in told)) for row in undone[:20].to_pylist()],
         vanished=vanished,
         ignored=ignored,
         unreadable_directories=unreadable_directories,
