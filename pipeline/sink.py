@@ -196,8 +196,6 @@ class RunDirectory:
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         path = self.manifest_dir / f"{shard_id}-{secrets.token_hex(8)}.parquet"
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, "a manifest part of this name exists already", str(path))
         _write_whole(path, buffer.getvalue().to_pybytes())
         sync_folder(self.manifest_dir)
         fault_point("after-part", shard_id)
@@ -309,8 +307,10 @@ def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHE
 
     Raises ManifestError naming a part that is damaged or of another schema.
     """
-    order = [("relative_path", "ascending"), ("image_id", "ascending"), ("revision", "descending")]
-    order.append(("finished_at", "ascending"))
+    order = [
+        ("relative_path", "ascending"), ("image_id", "ascending"), ("revision", "descending"),
+        ("finished_at", "ascending"),
+    ]  # fmt: skip
     table = read_rows(run_dir, columns={*columns, *(name for name, _ in order)}).sort_by(order)
     return table.take(pa.array(first_rows(table["image_id"]))).select(list(columns))
 
@@ -331,6 +331,7 @@ def done(run_dir: Path | str) -> pa.Table:
     """
     directory = RunDirectory(run_dir)
     prefix = directory.uri(directory.images_dir) + "/"
+    kept = ["image_id", "revision", "status", "stage"]
 
     def shortened(part: Path) -> pa.Table:
         rows = _read_part(part, ["image_id", "relative_path", "status", "stage", "output_uri", "revision"])
@@ -338,9 +339,7 @@ def done(run_dir: Path | str) -> pa.Table:
         renamed = pc.if_else(pc.not_equal(name, rows["relative_path"]), name, None)
         return rows.select(kept).append_column("renamed", renamed)
 
-    kept = ["image_id", "revision", "status", "stage"]
-    empty = MANIFEST_SCHEMA.empty_table().select(kept)
-    empty = empty.append_column("renamed", pa.array([], pa.string()))
+    empty = MANIFEST_SCHEMA.empty_table().select(kept).append_column("renamed", pa.array([], pa.string()))
     return pa.concat_tables([empty, *map(shortened, directory.parts())])
 
 
