@@ -40,10 +40,6 @@ from pipeline.point_spread import (
 )
 
 
-def _noisy(images: Tensor, pixels: RandomPixels, sigma_255: Sequence[float]) -> Tensor:
-    return (images + pixels.normal() * column(sigma_255, images) / 255).clamp(0, 1)
-
-
 def _draw_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**63))
 
@@ -80,6 +76,12 @@ def apply(images: Tensor, recipes: Sequence[Recipe]) -> Tensor:
     return out
 
 
+def _noisy(images: Tensor, recipes: Sequence[Any]) -> Tensor:
+    """Images with white noise, of the `seed` and `sigma_255` of their recipes."""
+    noise = RandomPixels([r.seed for r in recipes], images).normal()
+    return (images + noise * column([r.sigma_255 for r in recipes], images) / 255).clamp(0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Noise(Recipe):
     """White Gaussian noise of standard deviation `sigma_255` on the 0..255 scale."""
@@ -95,7 +97,7 @@ class Noise(Recipe):
     @staticmethod
     def applied(images: Tensor, recipes: Sequence["Noise"]) -> Tensor:
         """See `Recipe`."""
-        return _noisy(images, RandomPixels([r.seed for r in recipes], images), [r.sigma_255 for r in recipes])
+        return _noisy(images, recipes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,7 +333,7 @@ class MotionBlur(Recipe):
             over = ((images.amin(dim=1, keepdim=True) - 0.94) / 0.06).clamp(0, 1)
             brighter = 1 + column([r.highlights for r in recipes], images) * over
             blurred = to_srgb(convolve(to_linear(images) * brighter, paths))
-        return _noisy(blurred, RandomPixels([r.seed for r in recipes], images), [r.sigma_255 for r in recipes])
+        return _noisy(blurred, recipes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,10 +370,8 @@ class LowLight(Recipe):
         dark = dark * column([(1 + r.warmth, 1, 1 - r.warmth) for r in recipes], images)
         brightest = 0.55 * mean(images) / mean(dark).clamp_min(1e-6)
         dark = dark * torch.minimum(column([r.gain for r in recipes], images), brightest)
-        shot, constant = (
-            column(values, images) / 255
-            for values in ([r.shot_255 for r in recipes], [r.constant_255 for r in recipes])
-        )
+        shot = column([r.shot_255 for r in recipes], images) / 255
+        constant = column([r.constant_255 for r in recipes], images) / 255
         noise = RandomPixels([r.seed for r in recipes], images).normal()
         return (dark + (shot * dark.sqrt() + constant) * noise).clamp(0, 1)
 
@@ -425,12 +425,12 @@ class DeepShadow(Recipe):
     def applied(images: Tensor, recipes: Sequence["DeepShadow"]) -> Tensor:
         """See `Recipe`."""
         local = convolve(images.mean(dim=1, keepdim=True), [r.surroundings for r in recipes])
-        low, high = (quantiles(local, column(q, images)) for q in ([r.low for r in recipes], [r.high for r in recipes]))
+        low = quantiles(local, column([r.low for r in recipes], images))
+        high = quantiles(local, column([r.high for r in recipes], images))
         lit = ((local - low) / (high - low).clamp_min(1e-3)).clamp(0, 1)
         lit = lit * lit * (3 - 2 * lit)
-        dark_gain, lit_gain = (
-            column(gains, images) for gains in ([r.dark_gain for r in recipes], [r.lit_gain for r in recipes])
-        )
+        dark_gain = column([r.dark_gain for r in recipes], images)
+        lit_gain = column([r.lit_gain for r in recipes], images)
         if recipes[0].linear:
             out = to_srgb(to_linear(images) * (dark_gain + (lit_gain - dark_gain) * lit))
         else:
@@ -438,4 +438,4 @@ class DeepShadow(Recipe):
             bright = images ** column([r.lit_gamma for r in recipes], images)
             out = (1 - lit) * dark * dark_gain + lit * bright * lit_gain
         out = out * (0.55 * mean(images) / mean(out).clamp_min(1e-6)).clamp_max(1)
-        return _noisy(out.clamp(0, 1), RandomPixels([r.seed for r in recipes], images), [r.sigma_255 for r in recipes])
+        return _noisy(out.clamp(0, 1), recipes)
