@@ -233,8 +233,8 @@ def _unlike_the_job(counting: pa.Table, job: dict[str, Any]) -> Iterator[Finding
 def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding]:
     status = counting["status"]
     is_restored = pc.equal(status, Status.RESTORED)
-    is_done = pc.is_in(status, pa.array(list(map(str, DONE))))
-    is_known = pc.is_in(status, pa.array(list(map(str, Status))))
+    is_done = pc.is_in(status, pa.array(DONE))
+    is_known = pc.is_in(status, pa.array(list(Status)))
     has_output = pc.and_(pc.is_valid(counting["output_uri"]), pc.is_valid(counting["output_sha256"]))
     has_output = pc.and_(has_output, pc.is_valid(counting["output_bytes"]))
     has_fault = pc.and_(pc.is_valid(counting["stage"]), pc.is_valid(counting["error_class"]))
@@ -248,7 +248,7 @@ def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding
         "its output lies outside of images/": pc.invert(_is_inside(counting["output_uri"])),
         "it is restored, yet names no prompt": pc.and_(is_restored, pc.is_null(counting["prompt"])),
         "it names a prompt, yet is not restored": pc.and_(
-            pc.is_in(status, pa.array([str(Status.COPIED), str(Status.ABSTAINED)])), pc.is_valid(counting["prompt"])
+            pc.is_in(status, pa.array([Status.COPIED, Status.ABSTAINED])), pc.is_valid(counting["prompt"])
         ),
         "it is done, yet does not say of which file": pc.and_(
             is_done, pc.or_(pc.is_null(counting["source_sha256"]), pc.is_null(counting["source_bytes"]))
