@@ -39,9 +39,8 @@ def is_validation(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(_encoded(name)).digest()[:4], "big") % 100 < VALIDATION_PERCENT
 
 
-def photographs_in(folders: Iterable[Path]) -> list[Path]:
+def photographs_in(folders: Sequence[Path]) -> list[Path]:
     """The photographs of some folders, those of each by name; raises UsageError if a folder is not there."""
-    folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(
@@ -134,12 +133,11 @@ class Photographs:
         return _pixels(self.scenes[rng.integers(len(self.scenes))][0])
 
     @classmethod
-    def clean(cls, folders: Iterable[Path], *, least_readable: float = 0.9, on_disk: bool = False) -> "Photographs":
+    def clean(cls, folders: Sequence[Path], *, least_readable: float = 0.9, on_disk: bool = False) -> "Photographs":
         """Reads all photographs of some folders.
 
         Raises UsageError if too few files can be read, or nothing is left.
         """
-        folders = list(folders)
         paths = photographs_in(folders)
         found = read_all(paths, least_readable=least_readable, on_disk=on_disk)
         if not found:

@@ -195,10 +195,10 @@ def run(
             if diary is not None:
                 rate = training.optimiser.param_groups[0]["lr"]
                 diary.step(training.step, loss=loss, rate=rate, seconds=training.seconds, progress=training.progress)
-            if diary is not None and time.monotonic() - last_save > SAVE_EVERY_S:
-                training.save()
-                check()
-                last_save = time.monotonic()
+                if time.monotonic() - last_save > SAVE_EVERY_S:
+                    training.save()
+                    check()
+                    last_save = time.monotonic()
         if diary is not None:
             training.save()
             if training.step > first_step and not request:
