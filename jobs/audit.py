@@ -2,7 +2,7 @@
 
 import fcntl
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.errors import UsageError
 from jobs.restore import read_job
-from pipeline.plan import PlanError, latest_revisions, read_plan
+from pipeline.plan import PlanError, keys, latest_revisions, read_plan
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
 from pipeline.run_config import digest_of
@@ -133,25 +133,26 @@ def _audit(
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
     planned = latest_revisions(ever_planned)
-    of_plan, of_rows = _revisions(ever_planned), _revisions(rows)
+    of_plan, of_rows = keys(ever_planned), keys(rows)
     is_planned = pc.is_in(of_rows, of_plan.combine_chunks())
     place = pc.index_in(rows["image_id"], planned["image_id"])
     latest = planned["revision"].take(place)
     is_latest = pc.fill_null(pc.equal(rows["revision"], latest), False)
     is_earlier = pc.and_(is_planned, pc.invert(is_latest))
     counting = rows.filter(is_latest)
+    is_done = pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())
     findings = [
         *_about(rows.filter(pc.invert(is_planned)), "not_planned", "the plan has no such image, or not this revision"),
         *_about(_several(ever_planned, of_plan), "inconsistent", "planned more than once"),
         *_about(_several(rows, of_rows), "double_row", "several rows for one revision of this image"),
-        *_unmatched(planned, counting),
+        *_about(planned.filter(pc.invert(is_done)), "no_row", "planned, but not done: the run is unfinished"),
         *_unlike_the_plan(planned.take(place.filter(is_latest)), counting),
         *_unlike_the_job(counting, job),
         *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
     ]
     counting = counting.take(pa.array(first_rows(counting["image_id"])))
     findings += [*_shared(counting), *_unnamed(directory, rows)]
-    outputs, inputs = (_with_values(counting, names) for names in (OUTPUT_COLUMNS, SOURCE_COLUMNS))
+    outputs, inputs = (counting.select(names).drop_null() for names in (OUTPUT_COLUMNS, SOURCE_COLUMNS))
     files = [_outputs(directory, outputs), *([_inputs(inputs)] if sources else [])]
     total = outputs.num_rows + (inputs.num_rows if sources else 0)
     checks = _checked(chain(*files), contents=contents)
@@ -194,16 +195,6 @@ def _at_rest(directory: RunDirectory) -> Iterator[None]:
 
 def _about(rows: pa.Table, kind: Kind, message: str) -> Iterator[Finding]:
     return (Finding(kind, path, message) for path in rows["relative_path"].to_pylist())
-
-
-def _unmatched(planned: pa.Table, counting: pa.Table) -> Iterator[Finding]:
-    without = planned.filter(pc.invert(pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())))
-    yield from _about(without, "no_row", "planned, but not done: the run is unfinished")
-
-
-def _revisions(table: pa.Table) -> pa.ChunkedArray:
-    """What an image and its revision are told by."""
-    return pc.binary_join_element_wise(table["image_id"], table["revision"].cast(pa.string()), "/")
 
 
 def _several(table: pa.Table, revisions: pa.ChunkedArray) -> pa.Table:
@@ -278,11 +269,6 @@ def _repeated(values: pa.ChunkedArray) -> pa.StructArray:
 def _unnamed(directory: RunDirectory, rows: pa.Table) -> Iterator[Finding]:
     for uri in directory.unnamed(rows["output_uri"].to_pylist()):
         yield Finding("not_in_manifest", uri, "no row names this file")
-
-
-def _with_values(table: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """Rows in which none of the columns is null, with these alone."""
-    return table.select(columns).drop_null()
 
 
 def _outputs(directory: RunDirectory, rows: pa.Table) -> Iterator[_File]:

@@ -81,7 +81,7 @@ class Shards(Sequence[Shard]):
 
     def without(self, done: pa.Table) -> "Shards":
         """What is left when the images in `done` (columns `image_id` and `revision`) are taken away."""
-        return Shards(_where(self.table, pc.invert(pc.is_in(_keys(self.table), _keys(done))))) if done else self
+        return Shards(_where(self.table, pc.invert(pc.is_in(keys(self.table), keys(done))))) if done else self
 
     def seen(self, image_ids: pa.Array) -> "Shards":
         """The same, but that images not among these lose their time, like those that cannot be examined."""
@@ -159,7 +159,7 @@ def update_plan(
 
     differs = pc.or_(differing("size_bytes"), pc.fill_null(differing("modified"), True))
     differs = pc.and_(differs, pc.is_valid(listed["modified"].take(known)))
-    repeats = pc.is_in(_keys(planned.take(before)), _keys(again)) if again else pa.scalar(False)
+    repeats = pc.is_in(keys(planned.take(before)), keys(again)) if again else pa.scalar(False)
     anew = pc.or_(differs, repeats)
     revisions = pc.add(planned["revision"].take(before.filter(anew)), 1)
     chosen = np.zeros(listed.num_rows, bool)
@@ -213,7 +213,8 @@ def _with_revision(table: pa.Table, revision: int | pa.ChunkedArray) -> pa.Table
     return table.append_column("revision", revision)
 
 
-def _keys(table: pa.Table) -> pa.ChunkedArray:
+def keys(table: pa.Table) -> pa.ChunkedArray:
+    """What an image and its revision are told by."""
     return pc.binary_join_element_wise(table["image_id"], pc.cast(table["revision"], pa.string()), ":")
 
 
