@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -139,10 +139,11 @@ def _before_commands(
 @contextmanager
 def _faults_explained() -> Iterator[None]:
     """Wrong usage, unusable places: exit code 2; a run that broke off: 1; a signal: 128 and its number."""
+    fault: Exception
     try:
         yield
     except UsageError as error:
-        code, fault = 2, cast(Exception, error)
+        code, fault = 2, error
     except InterruptedBySignalError as error:
         code, fault = 128 + error.signal_number, error
     except (RunError, TrainingError) as error:
@@ -542,8 +543,7 @@ def train_classifier(
             require_exportable(export, licence, training)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         chosen = resolve_device(read_options(None, {"device": device}).device)
-        options: dict[str, Any] = {"device": chosen, "threads": threads, "loaders": loaders, "max_minutes": max_minutes}
-        trained = run(training, out, **options)
+        trained = run(training, out, device=chosen, threads=threads, loaders=loaders, max_minutes=max_minutes)
         if export is not None:
             messages.print_json(json.dumps(write_weights(trained, export, licence=licence)))
 
