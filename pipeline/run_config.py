@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 ALGORITHM_VERSION = 11
@@ -51,11 +51,10 @@ class RunConfig:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """One line per field in which a stored configuration differs from this one."""
-        mine = asdict(self)
         return [
-            f"{f.name}: was {other.get(f.name)!r}, is now {mine[f.name]!r}"
-            for f in fields(self)
-            if other.get(f.name) != mine[f.name]
+            f"{name}: was {other.get(name)!r}, is now {value!r}"
+            for name, value in asdict(self).items()
+            if other.get(name) != value
         ]
 
 
