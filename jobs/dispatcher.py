@@ -229,7 +229,7 @@ class Dispatcher:
         """
         number = self._assigned[shard_id].seat[0]
         self._note_failure(number, fault, log)
-        others = self._others_are_of_use(number)
+        others = any(self.is_of_use(each) for each in range(self.workers) if each != number)
         fault = f"the worker failed over it ({fault})"
         self._retry(shard_id, fault, log, is_fruitless=not others, is_death=False)
         self._require_one_of_use(fault, log)
@@ -269,9 +269,6 @@ class Dispatcher:
     def is_of_use(self, number: int) -> bool:
         """Whether a worker of this number may be started, or get another shard."""
         return self._failures[number] < FAILURES_ALLOWED and number not in self._retired
-
-    def _others_are_of_use(self, number: int) -> bool:
-        return any(self.is_of_use(each) for each in range(self.workers) if each != number)
 
     def _require_one_of_use(self, fault: str, log: str) -> None:
         if not any(map(self.is_of_use, range(self.workers))):

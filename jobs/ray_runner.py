@@ -225,9 +225,8 @@ class _Crew:
 
     def dismiss(self) -> None:
         """Ends all actors."""
-        for member in self._members.values():
-            ray.kill(member.actor, no_restart=True)
-        self._members = {}
+        for member in list(self._members.values()):
+            self._dismiss(member)
 
     def _dismiss(self, member: _Member) -> None:
         del self._members[member.number]
