@@ -25,26 +25,24 @@ class ConfigError(UsageError):
     """A configuration that cannot be used; the message names the file and the key."""
 
 
-def _check(config: object, rule: str, holds: Callable[[float], bool], *names: str) -> None:
+RULES: dict[str, Callable[[float], bool]] = {
+    "from 0 to 1": lambda number: 0 <= number <= 1,
+    "from 0 to below 1": lambda number: 0 <= number < 1,
+    "from 0 up": lambda number: 0 <= number < math.inf,
+    "above 0": lambda number: 0 < number < math.inf,
+    "above 0, up to 1": lambda number: 0 < number <= 1,
+    "a whole number from 0 to below 2**63": lambda number: 0 <= number < 2**63,
+}
+
+
+def _check(config: object, rule: str, *names: str) -> None:
     """Raises ValueError naming the first of these fields, numbers or collections of them, that breaks a rule."""
     for name in names:
         value = getattr(config, name)
         numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
         for number in numbers:
-            if not holds(number):
+            if not RULES[rule](number):
                 raise ValueError(f"{name} is {rule}, not {number}")
-
-
-def _is_share(number: float) -> bool:
-    return 0 <= number <= 1
-
-
-def _is_below_one(number: float) -> bool:
-    return 0 <= number < 1
-
-
-def _is_amount(number: float) -> bool:
-    return 0 <= number < math.inf
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,9 @@ class Data:
     """Photographs are read for every patch, since they do not fit into memory."""
 
     def __post_init__(self) -> None:
-        _check(self, "from 0 to 1", _is_share, "least_readable", "pair_share")
-        _check(self, "above 0, up to 1", lambda number: 0 < number <= 1, "smallest_scale")
-        _check(self, "from 0 up", _is_amount, "noise_sigmas_255")
+        _check(self, "from 0 to 1", "least_readable", "pair_share")
+        _check(self, "above 0, up to 1", "smallest_scale")
+        _check(self, "from 0 up", "noise_sigmas_255")
         labels = [pairs.label for pairs in self.pairs]
         if len(set(labels)) < len(labels):
             raise ValueError("there may be one folder of pairs for each label")
@@ -106,8 +104,8 @@ class Phase:
     """Blur comes along so many different paths, the first of those that a later phase has more of; 0: along any."""
 
     def __post_init__(self) -> None:
-        _check(self, "from 0 to below 1", _is_below_one, "start")
-        _check(self, "from 0 up", _is_amount, "blur_paths", "tasks")
+        _check(self, "from 0 to below 1", "start")
+        _check(self, "from 0 up", "blur_paths", "tasks")
         if self.patch_px < 16 or self.batch < 1:
             raise ValueError("patch_px is at least 16, batch at least 1")
         if not sum(self.tasks.values()):
@@ -139,10 +137,10 @@ class TrainingConfig:
     """Of the moving average of the weights, which is what is validated and exported."""
 
     def __post_init__(self) -> None:
-        _check(self, "from 0 up", _is_amount, "steps", "minutes", "weight_decay")
-        _check(self, "a whole number from 0 to below 2**63", lambda number: 0 <= number < 2**63, "seed")
-        _check(self, "above 0", lambda number: 0 < number < math.inf, "learning_rate")
-        _check(self, "from 0 to below 1", _is_below_one, "warm_up", "average_decay")
+        _check(self, "from 0 up", "steps", "minutes", "weight_decay")
+        _check(self, "a whole number from 0 to below 2**63", "seed")
+        _check(self, "above 0", "learning_rate")
+        _check(self, "from 0 to below 1", "warm_up", "average_decay")
         if (self.steps > 0) == (self.minutes > 0):
             raise ValueError("one of steps and minutes says how long to train")
 
@@ -186,9 +184,9 @@ class RestorerTraining(TrainingConfig):
         super().__post_init__()
         if self.data.labelled:
             raise ValueError("data.labelled is for a classifier; a restorer learns from clean photographs and pairs")
-        _check(self, "from 0 to below 1", _is_below_one, "betas")
-        _check(self, "from 0 up", _is_amount, "clip_norm")
-        _check(self, "from 0 to 1", _is_share, "jpeg_share")
+        _check(self, "from 0 to below 1", "betas")
+        _check(self, "from 0 up", "clip_norm")
+        _check(self, "from 0 to 1", "jpeg_share")
         dim, blocks = self.model.dim, self.model.num_refinement_blocks
         if blocks < 0 or not 1 <= dim * self.model.ffn_expansion_factor < math.inf:
             raise ValueError("model needs a dim x ffn_expansion_factor of at least 1, and no negative blocks")
@@ -281,8 +279,7 @@ def read_config(kind: type[Kind], path: Path) -> Kind:
         ConfigError: the file cannot be read, names an unknown key, lacks one, or gives a value that cannot be.
     """
     try:
-        table = _read_table(path)
-        return typing.cast(Kind, _convert(kind, table, ""))
+        return from_plain(kind, _read_table(path))
     except OSError as error:
         extended = f", which {path} extends" if Path(error.filename or path) != path else ""
         raise ConfigError(f"cannot read {error.filename or path}{extended}: {error.strerror}") from error
