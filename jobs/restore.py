@@ -142,20 +142,17 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
             directory.await_workers()  # what they still commit is of the run that there is
         except ShardBusyError as error:
             raise UsageError(str(error)) from error
-    is_begun = job is not None and bool(directory.parts() or any(directory.images_dir.glob("*")))
-    if job is not None and is_begun and options.dtype == "auto" and job["config"].get("dtype") in DTYPES:
-        options = options.model_copy(update={"dtype": job["config"]["dtype"]})  # wherever it was begun
+    begun = job["config"] if job is not None and (directory.parts() or any(directory.images_dir.glob("*"))) else None
+    if begun is not None and options.dtype == "auto" and begun.get("dtype") in DTYPES:
+        options = options.model_copy(update={"dtype": begun["dtype"]})  # wherever it was begun
     config, network = _resolve(options, device)
-    if job is not None and is_begun:
-        if differences := config.differences(job["config"]):
-            raise UsageError(
-                f"{out} holds a run of another configuration:\n  "
-                + "\n  ".join(differences)
-                + "\nUse another OUT, or the options of the first call to go on with that run."
-            )
-    elif (
-        job is None and out.exists() and any(p for p in out.iterdir() if p != directory.lock_path and not is_partial(p))
-    ):
+    if begun is not None and (differences := config.differences(begun)):
+        raise UsageError(
+            f"{out} holds a run of another configuration:\n  "
+            + "\n  ".join(differences)
+            + "\nUse another OUT, or the options of the first call to go on with that run."
+        )
+    if job is None and out.exists() and any(p != directory.lock_path and not is_partial(p) for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")
     if job is not None and job["source_root"] != str(src.resolve()):
         raise UsageError(f"{out} holds a run over {job['source_root']}, not {src.resolve()}; use another OUT")
