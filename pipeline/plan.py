@@ -5,7 +5,6 @@ Each call that finds something new adds one file, `OUT/plan/<generation>.parquet
 
 import errno
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.records import IMAGE_REF_SCHEMA, Shard, to_refs
-from pipeline.sink import PARTIAL_SUFFIX, parquet_files, sync_folder
+from pipeline.sink import parquet_files, sync_folder, temporary_name
 from pipeline.source import Listing
 
 MAX_SHARD_BYTES, MOST_SHARD_BYTES = 64 * 2**20, 2**30
@@ -253,7 +252,7 @@ def _write_generation(folder: Path, table: pa.Table) -> None:
     existing = _generations(folder)
     number = int(existing[-1].stem) + 1 if existing else 0
     path = folder / f"{number:05d}.parquet"
-    temporary = folder / f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             options = {"row_group_size": _ROW_GROUP_ROWS, "write_page_checksum": True}

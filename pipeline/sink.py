@@ -168,7 +168,7 @@ class RunDirectory:
     def folds_names(self) -> bool:
         """Whether the run's file system takes names for one that differ in case, or in how accents are written."""
         self.root.mkdir(parents=True, exist_ok=True)
-        probe = _temporary_name(self.root / "\u00e9")
+        probe = temporary_name(self.root / "\u00e9")
         probe.touch()
         try:
             return any(
@@ -377,7 +377,8 @@ def is_partial(path: Path) -> bool:
     return re.fullmatch(PARTIAL_NAME, path.name) is not None and not path.is_dir()
 
 
-def _temporary_name(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """Beside a file, for what is to become it; see `is_partial`."""
     # Cut short, because the name of a result may already be as long as a file system allows.
     stem = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")
     return path.with_name(f".{stem}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
@@ -385,7 +386,7 @@ def _temporary_name(path: Path) -> Path:
 
 def _linked(source: Path, path: Path) -> Path:
     """A hard link, under a temporary name beside `path`, to a file itself where `source` is a symbolic link to it."""
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     os.link(source.resolve(), temporary)
     return temporary
 
@@ -393,7 +394,7 @@ def _linked(source: Path, path: Path) -> Path:
 def _write_whole(path: Path, data: bytes) -> None:
     """Temporary name, fsync, rename. The folder's entry is durable only after `sync_folder`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
