@@ -121,11 +121,11 @@ def draw_wide_recipe(label: Degradation, rng: np.random.Generator, height: int, 
             limit = CLEAN_LIMITS.noise_sigma_255
             kind = rng.random()
             if kind < 0.4:
-                return Noise.draw(rng, sigma_255=float(rng.uniform(1.2 * limit, 60)))
+                return Noise.draw(rng, sigma_255=rng.uniform(1.2 * limit, 60))
             if kind < 0.7:
-                return CameraNoise.draw(rng, sigma_255=float(rng.uniform(1.2 * limit, 40)), coarsest_px=1.3)
+                return CameraNoise.draw(rng, sigma_255=rng.uniform(1.2 * limit, 40), coarsest_px=1.3)
             sigma_255 = log_uniform(rng, 0.8 * limit, 25)
-            return CameraNoise.draw(rng, sigma_255=sigma_255, grain_px=float(rng.uniform(1, 2.2)))
+            return CameraNoise.draw(rng, sigma_255=sigma_255, grain_px=rng.uniform(1, 2.2))
         case Degradation.RAIN:
             return Rain.draw(rng, height, width, spread_deg=float(rng.choice([3.0, 15.0])), downpours=True)
         case Degradation.HAZE:

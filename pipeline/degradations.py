@@ -126,10 +126,10 @@ class CameraNoise(Recipe):
     ) -> "CameraNoise":
         """Of the given strength, and smoothed by the given `grain_px` if there is one."""
         if grain_px is None and rng.random() < 0.7:
-            grain_px = float(rng.uniform(0.3, coarsest_px))
+            grain_px = rng.uniform(0.3, coarsest_px)
         grain = gaussian_kernel(grain_px) if grain_px is not None else np.ones((1, 1), np.float32)
-        colour = float(rng.uniform(1, 2.5)) if rng.random() < 0.5 else 1.0
-        return cls(_draw_seed(rng), sigma_255, float(rng.uniform(0.02, 0.3)), grain, colour)
+        colour = rng.uniform(1, 2.5) if rng.random() < 0.5 else 1.0
+        return cls(_draw_seed(rng), sigma_255, rng.uniform(0.02, 0.3), grain, colour)
 
     @staticmethod
     def applied(images: Tensor, recipes: Sequence["CameraNoise"]) -> Tensor:
@@ -173,10 +173,10 @@ class Streaks:
         return cls(
             streak=line_kernel(length_px, angle_deg, width_px, taper=rng.uniform(0, 1)),
             density=log_uniform(rng, fewest, most) * min(1.0, 40 / (length_px * width_px)),
-            opacity=float(rng.uniform(0.1, 0.9)),
+            opacity=rng.uniform(0.1, 0.9),
             where=smooth_field(height, width, rng, cells=int(rng.integers(2, 6))) if in_parts else 1.0,
-            added=bool(rng.random() < 0.5),
-            white=float(rng.uniform(0.7, 1.0)),
+            added=rng.random() < 0.5,
+            white=rng.uniform(0.7, 1.0),
         )
 
 
@@ -212,10 +212,10 @@ class Rain(Recipe):
         veil: Field | float = 0.0
         light, kind = 0.8, rng.random()
         if kind < 0.3:
-            veil = float(rng.uniform(0.0, 0.1))
+            veil = rng.uniform(0.0, 0.1)
         elif kind < 0.4:
             veil = np.float32(rng.uniform(0.1, 0.4)) * (0.4 + 0.6 * pseudo_depth(height, width, rng))
-            light = float(rng.uniform(0.5, 0.9))
+            light = rng.uniform(0.5, 0.9)
         return cls(_draw_seed(rng), layers, veil, light)
 
     @staticmethod
@@ -265,8 +265,8 @@ class Haze(Recipe):
         near = np.float32(rng.uniform(0, 0.1) if clear_foreground else rng.uniform(0.2, 0.7))
         return cls(
             depth=near + (1 - near) * pseudo_depth(height, width, rng),
-            to_sky=bool(rng.random() < 0.5),
-            beta=float(rng.uniform(1, 4) if clear_foreground else rng.uniform(0.4, 2.4)),
+            to_sky=rng.random() < 0.5,
+            beta=rng.uniform(1, 4) if clear_foreground else rng.uniform(0.4, 2.4),
             airlight=tuple(np.clip(rng.uniform(0.65, 1.0) + rng.uniform(-tint, tint, 3), 0, 1).tolist()),
         )
 
@@ -315,8 +315,8 @@ class MotionBlur(Recipe):
             )
             if spread_px(path) >= 1.4 * CLEAN_LIMITS.blur_px:
                 break
-        highlights = float(rng.uniform(0, 3)) if rng.random() < 0.3 else None
-        return cls(_draw_seed(rng), path, highlights, float(rng.uniform(0, 2)))
+        highlights = rng.uniform(0, 3) if rng.random() < 0.3 else None
+        return cls(_draw_seed(rng), path, highlights, rng.uniform(0, 2))
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -356,11 +356,11 @@ class LowLight(Recipe):
         """For an image of any size."""
         return cls(
             seed=_draw_seed(rng),
-            gamma=float(rng.uniform(1.2, 3.0)),
-            warmth=float(rng.uniform(-0.1, 0.1)) if rng.random() < 0.5 else 0.0,
+            gamma=rng.uniform(1.2, 3.0),
+            warmth=rng.uniform(-0.1, 0.1) if rng.random() < 0.5 else 0.0,
             gain=log_uniform(rng, lowest_gain, 0.9),
-            shot_255=float(rng.uniform(0, 4)),
-            constant_255=float(rng.uniform(0, 4) * rng.random()),
+            shot_255=rng.uniform(0, 4),
+            constant_255=rng.uniform(0, 4) * rng.random(),
         )
 
     @staticmethod
@@ -402,18 +402,18 @@ class DeepShadow(Recipe):
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "DeepShadow":
         """For an image of any size."""
-        linear = bool(rng.random() < 0.5)
+        linear = rng.random() < 0.5
         return cls(
             seed=_draw_seed(rng),
-            surroundings=gaussian_kernel(float(rng.uniform(2, 8))),
-            low=float(rng.uniform(0.5, 0.85)),
-            high=float(rng.uniform(0.9, 0.99)),
+            surroundings=gaussian_kernel(rng.uniform(2, 8)),
+            low=rng.uniform(0.5, 0.85),
+            high=rng.uniform(0.9, 0.99),
             linear=linear,
-            dark_gamma=1.0 if linear else float(rng.uniform(1.1, 2.2)),
+            dark_gamma=1.0 if linear else rng.uniform(1.1, 2.2),
             dark_gain=float(np.exp2(rng.uniform(-6, -2))) if linear else log_uniform(rng, 0.04, 0.35),
-            lit_gamma=1.0 if linear else float(rng.uniform(0.9, 1.5)),
+            lit_gamma=1.0 if linear else rng.uniform(0.9, 1.5),
             lit_gain=float(np.exp2(rng.uniform(-1.5, 0.3)) if linear else rng.uniform(0.4, 1)),
-            sigma_255=float(rng.uniform(0, 2)),
+            sigma_255=rng.uniform(0, 2),
         )
 
     @property

@@ -70,7 +70,7 @@ def resize(image: FloatImage, height: int, width: int) -> FloatImage:
 
 def draw_noise_sigma(rng: np.random.Generator) -> float:
     """A standard deviation for training on the 0..255 scale: uniform in 5..55."""
-    return float(rng.uniform(CLEAN_LIMITS.noise_sigma_255, 55.0))
+    return rng.uniform(CLEAN_LIMITS.noise_sigma_255, 55.0)
 
 
 def well_exposed(image: FloatImage) -> FloatImage:
@@ -107,7 +107,7 @@ def add_other(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     if kind == 0:
         return add_jpeg(image, quality=int(rng.integers(5, 26)))
     if kind == 1:
-        return _clip(convolve(image, disk_kernel(float(rng.uniform(3, 8)))))
+        return _clip(convolve(image, disk_kernel(rng.uniform(3, 8))))
     height, width = image.shape[:2]
     factor = rng.uniform(0.25, 0.5)
     small = resize(image, max(1, round(height * factor)), max(1, round(width * factor)))
@@ -128,12 +128,12 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
     out = image
     kind = rng.random()
     if kind < 0.25:
-        out = _clip(convolve(out, gaussian_kernel(float(rng.uniform(0.3, 0.7 * CLEAN_LIMITS.blur_px)))))
+        out = _clip(convolve(out, gaussian_kernel(rng.uniform(0.3, 0.7 * CLEAN_LIMITS.blur_px))))
     elif kind < 0.4:
         factor = rng.uniform(CLEAN_LIMITS.scale, 1)
         out = resize(resize(out, round(height * factor), round(width * factor)), height, width)
     elif kind < 0.6:
-        soft = convolve(out, gaussian_kernel(float(rng.uniform(0.5, 1.2))))
+        soft = convolve(out, gaussian_kernel(rng.uniform(0.5, 1.2)))
         out = _clip(out + np.float32(rng.uniform(0.2, 1.2)) * (out - soft))
     if rng.random() < 0.3:
         out = out ** np.float32(rng.uniform(0.75, 1.15))
@@ -156,7 +156,7 @@ def vary_clean(image: FloatImage, rng: np.random.Generator) -> FloatImage:
         out = out + faded * (np.float32(rng.uniform(0.65, 1)) - out)
     if rng.random() < 0.4:
         grain = Noise if rng.random() < 0.5 else CameraNoise
-        sigma_255 = float(rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255))
+        sigma_255 = rng.uniform(0, 0.6 * CLEAN_LIMITS.noise_sigma_255)
         out = damaged(_clip(out), grain.draw(rng, sigma_255=sigma_255))
     return _clip(out)
 
