@@ -31,12 +31,12 @@ def in_halves(
     batch: Sequence[T],
     work: Callable[[Sequence[T]], None],
     *,
-    on_halved: Callable[[Sequence[T], Exception], None],
     on_fault: Callable[[T, Exception], None],
+    on_halved: Callable[[Sequence[T], Exception], None] = lambda batch, error: None,
 ) -> None:
     """Works on a batch; if that fails, on its halves, down to single items: so a fault stays with its item.
 
-    `on_halved` is told of a batch that is about to be tried again in halves, `on_fault` of an item that failed alone.
+    `on_fault` is told of an item that failed alone, `on_halved` of a batch that is about to be tried again in halves.
     Raises only what shows that the device is lost.
     """
     fault: Exception
@@ -54,4 +54,4 @@ def in_halves(
     on_halved(batch, fault)
     middle = len(batch) // 2
     for half in (batch[:middle], batch[middle:]):
-        in_halves(half, work, on_halved=on_halved, on_fault=on_fault)
+        in_halves(half, work, on_fault=on_fault, on_halved=on_halved)

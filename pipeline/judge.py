@@ -45,12 +45,7 @@ class Judge:
         """Gives items that have been looked at their decisions; one that cannot be classified fails alone."""
         if not items:
             return
-        in_halves(
-            items,
-            self._decide,
-            on_halved=lambda batch, error: None,
-            on_fault=lambda item, error: item.fail(Stage.CLASSIFY, error),
-        )
+        in_halves(items, self._decide, on_fault=lambda item, error: item.fail(Stage.CLASSIFY, error))
         for item in items:
             item.looked_at = None
 
@@ -98,7 +93,7 @@ class Judge:
                 item.facts["clean_probability_after"] = probability[Degradation.CLEAN]
             _add_ms(batch, Stage.MEASURE, started)
 
-        in_halves(seen, work, on_halved=lambda batch, error: None, on_fault=_note_unseen)
+        in_halves(seen, work, on_fault=_note_unseen)
 
     def _decide_forced(self, item: Item) -> None:
         label, given = self._config.label, self._config.noise_sigma_255
