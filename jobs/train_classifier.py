@@ -307,9 +307,8 @@ def _run(
     synthesis: Synthesis,
     held_out: Samples,
     diary: Diary,
-    begun: float,
     loaders: int,
-    max_minutes: float,
+    deadline: float,
 ) -> None:
     """Fills the pool, then learns."""
     if training.step:
@@ -340,8 +339,7 @@ def _run(
         validate,
         diary=diary,
         group=Group(training.device),
-        begun=begun,
-        max_minutes=max_minutes,
+        deadline=deadline,
         preparations=[renew] * len(lacking),
     )
 
@@ -372,7 +370,7 @@ def train(
         TrainingError: the gradient is not finite (the message names step, samples and last good checkpoint), memory is
             full, or the disk has no room for pool or checkpoint.
     """
-    begun = time.monotonic()
+    deadline = time.monotonic() + 60 * max_minutes
     if threads:
         torch.set_num_threads(threads)
     used = usable_device(device)
@@ -395,7 +393,7 @@ def train(
             tell_if_changed(training.inventory, now)
             training.inventory = now
             synthesis = Synthesis(photographs, known, seed=config.seed, view=VIEW, training=True)
-            _run(training, synthesis, held_out, diary, begun, loaders, max_minutes)
+            _run(training, synthesis, held_out, diary, loaders, deadline)
         else:
             log.info("the training is over, at step %d", training.step)
     return Trained(

@@ -290,7 +290,7 @@ def train(
             that is read for every patch cannot be read any more, memory is full, or the disk has no room for a
             checkpoint.
     """
-    begun = time.monotonic()
+    deadline = time.monotonic() + 60 * max_minutes
     if threads:
         torch.set_num_threads(threads)
     training = Training(config, out, usable_device(device), compiled=compiled)
@@ -300,7 +300,7 @@ def train(
                 config.data, largest_patch_px=max(VALIDATION_PX, *(phase.patch_px for phase in config.phases))
             )
             sources, held_out = (everything.part(validation=validation) for validation in (False, True))
-            _run(training, sources, held_out, diary, begun, loaders, max_minutes)
+            _run(training, sources, held_out, diary, loaders, deadline)
     elif training.group.rank == 0:
         if not (out / CHECKPOINT).exists():  # it came, at its end, as a portable one
             training.save()
@@ -313,9 +313,8 @@ def _run(
     sources: Sources,
     held_out: Sources,
     diary: Diary | None,
-    begun: float,
     loaders: int,
-    max_minutes: float,
+    deadline: float,
 ) -> None:
     """The loop; `diary` is that of the first process."""
     config, group = training.config, training.group
@@ -345,8 +344,7 @@ def _run(
         validate,
         diary=diary,
         group=group,
-        begun=begun,
-        max_minutes=max_minutes,
+        deadline=deadline,
     )
 
 

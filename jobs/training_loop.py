@@ -125,8 +125,7 @@ def run(
     *,
     diary: Diary | None,
     group: Group,
-    begun: float,
-    max_minutes: float,
+    deadline: float,
     preparations: Iterable[Callable[[], object]] = (),
 ) -> None:
     """Learns step by step until the training is over, or until the call is.
@@ -137,8 +136,7 @@ def run(
         validate: by the first process, after a checkpoint.
         diary: of the first process; None in others.
         group: whose first process has the clock.
-        begun: when the call began, by `time.monotonic`.
-        max_minutes: of the call.
+        deadline: of the call, by `time.monotonic`.
         preparations: come before the first step, as far as time and signals allow, and are no time of the training.
 
     Raises:
@@ -150,7 +148,7 @@ def run(
     """
 
     def goes_on() -> bool:
-        return training.progress < 1 and group.first_says(time.monotonic() - begun) < 60 * max_minutes
+        return training.progress < 1 and group.first_says(time.monotonic() - deadline) < 0
 
     def lost_photograph(fault: UsageError) -> TrainingError:
         return TrainingError(
