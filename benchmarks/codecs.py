@@ -56,7 +56,7 @@ def main() -> None:
         files = [_pillow(picture, name, **options) for picture in pictures]
         kinds[f"{name}, decoding"] = {"Pillow": (_decoded, files), "torchvision": (_torchvision_decoded, files)}
         if name == "JPEG":
-            kinds[f"{name}, decoding"]["pipeline.jpeg"] = (lambda file: read_jpeg(file)[0], files)
+            kinds[f"{name}, decoding"]["pipeline.jpeg"] = (lambda file: read_jpeg(file, in_inks=False)[0], files)
     megapixels = sum(picture.shape[0] * picture.shape[1] for picture in pictures) / 1e6
     rows = []
     for kind, ways in kinds.items():

@@ -98,8 +98,8 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
         # Codecs raise nearly any exception on bytes that are not what they should be.
         try:
             layout = _read_layout(image, data)
-            is_jpeg = _format_name(image) == "JPEG" and image.mode in ("L", "RGB")
-            stored, complaint = read_jpeg(data) if is_jpeg else (None, "")
+            is_jpeg = _format_name(image) == "JPEG"
+            stored, complaint = read_jpeg(data, in_inks=image.mode == "CMYK") if is_jpeg else (None, "")
             # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
             if image.format == "TIFF":
                 mend_storage(image, layout.bit_depth)

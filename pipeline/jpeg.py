@@ -12,23 +12,25 @@ _WITHOUT_CONTENT = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 """What may follow 0xFF without a segment."""
 
 
-def read_jpeg(data: bytes) -> tuple[NDArray[np.uint8] | None, str]:
+def read_jpeg(data: bytes, *, in_inks: bool) -> tuple[NDArray[np.uint8] | None, str]:
     """The pixels of a JPEG in colour or greyscale, H x W x 3 RGB as stored, the same as Pillow's to the bit.
 
     None, and what libjpeg says of the pixels, where it meets anything that is not as it should be; it says one thing,
-    and so is asked again without what stands before them. Kinds that it does not read give None and nothing.
+    and so is asked again without what stands before them. Kinds that it does not read give None and nothing; one
+    `in_inks` (CMYK) gives None, since it is Pillow that knows whether they are inverted.
     Raises MemoryError.
     """
-    pixels, said = _read(data)
+    colorspace = "CMYK" if in_inks else "RGB"
+    pixels, said = _read(data, colorspace)
     if pixels is None and said and "premature" not in said.lower():
-        of_bare = _read(_bare(data))[1]
+        of_bare = _read(_bare(data), colorspace)[1]
         said = of_bare or ("" if "ICC" in said else said)
-    return pixels, said
+    return None if in_inks else pixels, said
 
 
-def _read(data: bytes) -> tuple[NDArray[np.uint8] | None, str]:
+def _read(data: bytes, colorspace: str) -> tuple[NDArray[np.uint8] | None, str]:
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), ""
+        return simplejpeg.decode_jpeg(data, colorspace=colorspace, strict=True), ""
     except ValueError as error:
         said = str(error)
     if "memory" in said.lower():

@@ -658,7 +658,7 @@ def test_pixels_of_a_jpeg_are_those_of_pillow_to_the_bit(options, size, orientat
     image = Image.fromarray(picture(*size))
     options = dict(options)
     data = file_bytes(image.convert("L") if options.pop("grey", False) else image, "JPEG", exif=exif, **options)
-    assert read_jpeg(data)[0] is not None
+    assert read_jpeg(data, in_inks=False)[0] is not None
     with Image.open(io.BytesIO(data)) as opened:
         np.testing.assert_array_equal(read(data).pixels, np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
 
@@ -676,6 +676,17 @@ def test_a_jpeg_with_a_damaged_scan_is_noted_and_one_without_its_end_refused():
     assert note.startswith("the JPEG decoder warns: Corrupt JPEG data")
     with Image.open(io.BytesIO(with_restarts[: marker - 200] + with_restarts[marker:])) as opened:
         np.testing.assert_array_equal(decoded.pixels, np.asarray(opened))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_damage_of_a_jpeg_in_inks_or_grey_is_told_too(mode):
+    image = Image.fromarray(picture(160, 200, 4), "CMYK").convert(mode)
+    whole = file_bytes(image, "JPEG", quality=90)
+    assert not any("JPEG decoder" in note for note in read(whole).warnings)
+    assert fault_of(whole[: len(whole) // 2] + b"\xff\xd9").error_class == "truncated"
+    middle = len(whole) // 2
+    notes = read(whole[:middle] + bytes(100) + whole[middle + 100 :]).warnings
+    assert any(note.startswith("the JPEG decoder warns: Corrupt JPEG data") for note in notes)
 
 
 @pytest.mark.parametrize("kind", ["JFIF of another version", "profile", "bytes between segments"])
