@@ -57,9 +57,14 @@ def stated_channels(data: bytes) -> str | None:
         return None
     if not has_place or sides <= 0:
         return None
-    numbers = {2: " signed", 3: " floating-point"}.get(int(np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))[0]), "")
+    numbers = {2: " signed", 3: " floating-point"}.get(_first(tags.get(_SAMPLE_FORMAT, 1)), "")
     planes = ", plane by plane" if tags.get(ExifTags.Base.PlanarConfiguration) == 2 else ""
     order = "big-endian" if data.startswith(b"MM") else "little-endian"
     depth = "/".join(map(str, dict.fromkeys(bits)))
     count = tags.get(ExifTags.Base.SamplesPerPixel, 1)
     return f"{count} x {depth}{numbers} bits{planes} ({order}, photometric interpretation {photometric})"
+
+
+def _first(value: Any) -> Any:
+    """Of what Pillow gives as a tuple if there are several."""
+    return value[0] if isinstance(value, tuple) and value else value

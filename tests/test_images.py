@@ -337,6 +337,17 @@ def test_kinds_of_tiff_that_are_not_read_are_called_so(values, options, stated):
     assert str(fault).startswith(f"TIFF files of {stated}")
 
 
+def test_a_tag_of_another_type_is_no_reason_to_fail_otherwise():
+    """What a message is made of may be damaged too."""
+    data = tiff_bytes(picture().astype(np.float32), photometric="rgb")
+    entry = struct.pack("<HHI", 339, 3, 3)
+    assert data.count(entry) == 1
+    data = data.replace(entry, struct.pack("<HHI", 339, 2, 3))
+    assert fault_of(data).error_class == "unsupported_mode"
+    with pytest.raises(ImageFault):  # by which planning passes such a file over
+        read_header(io.BytesIO(data))
+
+
 def test_an_empty_alpha_channel_of_a_bmp_hides_nothing():
     channels = picture(channels=4)
     for alpha, hidden in ((0, False), (7, True)):
