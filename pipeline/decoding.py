@@ -26,7 +26,7 @@ from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
 from pipeline.jpeg import read_jpeg
 from pipeline.metadata import Metadata, read_metadata
 from pipeline.records import Stage
-from pipeline.tiff import mend_storage, stated_channels, tiff_tags
+from pipeline.tiff import OF_WEBP, is_misread, mend_storage, stated_channels, tiff_tags
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """Pillow's names of what is decoded; other formats are refused, whatever Pillow has a plugin for."""
@@ -102,6 +102,8 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
             stored, complaint = read_jpeg(data, in_inks=image.mode == "CMYK") if is_jpeg else (None, "")
             # Metadata of a PNG may lie behind its pixels; that of a TIFF is changed when Pillow loads it and turns it.
             if image.format == "TIFF":
+                if is_misread(image):
+                    raise _fault("unsupported_mode", f"TIFF files of {stated_channels(data)} are not read")
                 mend_storage(image, layout.bit_depth)
             elif stored is None:
                 image.load()
@@ -193,7 +195,7 @@ def _decoding_fault(error: Exception, data: bytes, name: str) -> ImageFault:
     if states_no_pixels(data, name):
         return _fault("zero_size", f"the {name} file states an image without pixels: one of its sides is 0")
     is_of_kind = isinstance(error, UnidentifiedImageError) or "unknown raw mode" in str(error)
-    if name == "TIFF" and is_of_kind and (channels := stated_channels(data)) is not None:
+    if name == "TIFF" and (channels := stated_channels(data)) is not None and (is_of_kind or OF_WEBP in channels):
         return _fault("unsupported_mode", f"TIFF files of {channels} are not read")
     if isinstance(error, UnidentifiedImageError):
         return _fault("unreadable", f"the file begins like a {name} file, but its header is damaged or of another kind")

@@ -10,7 +10,7 @@ BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "WEBP": (b"RIFF",),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     "BMP": (b"BM",),
     "GIF": (b"GIF8",),
     "PPM": tuple(f"P{kind}{space}".encode() for kind in range(1, 7) for space in " \n"),
@@ -41,7 +41,8 @@ def is_cut_short(data: bytes, name: str) -> bool:
             return len(data) < 54 or len(data) < int.from_bytes(data[2:6], "little")
         case "TIFF":
             order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
-            return len(data) < int.from_bytes(data[4:8], order) + 2
+            start = data[8:16] if data[2:4] in (b"+\0", b"\0+") else data[4:8]
+            return len(data) < int.from_bytes(start, order) + 2
         case "GIF":
             return not data.rstrip(b"\0").endswith(b";")
     return False

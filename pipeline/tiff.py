@@ -11,12 +11,42 @@ from PIL import ExifTags, Image, TiffImagePlugin
 _OF_FILE_ORDER = re.compile(r"(;(?:16|32|64))B([SF]?)$")
 """The end of Pillow's name of big-endian pixels; with N for B it is this machine's order."""
 
-_SAMPLE_FORMAT = 339
+_SUBSAMPLING, _SAMPLE_FORMAT = 530, 339
+_SIGNED, _YCBCR = 2, 6
+
+OF_WEBP = "compression 50001"
+"""In what `stated_channels` says of a TIFF whose pixels are WebP, which the libtiff in Pillow's wheels cannot read."""
 
 
 def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
     """Those of the page that is open; none of another format."""
     return cast(Mapping[int, Any], getattr(image, "tag_v2", {}))
+
+
+def is_misread(image: Image.Image) -> bool:
+    """Whether a TIFF that is not loaded yet is of a kind that Pillow takes for another.
+
+    It takes signed bytes for unsigned ones, reads uncompressed YCbCr as if each pixel had a colour of its own, and does
+    not find the alpha of greyscale that is stored in planes and compressed, so that all is transparent.
+    """
+    tags = tiff_tags(image)
+    codecs = {tile.codec_name for tile in cast(TiffImagePlugin.TiffImageFile, image).tile}
+    is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == 2
+    return (
+        (image.mode == "L" and _first(tags.get(_SAMPLE_FORMAT, 1)) == _SIGNED)
+        or (image.mode in ("LA", "La") and is_planar and "libtiff" in codecs)
+        or (image.mode == "YCbCr" and "raw" in codecs and _is_subsampled(tags))
+    )
+
+
+def _is_subsampled(tags: Mapping[int, Any]) -> bool:
+    is_ycbcr = tags.get(ExifTags.Base.PhotometricInterpretation) == _YCBCR
+    return is_ycbcr and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
+
+
+def _first(value: Any) -> Any:
+    """Of what Pillow gives as a tuple if there are several."""
+    return value[0] if isinstance(value, tuple) and value else value
 
 
 def mend_storage(image: Image.Image, bit_depth: int) -> None:
@@ -45,26 +75,28 @@ def stated_channels(data: bytes) -> str | None:
     """What a TIFF says of its channels; None if its header is not whole."""
     try:
         is_big = data[:4] in (b"II+\0", b"MM\0+")
-        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if is_big else 8])
+        # Pillow knows a BigTIFF by its number in little-endian order alone.
+        header = b"II+\0" + data[4:16] if is_big else data[:8]
+        tags = TiffImagePlugin.ImageFileDirectory_v2(header, prefix=data[:2])
         file = io.BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
         bits = [int(each) for each in np.atleast_1d(tags[ExifTags.Base.BitsPerSample])]
         has_place = ExifTags.Base.StripOffsets in tags or ExifTags.Base.TileOffsets in tags
         sides = int(tags[ExifTags.Base.ImageWidth]) * int(tags[ExifTags.Base.ImageLength])
-        photometric = int(tags[ExifTags.Base.PhotometricInterpretation])
+        photometric = int(tags.get(ExifTags.Base.PhotometricInterpretation, 0))
     except Exception:
         return None
     if not has_place or sides <= 0:
         return None
-    numbers = {2: " signed", 3: " floating-point"}.get(_first(tags.get(_SAMPLE_FORMAT, 1)), "")
+    numbers = {_SIGNED: " signed", 3: " floating-point"}.get(_first(tags.get(_SAMPLE_FORMAT, 1)), "")
     planes = ", plane by plane" if tags.get(ExifTags.Base.PlanarConfiguration) == 2 else ""
-    order = "big-endian" if data.startswith(b"MM") else "little-endian"
+    subsampled = ", subsampled" if _is_subsampled(tags) else ""
+    order = ("big-endian" if data.startswith(b"MM") else "little-endian") + (", BigTIFF" if is_big else "")
+    compression = tags.get(ExifTags.Base.Compression, 1)
+    how = f"{order}, photometric interpretation {photometric}" + (
+        f", compression {compression}" if compression != 1 else ""
+    )
     depth = "/".join(map(str, dict.fromkeys(bits)))
     count = tags.get(ExifTags.Base.SamplesPerPixel, 1)
-    return f"{count} x {depth}{numbers} bits{planes} ({order}, photometric interpretation {photometric})"
-
-
-def _first(value: Any) -> Any:
-    """Of what Pillow gives as a tuple if there are several."""
-    return value[0] if isinstance(value, tuple) and value else value
+    return f"{count} x {depth}{numbers} bits{planes}{subsampled} ({how})"

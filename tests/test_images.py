@@ -328,13 +328,42 @@ def test_premultiplied_greyscale_of_a_tiff_is_divided_by_its_alpha():
         (np.moveaxis(picture(channels=4).astype(np.uint16), 2, 0),
          {"photometric": "separated", "planarconfig": "separate"},
          "4 x 16 bits, plane by plane (little-endian, photometric interpretation 5)"),
-        (picture().astype(np.float32), {"bigtiff": True}, "3 x 32 floating-point bits (little-endian"),
+        (picture().astype(np.float32), {"bigtiff": True}, "3 x 32 floating-point bits (little-endian, BigTIFF"),
+        (picture(), {"bigtiff": True, "byteorder": ">"}, "3 x 8 bits (big-endian, BigTIFF"),
+        (GREY.astype(np.int8), {"photometric": "minisblack"}, "1 x 8 signed bits (little-endian"),
+        (np.moveaxis(picture(channels=2), 2, 0),
+         {"photometric": "minisblack", "planarconfig": "separate", "extrasamples": ("unassalpha",),
+          "compression": "zlib"},
+         "2 x 8 bits, plane by plane (little-endian, photometric interpretation 1, compression 8)"),
     ],
 )  # fmt: skip
 def test_kinds_of_tiff_that_are_not_read_are_called_so(values, options, stated):
     fault = fault_of(tiff_bytes(values, **({"photometric": "rgb"} | options)))
     assert fault.error_class == "unsupported_mode"
     assert str(fault).startswith(f"TIFF files of {stated}")
+
+
+def with_tag(tiff, tag, old, new):
+    """A little-endian TIFF with another value in a tag of one short number."""
+    entry = struct.pack("<HHI", tag, 3, 1)
+    assert tiff.count(entry + struct.pack("<H", old)) == 1
+    return tiff.replace(entry + struct.pack("<H", old), entry + struct.pack("<H", new))
+
+
+def test_a_tiff_of_webp_is_of_another_kind_and_not_damaged():
+    fault = fault_of(with_tag(tiff_bytes(picture(), photometric="rgb", compression="zlib"), 259, 8, 50001))
+    assert fault.error_class == "unsupported_mode"
+    assert "compression 50001" in str(fault)
+
+
+def test_uncompressed_ycbcr_with_fewer_colours_than_pixels_is_not_read_as_if_it_had_all():
+    data = tiff_bytes(picture(24, 20), photometric="ycbcr", subsampling=(1, 1))
+    assert read(data).mode == "YCbCr"
+    whole, halved = (struct.pack("<HHIHH", 530, 3, 2, each, each) for each in (1, 2))
+    assert data.count(whole) == 1
+    fault = fault_of(data.replace(whole, halved))
+    assert fault.error_class == "unsupported_mode"
+    assert "3 x 8 bits, subsampled" in str(fault)
 
 
 def test_a_tag_of_another_type_is_no_reason_to_fail_otherwise():
