@@ -40,6 +40,13 @@ _DESCRIPTIVE_TIFF_TAGS = frozenset(
         ExifTags.Base.DateTime,
         ExifTags.Base.Artist,
         ExifTags.Base.Copyright,
+        ExifTags.Base.Rating,
+        ExifTags.Base.RatingPercent,
+        ExifTags.Base.XPTitle,
+        ExifTags.Base.XPComment,
+        ExifTags.Base.XPAuthor,
+        ExifTags.Base.XPKeywords,
+        ExifTags.Base.XPSubject,
         ExifTags.IFD.Exif,
         ExifTags.IFD.GPSInfo,
     }

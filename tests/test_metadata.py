@@ -151,6 +151,19 @@ def test_text_of_a_tiff_keeps_every_letter(xmp_beside_it):
         assert encoded.warnings == ()
 
 
+def test_what_windows_says_of_a_tiff_is_kept():
+    """Stars, and title, comment, author, keywords and subject."""
+    stated = {0x4746: 4, 0x4749: 75} | dict.fromkeys(range(0x9C9B, 0x9CA0), WINDOWS_TEXT)
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in stated.items():
+        info[tag] = value
+    decoded = read(file_bytes(Image.fromarray(picture()), "TIFF", tiffinfo=info))
+    for format in ("same", "png", "jpeg", "webp"):
+        encoded = encode(decoded, decoded.pixels, format=format, quality=95)
+        tags = Image.open(io.BytesIO(encoded.data)).getexif()
+        assert {tag: tags.get(tag) for tag in stated} == stated
+
+
 def test_letters_that_a_tiffs_exif_loses_are_noted():
     """Pillow writes the details' text as ASCII."""
     block = exif_block("<", [], [(0xA430, 2, 5, "Zo\u00eb".encode("utf-8") + b"\0")])
