@@ -13,9 +13,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from classifier.labels import Degradation
 from jobs.errors import UsageError
 from jobs.restore import read_job
 from pipeline.plan import PlanError, keys, latest_revisions, read_plan
+from pipeline.prompting import FORCED_LABELS, prompts_for
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
 from pipeline.run_config import digest_of
@@ -37,7 +39,8 @@ COLUMNS = (
     "run_id", "config_digest", "model", "weights_sha256", "classifier", "dtype", "device", "host", "code_version",
 )  # fmt: skip
 MADE_BY = ("model", "weights_sha256", "classifier", "dtype", "device", "host", "code_version")
-DONE = (Status.RESTORED, Status.COPIED, Status.ABSTAINED)
+KEPT = (Status.COPIED, Status.ABSTAINED)
+DONE = (Status.RESTORED, *KEPT)
 
 
 Kind = Literal[
@@ -151,8 +154,8 @@ def _audit(
         *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
     ]
     counting = counting.take(pa.array(first_rows(counting["image_id"])))
-    findings += [*_shared(counting), *_unnamed(directory, rows)]
     outputs, inputs = (counting.select(names).drop_null() for names in (OUTPUT_COLUMNS, SOURCE_COLUMNS))
+    findings += [*_shared(counting), *_misnamed(outputs), *_unnamed(directory, rows)]
     files = [_outputs(directory, outputs), *([_inputs(inputs)] if sources else [])]
     total = outputs.num_rows + (inputs.num_rows if sources else 0)
     checks = _checked(chain(*files), contents=contents)
@@ -224,7 +227,7 @@ def _unlike_the_job(counting: pa.Table, job: dict[str, Any]) -> Iterator[Finding
 def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding]:
     status = counting["status"]
     is_restored = pc.equal(status, Status.RESTORED)
-    is_done = pc.is_in(status, pa.array(DONE))
+    is_kept, is_done = (pc.is_in(status, pa.array(some)) for some in (KEPT, DONE))
     is_known = pc.is_in(status, pa.array(list(Status)))
     has_output = pc.and_(pc.is_valid(counting["output_uri"]), pc.is_valid(counting["output_sha256"]))
     has_output = pc.and_(has_output, pc.is_valid(counting["output_bytes"]))
@@ -237,9 +240,13 @@ def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding
         "it is done, yet has a fault": pc.and_(is_done, pc.is_valid(counting["error_class"])),
         "it is not done, and no fault says why": pc.and_(pc.invert(is_done), pc.invert(has_fault)),
         "its output lies outside of images/": pc.invert(_is_inside(counting["output_uri"])),
-        "it is restored, yet names no prompt": pc.and_(is_restored, pc.is_null(counting["prompt"])),
-        "it names a prompt, yet is not restored": pc.and_(
-            pc.is_in(status, pa.array([Status.COPIED, Status.ABSTAINED])), pc.is_valid(counting["prompt"])
+        "it is restored, yet under no prompt of its label": pc.and_(is_restored, pc.invert(_has_prompt(counting))),
+        "it names a prompt, yet is not restored": pc.and_(is_kept, pc.is_valid(counting["prompt"])),
+        "it is copied, yet its label is not clean": pc.and_(
+            pc.equal(status, Status.COPIED), pc.fill_null(pc.not_equal(counting["label"], Degradation.CLEAN), True)
+        ),
+        "it was kept as it was, yet its output is not its input": pc.and_(
+            is_kept, pc.fill_null(pc.not_equal(counting["output_sha256"], counting["source_sha256"]), False)
         ),
         "it is done, yet does not say of which file": pc.and_(
             is_done, pc.or_(pc.is_null(counting["source_sha256"]), pc.is_null(counting["source_bytes"]))
@@ -247,6 +254,12 @@ def _inconsistent(counting: pa.Table, *, keeps_copies: bool) -> Iterator[Finding
     }
     for message, is_broken in rules.items():
         yield from _about(counting.filter(is_broken), "inconsistent", message)
+
+
+def _has_prompt(rows: pa.Table) -> pa.ChunkedArray:
+    """Whether the prompt is one that the label may lead to."""
+    pairs = [f"{label}/{prompt}" for label in FORCED_LABELS for prompt in prompts_for(label)]
+    return pc.is_in(pc.binary_join_element_wise(rows["label"], rows["prompt"], "/"), pa.array(pairs))
 
 
 def _is_inside(uris: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -258,6 +271,13 @@ def _shared(counting: pa.Table) -> Iterator[Finding]:
     for shared in _repeated(counting["output_uri"].drop_null()).to_pylist():
         message = f"{shared['counts']} images name this file as their result"
         yield Finding("output_shared", shared["values"], message)
+
+
+def _misnamed(outputs: pa.Table) -> Iterator[Finding]:
+    """A result has its image's own path, or that and something behind a dot."""
+    for path, uri, *_ in _tuples(outputs):
+        if not f"{uri}.".startswith(f"images/{path}."):
+            yield Finding("inconsistent", path, f"its output {uri} is not called after it")
 
 
 def _repeated(values: pa.ChunkedArray) -> pa.StructArray:

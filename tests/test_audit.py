@@ -214,7 +214,10 @@ def test_a_configuration_that_was_edited_is_found(run: Run) -> None:
         {"status": "failed"},
         {"error_class": "missing"},
         {"prompt": None},
+        {"prompt": "haze"},
+        {"label": None},
         {"status": "copied"},
+        {"status": "abstained", "prompt": None},
         {"source_sha256": None},
         {"source_bytes": None},
         {"relative_path": "other.png"},
@@ -225,6 +228,30 @@ def test_a_configuration_that_was_edited_is_found(run: Run) -> None:
 def test_a_row_that_contradicts_itself_is_found(run: Run, values: dict[str, object]) -> None:
     run.set("a.png", **values)
     assert ("inconsistent", values.get("relative_path", "a.png")) in run.kinds()
+
+
+def test_a_copy_of_what_is_not_clean_is_found(run: Run) -> None:
+    digest = read_rows(run.out, columns=["source_sha256"])["source_sha256"][0].as_py()
+    run.set("a.png", status="copied", prompt=None, source_sha256=digest, output_sha256=digest)
+    assert ("inconsistent", "a.png") in run.kinds("--quick")
+    run.set("a.png", label="clean")
+    assert run.kinds("--quick") == []
+
+
+def test_two_rows_that_name_each_others_results_are_found(run: Run) -> None:
+    rows = {row["relative_path"]: row for row in read_rows(run.out, columns=MANIFEST_SCHEMA.names).to_pylist()}
+    for path, other in (("a.png", "b.png"), ("b.png", "a.png")):
+        run.set(path, **{name: rows[other][name] for name in ("output_uri", "output_bytes", "output_sha256")})
+    assert run.kinds("--sources") == [("inconsistent", "a.png"), ("inconsistent", "b.png")]
+
+
+def test_a_result_in_another_format_is_called_after_its_image(finished: Run, tmp_path: Path) -> None:
+    source = tmp_path / "photographs"
+    write_pictures(source, ["a.png", "a.png.jpg", "folder/b.png"])
+    run = Run(source, tmp_path / "out", finished.options)
+    run.restore("--format", "jpeg")
+    assert (run.out / "images" / "a.png.restored.jpg").exists()
+    assert run.kinds() == []
 
 
 def test_a_result_outside_the_run_is_found(run: Run) -> None:
