@@ -344,6 +344,17 @@ def test_changed_inputs_are_found_if_asked_for(own: Run) -> None:
     assert own.kinds("--sources") == [("source_differs", "a.png"), ("source_missing", "folder/c.jpg")]
 
 
+def test_lost_and_damaged_results_are_made_again_once_their_parts_are_removed(own: Run) -> None:
+    (own.out / "images" / "a.png").unlink()
+    (own.out / "images" / "folder" / "c.jpg").write_bytes(b"damaged")
+    assert own.kinds() == [("output_differs", "folder/c.jpg"), ("output_missing", "a.png")]
+    for part in RunDirectory(own.out).parts():
+        if {"a.png", "folder/c.jpg"} & set(pq.read_table(part)["relative_path"].to_pylist()):
+            part.unlink()
+    own.restore()
+    assert own.kinds("--sources") == []
+
+
 def test_earlier_revisions_are_no_fault(own: Run) -> None:
     write_pictures(own.source, ["a.png"], side=32)
     own.restore()
