@@ -1,6 +1,7 @@
 """Before/after pictures for people."""
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,15 @@ def side_by_side(rows: Sequence[Sequence[tuple[str, Pixels]]], *, cell_px: int) 
         rows: rows of (caption, H x W x 3 uint8 picture).
         cell_px: longest side of a picture on the sheet; larger ones are shrunk.
     """
+    font = ImageFont.load_default(size=13)
     cells = [[(caption, _fit(pixels, cell_px)) for caption, pixels in row] for row in rows]
-    widths = [max(row[i][1].width for row in cells if i < len(row)) for i in range(max(map(len, cells)))]
+    needed = [[max(picture.width, ceil(font.getlength(caption))) for caption, picture in row] for row in cells]
+    widths = [max(row[i] for row in needed if i < len(row)) for i in range(max(map(len, cells)))]
     heights = [max(picture.height for _, picture in row) + CAPTION_PX for row in cells]
     sheet = Image.new(
         "RGB", (sum(widths) + GAP_PX * (len(widths) + 1), sum(heights) + GAP_PX * (len(heights) + 1)), "white"
     )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    draw = ImageDraw.Draw(sheet)
     top = GAP_PX
     for row, height in zip(cells, heights, strict=True):
         left = GAP_PX
