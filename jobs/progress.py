@@ -19,7 +19,9 @@ class ProgressView:
         self._counts: Counter[str] = Counter()
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if (
+            console.is_terminal and not console.is_dumb_terminal
+        ):  # one without cursor movement has a bar at the end only
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[failed]}"), console=console,
@@ -51,5 +53,6 @@ class ProgressView:
         self._last_line = time.monotonic()
         parts = ", ".join(f"{count} {status}" for status, count in sorted(self._counts.items()))
         self._console.print(
-            f"{time.strftime('%H:%M:%S')} {self._done} of {self._total} images ({parts or 'none in this call'})"
+            f"{time.strftime('%H:%M:%S')} {self._done} of {self._total} images ({parts or 'none in this call'})",
+            soft_wrap=True,
         )
