@@ -17,9 +17,9 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import display
 from jobs.config import read_options
-from jobs.errors import UsageError
+from jobs.errors import RunError, UsageError
 from jobs.progress import ProgressView
-from jobs.restore import make_runner, prepare, run, sole_driver
+from jobs.restore import locked, make_runner, prepare, run, sole_driver
 from jobs.sheets import side_by_side
 from pipeline.degradations import Haze, LowLight, MotionBlur, Noise, Rain
 from pipeline.sink import read_manifest
@@ -79,32 +79,39 @@ def degrade_for_demo(image: FloatImage, damage: Degradation, rng: np.random.Gene
 def run_demo(out: Path, *, engine: str, messages: Console, results: Console) -> list[Result]:
     """Writes source/, reference/, run/ and before-after.png into `out`, prints the table and returns it.
 
-    An earlier demonstration in `out` is replaced; any other folder with content is refused.
+    An earlier demonstration in `out` is replaced; any other folder with content is refused, and one that another
+    process is working on.
+
+    Raises RunError if an image failed, which then has nothing to measure.
     """
+    options = read_options(None, {"reference": out / "reference", "engine": engine})
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise UsageError(f"{out} is not empty and is no earlier demonstration; give a new folder")
-    for name in ("source", "reference", "run"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    _write_photographs(out)
-    options = read_options(None, {"reference": out / "reference", "engine": engine})
-    with sole_driver(out / "source", out / "run"):
-        job = prepare(out / "source", out / "run", options)
-        display.before(messages, job, options)
-        with ProgressView(messages, total=job.planned, done=0) as progress:
-            summary = run(job, make_runner(options), on_outcomes=progress)
-    display.after(results, summary)
-    rows = read_manifest(out / "run").to_pylist()
-    table = [_result(damage, rows) for damage in LABELS]
-    _print(table, results)
-    _write_sheet(out, rows)
-    results.print(f"before and after: {out / 'before-after.png'}", soft_wrap=True)
-    (out / MARKER).write_text(json.dumps([vars(row) for row in table], indent=2) + "\n", encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / MARKER, out):
+        for name in ("source", "reference", "run"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        _write_photographs(out)
+        with sole_driver(out / "source", out / "run"):
+            job = prepare(out / "source", out / "run", options)
+            display.before(messages, job, options)
+            with ProgressView(messages, total=job.planned, done=0) as progress:
+                summary = run(job, make_runner(options), on_outcomes=progress)
+        display.after(results, summary)
+        if summary.failed_fraction:
+            raise RunError(
+                f"{summary.failed_fraction:.1%} of the images failed, see above; the same command begins anew"
+            )
+        rows = read_manifest(out / "run").to_pylist()
+        table = [_result(damage, rows) for damage in LABELS]
+        _print(table, results)
+        _write_sheet(out, rows)
+        results.print(f"before and after: {out / 'before-after.png'}", soft_wrap=True)
+        (out / MARKER).write_text(json.dumps([vars(row) for row in table], indent=2) + "\n", encoding="utf-8")
     return table
 
 
 def _write_photographs(out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("{}\n", encoding="utf-8")
     for number, damage in enumerate(LABELS):
         for folder in ("source", "reference"):
             (out / folder / damage).mkdir(parents=True, exist_ok=True)

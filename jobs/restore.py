@@ -303,7 +303,7 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
     directory = RunDirectory(out)
     made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.lock_path, out):
+    with locked(directory.lock_path, out):
         try:
             yield
         finally:
@@ -315,7 +315,7 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
+def locked(path: Path, out: Path) -> Iterator[None]:
     """Holds a lock file that is in its place: a call that did not begin may have removed the one that was opened."""
     while True:
         with path.open("w") as lock:

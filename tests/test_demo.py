@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from jobs import demo
 from jobs.demo import MARKER, run_demo
-from jobs.errors import UsageError
+from jobs.errors import RunError, UsageError
+from jobs.restore import locked
 
 
 @pytest.mark.slow
@@ -26,3 +28,22 @@ def test_a_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         run_demo(tmp_path, engine="local", messages=Console(quiet=True), results=Console(quiet=True))
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_an_earlier_demonstration_stays_until_another_one_begins(tmp_path: Path) -> None:
+    (tmp_path / MARKER).write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.json").write_text("{}")
+    with pytest.raises(UsageError, match="--engine spark"):
+        run_demo(tmp_path, engine="spark", messages=Console(quiet=True), results=Console(quiet=True))
+    with locked(tmp_path / MARKER, tmp_path), pytest.raises(UsageError, match="another process is working on"):
+        run_demo(tmp_path, engine="local", messages=Console(quiet=True), results=Console(quiet=True))
+    assert (tmp_path / "run" / "job.json").exists()
+
+
+def test_an_image_that_fails_ends_it_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photographs = {name: pixels[:64, :64] for name, pixels in demo.photographs().items() if name == "chelsea"}
+    monkeypatch.setattr(demo, "photographs", lambda: photographs)
+    monkeypatch.setenv("DFPIR_FAULT", "raise:decode:noise/chelsea.png")
+    with pytest.raises(RunError, match=r"16\.7% of the images failed"):
+        run_demo(tmp_path / "demo", engine="local", messages=Console(quiet=True), results=Console(quiet=True))
