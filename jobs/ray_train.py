@@ -55,7 +55,7 @@ def train_on_ray(
         UsageError: there are too many workers for a batch or for the cluster, or what `jobs.train_restorer.train`
             refuses.
         TrainingError: a worker failed; the message holds its fault.
-        InterruptedBySignalError: SIGINT ended it; what came after the last checkpoint is lost.
+        InterruptedBySignalError: SIGINT or SIGTERM ended it; what came after the last checkpoint is lost.
     """
     batch = min(phase.batch for phase in config.phases)
     if workers > batch:
@@ -90,8 +90,9 @@ def train_on_ray(
         )
         try:
             trainer.fit()
-        except SystemExit as end:  # Ray Train's own handler aborts the workers and ends the process as if all were well
-            raise InterruptedBySignalError(signal.SIGINT) from end
+        except SystemExit as end:
+            # Ray Train's own handler of SIGINT ends the process as if all were well, Ray's of SIGTERM does not.
+            raise InterruptedBySignalError(signal.SIGTERM if end.code else signal.SIGINT) from end
         except Exception as error:  # Ray Train wraps a worker's fault in classes of its own
             for fault in getattr(error, "worker_failures", {}).values():
                 if isinstance(fault, UsageError | TrainingError):

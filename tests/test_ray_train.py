@@ -87,11 +87,12 @@ def test_another_fault_of_a_worker_ends_the_training_with_its_message(
         train_on_ray(tiny(photographs), tmp_path, workers=1, device="cpu", max_minutes=60.0)
 
 
-def test_ctrl_c_is_told_as_an_interruption(
-    ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("code", "name"), [(0, "SIGINT"), (1, "SIGTERM")])  # what Ray's handlers end a process with
+def test_a_signal_is_told_as_an_interruption(
+    code: int, name: str, ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", lambda self: sys.exit(0))  # what Ray Train's handler does
-    with pytest.raises(InterruptedBySignalError, match="ended by SIGINT; the same command goes on"):
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", lambda self: sys.exit(code))
+    with pytest.raises(InterruptedBySignalError, match=f"ended by {name}; the same command goes on"):
         train_on_ray(tiny(photographs), tmp_path, workers=1, device="cpu", max_minutes=60.0)
 
 
