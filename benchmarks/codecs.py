@@ -38,6 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     paths = sorted(path for path in arguments.photographs.iterdir() if is_photograph(path))
+    if not paths:
+        parser.error(f"no photographs in {arguments.photographs}")
     pictures = [_decoded(path.read_bytes()) for path in paths[: arguments.most]]
     tensors = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
     kinds: dict[str, Ways] = {

@@ -150,7 +150,7 @@ def peak_bytes_per_pixel(variant: str, arguments: argparse.Namespace) -> float |
         return None
     command = [sys.executable, "-m", "benchmarks.engine", "--peak-of", variant, "--model", arguments.model]
     command += ["--device", arguments.device, "--threads", str(arguments.threads), "--memory", arguments.memory]
-    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return round(peak / Shape.parse(arguments.memory).megapixels / 1e6, 1)
 
 
@@ -304,7 +304,7 @@ def main() -> None:
                 flush=True,
             )
             rows.append(row)
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.csv, rows, device=arguments.device)
     return None
 
 

@@ -19,6 +19,7 @@ from skimage import data
 from benchmarks.process_memory import resident_bytes
 from benchmarks.record import add_csv_option, write_csv
 from jobs.datasets import with_noise
+from jobs.restore import resolve_device
 
 COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()"]
 POLL_S = 0.5
@@ -75,9 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "src", Path(folder) / "out"
         make_photographs(source, arguments.count, arguments.side)
-        run = subprocess.Popen(
-            [*COMMAND, "restore", str(source), str(out), "--engine", arguments.engine], stderr=subprocess.DEVNULL
-        )
+        run = subprocess.Popen([*COMMAND, "restore", str(source), str(out), "--engine", arguments.engine])
         seen: dict[int, dict[str, int]] = {}
         marks = sorted(arguments.marks)
         while run.poll() is None and marks:
@@ -85,7 +84,8 @@ def main() -> None:
             if finished >= marks[0]:
                 seen[marks.pop(0)] = look(run.pid)
             time.sleep(POLL_S)
-        run.wait()
+        if code := run.wait():
+            raise SystemExit(f"the run ended with {code}")
     rows = [
         {"engine": arguments.engine, "process": name.split()[0], "images_done": mark, "resident_bytes": held}
         for name in sorted({name for held in seen.values() for name in held})
@@ -94,7 +94,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['process']:<30}{row['images_done']:>8}{row['resident_bytes'] / 1e6:>10.0f} MB")
-    write_csv(arguments.csv, rows, replacing="engine")
+    write_csv(arguments.csv, rows, device=resolve_device("auto"), replacing="engine")
 
 
 if __name__ == "__main__":

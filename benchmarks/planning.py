@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import add_csv_option, write_csv
+from jobs.restore import resolve_device
 
 PER_FOLDER = 1000
 
@@ -42,7 +43,7 @@ def plan(source: Path, out: Path) -> tuple[int, float, int]:
     begun = time.perf_counter()
     main = "from jobs.cli import main; main()"
     command = [sys.executable, "-c", main, "plan", str(source), str(out), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -70,7 +71,7 @@ def main() -> None:
                 rows.append({
                     "source": name, "call": call, "images": images, "seconds": round(seconds, 1), "peak_bytes": peak,
                 })  # fmt: skip
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.csv, rows, device=resolve_device("auto"))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def main() -> None:
                 count, differing = count + changed.numel(), differing + int(changed.sum())
             squares.append(float((results[0] - results[1]).square().mean()))
             images += 1
+        if not images:
+            parser.error(f"no PNG photographs in {arguments.folder}")
         row = {
             "model": name, "images": images, "rows": count, "differing": differing,
             "differing_share": round(differing / count, 6), "orders_agree": orders_agree(*forms),
@@ -91,7 +93,7 @@ def main() -> None:
             f"orders agree: {row['orders_agree']}; results differ by {row['rms_difference_255']} of 255 (RMS)",
             flush=True,
         )
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.csv, rows, device=arguments.device)
 
 
 if __name__ == "__main__":

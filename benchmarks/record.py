@@ -11,12 +11,12 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
-def hardware() -> str:
-    """The GPU if there is one, else the processor, with what it has for products: virtual ones hide their model."""
+def hardware(device: str) -> str:
+    """The GPU, or for `cpu` the processor, with what it has for products: virtual ones hide their model."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -52,27 +52,34 @@ def add_csv_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def write_csv(
-    path: Path, rows: Sequence[Mapping[str, object]], *, add: bool = False, replacing: str | None = None
+    path: Path,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    device: str = "cpu",
+    add: bool = False,
+    replacing: str | None = None,
 ) -> None:
-    """Writes rows of the same columns instead of what the file has, or of a part of it.
+    """Writes rows of the same columns, measured on `device`, instead of what the file has, or of a part of it.
 
-    With `add` they come behind those that the file has, which are of the same columns too; so they do with `replacing`,
-    the name of a column, but for rows that have a value there that one of the new rows has.
+    With `add` they come behind those that the file has; so they do with `replacing`, the name of a column, but for rows
+    that have a value there that one of the new rows has. A column that only some of them have is empty in the others:
+    what took hours to measure is not lost over it. Ends the process if there are no rows.
     """
     import torch  # here, so that a process that measures its own memory need not hold it
 
-    where = {"hardware": hardware(), "torch": torch.__version__, "commit": commit()}
+    if not rows:
+        raise SystemExit(f"nothing was measured; {path} stays as it is")
+    where = {"hardware": hardware(device), "torch": torch.__version__, "commit": commit()}
     kept: list[Mapping[str, object]] = []
     if path.exists() and (add or replacing):
         with path.open(newline="", encoding="utf-8") as file:
             kept += csv.DictReader(file)
-    if kept and list(kept[0]) != [*rows[0], *where]:
-        raise ValueError(f"{path} has other columns; move it away, or give another file")
     if replacing:
         new = {str(row[replacing]) for row in rows}
-        kept = [row for row in kept if row[replacing] not in new]
+        kept = [row for row in kept if row.get(replacing) not in new]
+    names = dict.fromkeys([*rows[0], *(kept[0] if kept else ())])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
+        writer = csv.DictWriter(file, [*(name for name in names if name not in where), *where])
         writer.writeheader()
         writer.writerows([*kept, *({**row, **where} for row in rows)])

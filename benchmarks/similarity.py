@@ -29,6 +29,8 @@ def main() -> None:
     add_csv_option(parser, "similarity.csv")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.photographs.iterdir() if is_photograph(path))
+    if not paths:
+        parser.error(f"no photographs in {arguments.photographs}")
     pairs = [_pair(path) for path in paths[: arguments.most]]
     megapixels = sum(one[..., 0].size for one, _ in pairs) / 1e6
     ways = {"scikit-image": _of_scikit_image, "pipeline.metrics": ssim}

@@ -133,7 +133,7 @@ def main() -> None:
             subprocess.run(
                 [sys.executable, "-m", "benchmarks.tiling", *map(str, arguments.folders), "--peak-of", variant,
                  "--model", arguments.model, "--dtype", arguments.dtype],
-                check=True, capture_output=True, text=True,
+                check=True, stdout=subprocess.PIPE, text=True,
             ).stdout
         )
         for variant in VARIANTS

@@ -111,7 +111,7 @@ def main() -> None:
                     row["share_at_steps"] = round(taken[name] / busy, 3)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
                 rows.append(row)
-    write_csv(arguments.csv, rows)
+    write_csv(arguments.csv, rows, device=arguments.device)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def main() -> None:
         source = Path(folder) / "noisy"
         source.mkdir()
         made = make_noisy(arguments.folders, arguments.most, source, suffix=arguments.suffix, copies=arguments.copies)
+        if not made:
+            parser.error("no PNG photographs in these folders")
         images = [np.asarray(Image.open(path)) for path in made]
         megapixels = sum(image.shape[0] * image.shape[1] for image in images) / 1e6
         model = model_file(arguments.model, Path(folder))
@@ -189,7 +191,7 @@ def main() -> None:
         "alone_megapixels_per_s": round(megapixels / statistics.median(alone), 4),
     }  # fmt: skip
     print(f"median ratio {row['ratio']:.1%} ({row['ratio_low']:.1%} to {row['ratio_high']:.1%})")
-    write_csv(arguments.csv, [row], add=True)
+    write_csv(arguments.csv, [row], device=context.device, add=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""What the benchmarks share, and what they measure."""
+
+import csv
+import subprocess
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import quality
+from benchmarks.record import hardware, write_csv
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_was_measured_is_written_though_the_file_has_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    write_csv(path, [{"engine": "local", "workers": 1}])
+    write_csv(path, [{"engine": "ray", "niceness": 15}], add=True)
+    rows = table(path)
+    assert [list(row.values())[:3] for row in rows] == [["local", "", "1"], ["ray", "15", ""]]
+    assert list(rows[0]) == ["engine", "niceness", "workers", "hardware", "torch", "commit"]
+
+
+def test_where_nothing_was_measured_the_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    write_csv(path, [{"engine": "local"}])
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        write_csv(path, [])
+    assert path.read_bytes() == before
+
+
+def test_what_a_processor_did_is_not_put_down_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
+    assert hardware("cuda") == "H100"
+    assert "H100" not in hardware("cpu")
+
+
+def test_quality_says_why_a_run_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = subprocess.CompletedProcess([], 1, stdout="", stderr="dfpir: every worker failed")
+    monkeypatch.setattr(subprocess, "run", Mock(return_value=broken))
+    with pytest.raises(SystemExit, match="every worker failed"):
+        quality.restore(tmp_path, tmp_path / "out")
+
+
+def test_quality_counts_no_photographs_of_an_earlier_call(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name / "cbsd68").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name / "cbsd68" / f"{name}.png")
+        made = quality.noisy(tmp_path / name, tmp_path / "work", 25)
+        assert [path.name for path in made.source.iterdir()] == [f"{name}.png"]
