@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.record import add_csv_option, write_csv
 from classifier.labels import Degradation
@@ -20,7 +21,16 @@ from pipeline.metrics import psnr_db
 from pipeline.prompting import noise_prompt
 from pipeline.synthesis import damaged, draw_recipe, from_uint8, to_uint8, well_exposed
 
+Pixels = NDArray[np.uint8]
 WHOLE: Tile = "off"
+
+
+def degraded(clean: Pixels, label: Degradation, rng: np.random.Generator) -> tuple[Pixels, Pixels, str]:
+    """A photograph, H x W x 3, as a training degrades it; what is to come of it; and the prompt."""
+    wanted = to_uint8(well_exposed(from_uint8(clean))) if label is Degradation.LOWLIGHT else clean
+    recipe = draw_recipe(label, rng, *clean.shape[:2])
+    prompt = noise_prompt(recipe.sigma_255) if isinstance(recipe, Noise | CameraNoise) else str(label)
+    return to_uint8(damaged(from_uint8(wanted), recipe)), wanted, prompt
 
 
 def main() -> None:
@@ -37,6 +47,8 @@ def main() -> None:
     photographs = Photographs.clean((arguments.photographs,), least_readable=0.9).part(validation=True)
     scenes = (np.asarray(picture) for scene in photographs.scenes for picture in scene)
     pictures = [picture for picture in scenes if max(picture.shape) > arguments.least_px]
+    if not pictures:
+        parser.error(f"no held-out photograph in {arguments.photographs} is that large")
     ways: list[Tile] = [WHOLE, *arguments.tiles]
     restorers: dict[Tile, Restorer] = {
         way: load_restorer(arguments.model, dtype=getattr(torch, arguments.dtype), tile=way) for way in ways
@@ -45,10 +57,7 @@ def main() -> None:
     for label in map(Degradation, arguments.labels):
         gains: dict[Tile, list[float]] = {way: [] for way in ways}
         for number, clean in enumerate(pictures):
-            wanted = to_uint8(well_exposed(from_uint8(clean))) if label is Degradation.LOWLIGHT else clean
-            recipe = draw_recipe(label, np.random.default_rng(number), *clean.shape[:2])
-            image = to_uint8(damaged(from_uint8(clean), recipe))
-            prompt = noise_prompt(recipe.sigma_255) if isinstance(recipe, Noise | CameraNoise) else str(label)
+            image, wanted, prompt = degraded(clean, label, np.random.default_rng(number))
             for way, restorer in restorers.items():
                 restored = restorer.restore([image], [prompt])[0]
                 gains[way].append(psnr_db(restored, wanted) - psnr_db(image, wanted))

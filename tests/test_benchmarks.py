@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data
 
-from benchmarks import quality
+from benchmarks import quality, windows
 from benchmarks.record import hardware, write_csv
+from classifier.labels import Degradation
+from pipeline.synthesis import damaged, draw_recipe, from_uint8, to_uint8
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -57,3 +60,13 @@ def test_quality_counts_no_photographs_of_an_earlier_call(tmp_path: Path) -> Non
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name / "cbsd68" / f"{name}.png")
         made = quality.noisy(tmp_path / name, tmp_path / "work", 25)
         assert [path.name for path in made.source.iterdir()] == [f"{name}.png"]
+
+
+@pytest.mark.parametrize("label", ["rain", "lowlight"])
+def test_windows_are_measured_on_the_damage_of_what_is_to_come_of_it(label: str) -> None:
+    clean, rng = data.coffee()[:64, :96], np.random.default_rng(3)
+    image, wanted, prompt = windows.degraded(clean, Degradation(label), np.random.default_rng(3))
+    assert prompt == label
+    assert np.array_equal(wanted, clean) == (label == "rain")
+    expected = damaged(from_uint8(wanted), draw_recipe(Degradation(label), rng, 64, 96))
+    np.testing.assert_array_equal(image, to_uint8(expected))
