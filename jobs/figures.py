@@ -218,10 +218,11 @@ def draw(
         "reliability": reliability(truth, predictions),
         "before-after": sheet(list(first.values()), restorer),
     }
-    if len(usable) > 3:
+    if len(usable) > 3 and len({picture.pixels.tobytes() for picture, _ in usable}) > 1:
         figures["latent"] = latent_map(latent_features(checkpoint, usable), [picture.label for picture, _ in usable])
     else:
-        log.warning("no figure of latent features: t-SNE needs more than 3 pictures, and %d can be used", len(usable))
+        few = "t-SNE needs more than 3 pictures, not all alike, and %d can be used"
+        log.warning(f"no figure of latent features: {few}", len(usable))
     return figures
 
 

@@ -160,7 +160,7 @@ def test_too_few_pictures_for_a_map_of_features_are_told(
     found = list(figures.pictures(labelled, per_label=1))
     drawn = figures.draw(found, load_restorer(model), Oracle(Degradation.RAIN), load_checkpoint(model))
     assert set(drawn) == {"confusion", "reliability", "before-after"}
-    assert "t-SNE needs more than 3 pictures, and 2 can be used" in caplog.text
+    assert "t-SNE needs more than 3 pictures, not all alike, and 2 can be used" in caplog.text
 
 
 def test_pictures_are_read_one_at_a_time(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,3 +181,12 @@ def test_clean_photographs_are_degraded_under_every_label(tmp_path: Path) -> Non
     assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
     with pytest.raises(UsageError, match="is not a folder"):
         next(figures.pictures(tmp_path / "none", per_label=2))
+
+
+def test_pictures_that_are_all_alike_have_no_map_of_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their spread, which t-SNE divides by, is zero: it ended the process."""
+    model = write_tiny_model(tmp_path / "m.safetensors")
+    found = [figures.Labelled(data.astronaut()[:72, :80], Degradation.RAIN)] * 4
+    drawn = figures.draw(found, load_restorer(model), Oracle(Degradation.RAIN), load_checkpoint(model))
+    assert "latent" not in drawn
+    assert "not all alike, and 4 can be used" in caplog.text
