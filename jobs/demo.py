@@ -17,7 +17,7 @@ from skimage import data
 from classifier.labels import Degradation
 from jobs import display
 from jobs.config import read_options
-from jobs.errors import RunError, UsageError
+from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.progress import ProgressView
 from jobs.restore import locked, make_runner, prepare, run, sole_driver
 from jobs.sheets import side_by_side
@@ -95,8 +95,11 @@ def run_demo(out: Path, *, engine: str, messages: Console, results: Console) -> 
         with sole_driver(out / "source", out / "run"):
             job = prepare(out / "source", out / "run", options)
             display.before(messages, job, options)
-            with ProgressView(messages, total=job.planned, done=0) as progress:
-                summary = run(job, make_runner(options), on_outcomes=progress)
+            try:
+                with ProgressView(messages, total=job.planned, done=0) as progress:
+                    summary = run(job, make_runner(options), on_outcomes=progress)
+            except InterruptedBySignalError as end:
+                raise InterruptedBySignalError(end.signal_number, goes_on=False) from end
         display.after(results, summary)
         if summary.failed_fraction:
             raise RunError(

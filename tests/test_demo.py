@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from jobs import demo
 from jobs.demo import MARKER, run_demo
-from jobs.errors import RunError, UsageError
+from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.restore import locked
 
 
@@ -46,4 +47,10 @@ def test_an_image_that_fails_ends_it_with_a_message(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(demo, "photographs", lambda: photographs)
     monkeypatch.setenv("DFPIR_FAULT", "raise:decode:noise/chelsea.png")
     with pytest.raises(RunError, match=r"16\.7% of the images failed"):
+        run_demo(tmp_path / "demo", engine="local", messages=Console(quiet=True), results=Console(quiet=True))
+
+
+def test_one_that_is_ended_does_not_promise_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run", Mock(side_effect=InterruptedBySignalError(15)))
+    with pytest.raises(InterruptedBySignalError, match=r"^ended by SIGTERM$"):
         run_demo(tmp_path / "demo", engine="local", messages=Console(quiet=True), results=Console(quiet=True))
