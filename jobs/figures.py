@@ -221,8 +221,7 @@ def draw(
     if len(usable) > 3 and len({picture.pixels.tobytes() for picture, _ in usable}) > 1:
         figures["latent"] = latent_map(latent_features(checkpoint, usable), [picture.label for picture, _ in usable])
     else:
-        few = "t-SNE needs more than 3 pictures, not all alike, and %d can be used"
-        log.warning(f"no figure of latent features: {few}", len(usable))
+        log.warning("no figure of latent features: it needs more than 3 pictures, not all alike; %d are left", len(usable))
     return figures
 
 
