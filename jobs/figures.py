@@ -221,7 +221,10 @@ def draw(
     if len(usable) > 3 and len({picture.pixels.tobytes() for picture, _ in usable}) > 1:
         figures["latent"] = latent_map(latent_features(checkpoint, usable), [picture.label for picture, _ in usable])
     else:
-        log.warning("no figure of latent features: it needs more than 3 pictures, not all alike; %d are left", len(usable))
+        log.warning(
+            "no figure of latent features: t-SNE needs more than 3 pictures, not all alike, and %d can be used",
+            len(usable),
+        )
     return figures
 
 
