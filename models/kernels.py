@@ -27,6 +27,9 @@ _PROGRAMS = 1024
 """That fill a GPU."""
 _NORMALISED = 4096
 """Features of a program of `_normalise`."""
+_MOST_PER_HEAD = 128
+"""Channels of a head that `_similarity` takes: for twice as many it would need 256 KiB of shared memory, more than any
+GPU's."""
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -258,6 +261,8 @@ def depthwise_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `models.passes.depthwise_attention`."""
     batch, height, width, channels = values.shape
+    if channels > heads * _MOST_PER_HEAD:
+        return passes.depthwise_attention(wide, taps, values, heads=heads, border=border)
     _run_depthwise(wide, taps, values, first=2 * channels, border=border, gated=False)
     pairs = wide.new_empty(batch, height, width, 2 * channels)
     _run_depthwise(wide, taps, pairs, first=0, border=border, gated=False)

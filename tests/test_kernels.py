@@ -36,6 +36,18 @@ for name in ("convolve", "widen", "depthwise_gate", "depthwise_attention"):
     setattr(kernels, name, whole)
 """
 
+WIDE_HEADS = """
+import torch
+from models import kernels, passes
+kernels._similarity = None
+generator = torch.Generator().manual_seed(0)
+wide, taps = torch.randn(2, 5, 3, 3 * 258, generator=generator), torch.randn(9, 3 * 258, generator=generator)
+found, expected = torch.zeros(2, 2, 5, 3, 258)
+sums = kernels.depthwise_attention(wide, taps, found, heads=2, border=1)
+for pair in zip((found, *sums), (expected, *passes.depthwise_attention(wide, taps, expected, heads=2, border=1))):
+    print(torch.equal(*pair))
+"""
+
 COMPILED = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -69,6 +81,10 @@ def test_every_kernel_gives_what_torch_gives_in_the_interpreter_and_one_that_doe
     assert printed(INTERPRETED, TRITON_INTERPRET="1") == [
         "held", "convolve", "dense", "widen", "widen", "depthwise_gate", "gate,", "depthwise_attention", "similarity,",
     ]  # fmt: skip
+
+
+def test_heads_that_no_gpu_has_the_shared_memory_for_are_left_to_torch():
+    assert printed(WIDE_HEADS, TRITON_INTERPRET="1") == ["True"] * 4
 
 
 @pytest.mark.slow
