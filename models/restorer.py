@@ -101,9 +101,7 @@ class Restorer:
             raise ValueError("CUDA was asked for, but torch finds no CUDA device here; use device='cpu'")
         self.size_multiple = network.config.size_multiple
         if isinstance(tile, int):
-            if tile < 2 * self.size_multiple:
-                raise ValueError(f"tile must be at least {2 * self.size_multiple} pixels, not {tile}")
-            tile = padded_size(tile, tile, self.size_multiple)[0]
+            tile = self._tile_side(tile)
         elif tile not in ("auto", "off"):
             raise ValueError(f"tile must be auto, off or a number of pixels, not {tile!r}")
         self.name = name
@@ -119,6 +117,12 @@ class Restorer:
         # The others may hold their part by now, or not yet.
         mine = available_bytes(self.device) if sharers == 1 else total_bytes(self.device) / sharers
         self.memory_budget_bytes = int(MEMORY_SHARE[self.device.type] * mine)
+
+    def _tile_side(self, px: int) -> int:
+        """Side of the tiles that were asked for, a size multiple; raises ValueError if they could not overlap."""
+        if px < 2 * self.size_multiple:
+            raise ValueError(f"tiles must be at least {2 * self.size_multiple} pixels, not {px}")
+        return padded_size(px, px, self.size_multiple)[0]
 
     def tile_px_for(self, height: int, width: int, prompt_key: str) -> int | None:
         """Side in pixels of the tiles that an image of this size is restored in under a prompt; None: whole."""
@@ -177,14 +181,16 @@ class Restorer:
         Args:
             images: each H x W x 3, RGB, uint8, uint16 or float32 in [0, 1]; sizes and dtypes may differ.
             prompt_keys: one of `prompts.keys` for each image.
-            tile_px: cuts every image into tiles of this side, one at a time; for what ran out of memory otherwise.
+            tile_px: cuts every image into tiles of this side, one at a time, for what ran out of memory otherwise; it
+                is rounded up to the size multiple.
 
         Returns:
             Integers rounded and clipped to their range, float32 clipped to [0, 1].
 
         Raises:
             KeyError: an unknown prompt key; the message names the known ones.
-            ValueError: an image of another shape or dtype, or not one key per image.
+            ValueError: an image of another shape or dtype, not one key per image, or a tile of less than two size
+                multiples.
         """
         if len(images) != len(prompt_keys):
             raise ValueError(f"{len(images)} images but {len(prompt_keys)} prompt keys; each image needs one")
@@ -192,6 +198,8 @@ class Restorer:
             if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _TORCH_DTYPE:
                 raise ValueError(f"expected H x W x 3 uint8, uint16 or float32, found {image.shape} {image.dtype}")
         prompts = self.prompts.indices(prompt_keys)
+        if tile_px is not None:
+            tile_px = self._tile_side(tile_px)
         groups: dict[tuple[int, int, np.dtype[Any], int | None], list[int]] = defaultdict(list)
         for i, (image, key) in enumerate(zip(images, prompt_keys, strict=True)):
             height, width = padded_size(image.shape[0], image.shape[1], self.size_multiple)

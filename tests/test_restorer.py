@@ -166,10 +166,16 @@ def test_off_never_tiles_and_a_number_forces_tiles_of_its_multiple():
 def test_tiles_asked_for_are_those_of_a_restorer_that_always_cuts():
     (image,) = photographs((100, 120))
     (whole,) = Restorer(tiny_network(), orthogonal_bank()).restore([image], ["rain"])
-    (asked,) = Restorer(tiny_network(), orthogonal_bank()).restore([image], ["rain"], tile_px=64)
+    (asked,) = Restorer(tiny_network(), orthogonal_bank()).restore([image], ["rain"], tile_px=63)
     (always,) = Restorer(tiny_network(), orthogonal_bank(), tile=64).restore([image], ["rain"])
     assert levels_apart(asked, always) <= 1
     assert levels_apart(asked, whole) > 1
+
+
+@pytest.mark.parametrize("tile_px", [0, 8, 16, 31])
+def test_tiles_too_small_to_overlap_are_refused(restorer, tile_px):
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        restorer.restore(photographs((100, 120)), ["rain"], tile_px=tile_px)
 
 
 def test_a_prompt_with_a_window_restores_larger_images_in_tiles_of_it():
