@@ -53,11 +53,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of a GPU or of the machine.
 
-    torch's CPU allocator says so in words only, and so do CUDA beside torch's allocator, cuBLAS and Triton.
+    torch's CPU allocator says so in words only, and so do CUDA beside torch's allocator, cuBLAS and Triton. oneDNN
+    only names what it could not make without.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = "can't allocate memory", "not enough memory", "out of memory", "alloc_failed"
+    words = "can't allocate", "not enough memory", "out of memory", "alloc_failed", "could not create a primitive"
     return isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
 
 

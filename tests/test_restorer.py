@@ -339,6 +339,7 @@ def test_limits_of_the_first_version_of_groups_count(groups, folder):
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a primitive"),  # oneDNN, beyond a limit on a process's memory
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     ],
 )
