@@ -18,11 +18,11 @@ from classifier.labels import Degradation
 from jobs.errors import UsageError
 from jobs.training_config import RestorerTraining, from_plain
 from jobs.training_loop import run_as_command
-from jobs.training_prompts import prompt_bank, stored_bank
+from jobs.training_prompts import stored_bank
 from jobs.training_state import CHECKPOINT, config_digest, require_target
 from models.dfpir import DFPIR
 from models.errors import WeightsError
-from models.prompts import PUBLISHED_SENTENCES
+from models.prompts import PUBLISHED_SENTENCES, PromptBank
 from models.registry import write_card
 from models.weights import save_checkpoint
 from pipeline.prompting import NOISE_PROMPTS, noise_prompt, prompts_for
@@ -32,16 +32,15 @@ def export(arguments: argparse.Namespace) -> None:
     """Writes the weights and their card; raises UsageError naming the file that cannot be read or written."""
     provenance = _read_object(arguments.provenance)
     quality = _read_object(arguments.quality) if arguments.quality else {}
-    network, config, state = _read_training(arguments.training / CHECKPOINT)
+    network, bank, config, state = _read_training(arguments.training / CHECKPOINT)
     require_target(arguments.out, state["config"])
     provenance |= {"steps": int(state["step"]), "training_minutes": round(float(state["seconds"]) / 60, 1)}
     provenance["config_sha256"] = config_digest(state["config"])
     try:
-        bank = (stored_bank(state) or prompt_bank(config.prompts)).only(_learnt(config, state))
         save_checkpoint(
             arguments.out,
             network,
-            bank,
+            bank.only(_learnt(config, state)),
             licence=arguments.licence,
             provenance=provenance,
             windows_px=dict(arguments.window),
@@ -54,18 +53,19 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB) and {card}")
 
 
-def _read_training(path: Path) -> tuple[DFPIR, RestorerTraining, dict[str, Any]]:
-    """The network with its averaged weights, the configuration, and all of the checkpoint."""
+def _read_training(path: Path) -> tuple[DFPIR, PromptBank, RestorerTraining, dict[str, Any]]:
+    """The network with its averaged weights, its prompts, the configuration, and all of the checkpoint."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         config = from_plain(RestorerTraining, state["config"])
         network = DFPIR(config.model)
         network.load_state_dict(state["average"])
+        bank = stored_bank(state)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; give the folder of a training") from error
     except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
         raise UsageError(f"{path} is no checkpoint of a restorer's training: {shorten(repr(error), 300)}") from error
-    return network, config, state
+    return network, bank, config, state
 
 
 def _learnt(config: RestorerTraining, state: Mapping[str, Any]) -> list[str]:

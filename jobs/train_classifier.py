@@ -186,7 +186,8 @@ class Training(TrainingRun):
                 if "optimiser" in state:
                     self.optimiser.load_state_dict(state["optimiser"])
                 self.take_place(state)
-            if state.get("teacher", self.taught_by) != self.taught_by:
+                taught_by = state["teacher"]
+            if taught_by != self.taught_by:
                 raise UsageError(f"teacher {config.teacher} has other weights than this training began under")
         else:
             (out / "pool").unlink(missing_ok=True)  # another training's

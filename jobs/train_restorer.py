@@ -133,14 +133,16 @@ class Training(TrainingRun):
         self.group = Group(device)
         out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)
-        # Whatever the file that they came of holds by now; checkpoints of before have none.
-        self.bank = (stored_bank(state) if state is not None else None) or checked_bank(config)
+        if state is None:
+            self.bank = checked_bank(config)
+        else:  # whatever the file that it came of holds by now
+            with resuming(out):
+                self.bank = stored_bank(state)
         self.embeddings = self.bank.embeddings.to(device)
         self.network = DFPIR(config.model)
         if config.initialisation == "identity":
             initialise(self.network)
-        # A portable checkpoint without guidance layers has those that its training started from.
-        if config.start_from is not None and (state is None or self.network.state_dict().keys() - state["network"]):
+        if config.start_from is not None and state is None:
             start_from(self.network, config.start_from, partial(weights_of, model=config.model))
             require_prompts(self.bank, config.start_from, config.prompts)
         self.network.to(device).to(memory_format=torch.channels_last)
@@ -161,13 +163,10 @@ class Training(TrainingRun):
                 self._resume(state)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        fixed = {}
-        if "optimiser" in state:
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        if "optimiser" in state:  # a portable one has none
             self.optimiser.load_state_dict(state["optimiser"])
-        else:  # a portable one, which may lack what is not trained
-            fixed = {name: tensor for name, tensor in self.network.state_dict().items() if name not in self.trained}
-        for network, stored in ((self.network, state["network"]), (self.average, state["average"])):
-            network.load_state_dict(fixed | stored)
         self.take_place(state)
 
     def save(self) -> None:

@@ -92,7 +92,7 @@ class TrainingRun(ABC):
         self.config, self.out, self.device = config, out, device
         self.step, self.seconds = 0, 0.0
         self.inventory: str | None = None
-        """Of the photographs that it has trained on; None: of none, or of those of a checkpoint without it."""
+        """Of the photographs that it has trained on; None: of none."""
         torch.manual_seed(config.seed)
 
     @property
@@ -110,8 +110,8 @@ class TrainingRun(ABC):
         }
 
     def take_place(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where a checkpoint stood; those of before have no inventory."""
-        self.step, self.seconds, self.inventory = state["step"], state["seconds"], state.get("inventory")
+        """Goes on from where a checkpoint stood."""
+        self.step, self.seconds, self.inventory = state["step"], state["seconds"], state["inventory"]
 
     @abstractmethod
     def save(self) -> None:

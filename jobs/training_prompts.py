@@ -42,9 +42,9 @@ def to_store(bank: PromptBank) -> dict[str, Any]:
     return {"prompts": {"keys": bank.keys, "sentences": bank.sentences, "embeddings": bank.embeddings}}
 
 
-def stored_bank(state: Mapping[str, Any]) -> PromptBank | None:
-    """That of a restorer's checkpoint; None in those of before."""
-    return PromptBank(**state["prompts"]) if "prompts" in state else None
+def stored_bank(state: Mapping[str, Any]) -> PromptBank:
+    """That of a restorer's checkpoint."""
+    return PromptBank(**state["prompts"])
 
 
 def require_prompts(bank: PromptBank, source: Path, chosen: str) -> None:
@@ -57,8 +57,6 @@ def require_prompts(bank: PromptBank, source: Path, chosen: str) -> None:
         theirs = stored_bank(torch.load(source, map_location="cpu", weights_only=True))
     else:
         theirs = load_checkpoint(resolve(str(source)).path).prompts
-    if theirs is None:
-        return
     both = [key for key in bank.keys if key in theirs.keys]
     if not torch.equal(bank.embeddings[bank.indices(both)], theirs.embeddings[theirs.indices(both)]):
         raise UsageError(

@@ -80,9 +80,6 @@ def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Map
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:  # torch names every key
-        if source.name == PORTABLE and "Missing key" in str(error):
-            advice = f"go on in its folder, which makes a {CHECKPOINT} of it, and name that"
-            raise UsageError(f"start_from {source} lacks what is not trained: {advice}") from error
         raise UsageError(f"start_from {source} is of another network: {shorten(str(error), 300)}") from error
 
 

@@ -68,7 +68,9 @@ def test_a_training_checkpoint_is_exported_with_its_card(tmp_path, monkeypatch):
     training.mkdir()
     out.parent.mkdir()
     config = as_plain(training_of(network.config, steps=7))
-    state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0}
+    state = {"config": config, "average": network.state_dict(), "step": 7, "seconds": 90.0} | to_store(
+        orthogonal_bank()
+    )
     torch.save(state, training / "checkpoint.pt")
     (tmp_path / "provenance.json").write_text('{"data": "made up"}')
     options = ["--licence", "Apache-2.0", "--provenance", tmp_path / "provenance.json", "--description", "new"]
@@ -110,7 +112,7 @@ def test_an_export_tells_wrong_inputs_without_a_traceback(
         "average": network.state_dict(),
         "step": 7,
         "seconds": 90.0,
-    }
+    } | to_store(orthogonal_bank())
     for name, state in (("run", whole), ("other", {"config": {}})):
         (tmp_path / name).mkdir()
         torch.save(state, tmp_path / name / "checkpoint.pt")
