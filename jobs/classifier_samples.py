@@ -44,22 +44,24 @@ SHARES: dict[Degradation, float] = {
 """Share of each label in the samples; `clean` is what every kind of damage must be told from."""
 
 
-def draw_scene(photographs: Photographs, rng: np.random.Generator, *, whole: bool = False) -> FloatImage:
+def draw_scene(
+    photographs: Photographs, rng: np.random.Generator, *, whole: bool = False, native: bool = False
+) -> FloatImage:
     """A photograph or a part of one, H x W x 3 in [0, 1], sides from 160 px, at native or reduced scale.
 
-    Its shorter side has at most 512 px, its longer one seldom more than 640.
+    Its shorter side has at most 512 px, its longer one seldom more than 640. None is enlarged, which would be damage.
 
     Native scale shows how soft camera originals are, reduced scale how sharp downsized photographs are. A `whole`
-    one is reduced, and cut only where it is more than twice as wide as high.
+    one is reduced, and cut only where it is more than twice as wide as high; a `native` one is cut, and never reduced.
     """
     image = photographs.draw(rng)
     height, width = image.shape[:2]
     kind = rng.random()
-    if whole or kind < 0.35:
-        scale = log_uniform(rng, 224, 480) / min(height, width)
+    if whole or (kind < 0.35 and not native):
+        scale = min(1.0, log_uniform(rng, 224, 480) / min(height, width))
         source_height, source_width = height, min(width, 2 * height)
     else:
-        scale = 1.0 if kind > 0.75 else log_uniform(rng, 0.35, 1)
+        scale = 1.0 if native or kind > 0.75 else log_uniform(rng, 0.35, 1)
         sides = np.exp(rng.uniform(np.log(224), np.log(512), 2)) / scale
         source_height, source_width = min(height, round(sides[0])), min(width, round(sides[1]))
     top = rng.integers(height - source_height + 1)
@@ -194,12 +196,14 @@ def draw_labelled(
 ) -> FloatImage:
     """An image that carries its label already, varied as `draw_damaged` varies scenes before it damages them.
 
-    It is seen whole, since a part of it may be undamaged, unless it is clean.
+    Unless it is clean it is seen whole, since a part of it may be undamaged. What fades when it is made smaller, or
+    softer (it is not `SHRINKABLE`), is seen in parts at its own scale instead, and varied in tone alone.
     """
-    image = draw_scene(labelled, rng, whole=label is not Degradation.CLEAN)
+    is_clean, fades = label is Degradation.CLEAN, label not in SHRINKABLE
+    image = draw_scene(labelled, rng, whole=not (is_clean or fades), native=fades)
     if training and rng.random() < 0.6:
         image = vary_tone(image, rng)
-    return vary_clean(image, rng) if label is Degradation.CLEAN or rng.random() < 0.5 else image
+    return vary_clean(image, rng) if is_clean or (not fades and rng.random() < 0.5) else image
 
 
 def as_filed(image: FloatImage, rng: np.random.Generator) -> NDArray[np.uint8]:
