@@ -102,7 +102,7 @@ def fit_thresholds(
 ) -> dict[Degradation, float]:
     """The lowest threshold per label that keeps the precision asked for on held-out samples.
 
-    A label that is never predicted has its `LabelRisk.unfitted_threshold`.
+    Where no sample is sure enough and right, a label has its `LabelRisk.unfitted_threshold`.
 
     Args:
         probability: M x labels, calibrated.
@@ -114,11 +114,14 @@ def fit_thresholds(
     thresholds = {}
     for index, label in enumerate(LABELS):
         risk = risks[label]
-        threshold = risk.lowest_threshold if (predicted == index).any() else risk.unfitted_threshold
+        threshold = risk.lowest_threshold
         while threshold < HIGHEST_THRESHOLD:
             accepted = (predicted == index) & (top >= threshold)
+            if not accepted.any():
+                threshold = risk.unfitted_threshold
+                break
             right = weight[accepted & (labels == index)].sum()
-            if not accepted.any() or right >= risk.precision * weight[accepted].sum():
+            if right >= risk.precision * weight[accepted].sum():
                 break
             threshold = round(threshold + 0.01, 4)
         thresholds[label] = threshold

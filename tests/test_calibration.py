@@ -88,6 +88,14 @@ def test_a_label_that_is_never_predicted_keeps_the_threshold_of_no_calibration()
     assert thresholds == {label: ClipCalibration().thresholds[label] for label in thresholds}
 
 
+@pytest.mark.parametrize("confidence", [0.4, 0.55])
+def test_a_label_that_is_never_right_has_no_lower_threshold_than_one_that_is_never_predicted(confidence):
+    """Below the lowest threshold, or always wrong above it: what lies higher up no sample tells."""
+    p = np.tile([confidence, *[(1 - confidence) / 6] * 6], (50, 1))
+    labels = np.full(50, LABELS.index(Degradation.CLEAN))
+    assert fit_thresholds(p, labels, weights=EVEN)[Degradation.NOISE] == HIGHEST_THRESHOLD
+
+
 def test_calibration_error_is_zero_when_sure_and_right():
     assert calibration_error(np.eye(7)[[0, 3]], np.array([0, 3]), weights=np.ones(2)) == 0
     assert calibration_error(np.eye(7)[[0, 3]], np.array([1, 4]), weights=np.ones(2)) == 1
