@@ -106,6 +106,9 @@ class DegradationNetwork(nn.Module):
         super().__init__()
         self.architecture = architecture
 
+        if not timm.is_model(architecture.backbone):  # `hf-hub:...` would ask for it over the network
+            raise ValueError(f"timm has no model {architecture.backbone}")
+
         def backbone(channels: tuple[int, ...]) -> nn.Module:
             return timm.create_model(
                 architecture.backbone,

@@ -167,7 +167,7 @@ class Training(TrainingRun):
         try:
             require_room(build, device)
             self.network = build()
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"network.backbone {config.network.backbone} is no ResNet of timm: {error}") from error
         out.mkdir(parents=True, exist_ok=True)
         state = found_state(out, config)

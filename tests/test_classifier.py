@@ -236,6 +236,7 @@ def test_another_architecture_is_refused(tiny):
     ("change", "message"),
     [
         ({"architecture": {"backbone": "no_such_model"}}, "cannot be built"),
+        ({"architecture": {"backbone": "hf-hub:timm/resnet10t.c3_in1k"}}, "cannot be built: timm has no model hf-hub"),
         ({"architecture": {"depth": 3}}, "cannot be built"),
         ({"thresholds": {"noise": 0.5}}, "cannot be used"),
         ({"view": {"crops": 0}}, "cannot be used"),
@@ -245,7 +246,18 @@ def test_another_architecture_is_refused(tiny):
         ({"thresholds": dict.fromkeys(LABELS, 0.5) | {"rain": 1.5}}, "from 0 to 1, not rain 1.5"),
         ({"thresholds": dict.fromkeys(LABELS, 0.5) | {"haze": float("nan")}}, "from 0 to 1, not haze nan"),
     ],
-    ids=["backbone", "option", "thresholds", "view", "labels", "frozen", "undefined", "unreachable", "no threshold"],
+    ids=[
+        "backbone",
+        "hub",
+        "option",
+        "thresholds",
+        "view",
+        "labels",
+        "frozen",
+        "undefined",
+        "unreachable",
+        "no threshold",
+    ],
 )
 def test_a_wrong_description_is_refused(tiny, change, message):
     tensors, metadata = contents(tiny)

@@ -611,7 +611,7 @@ def test_a_network_too_large_for_memory_is_refused_before_it_is_made(folder, tmp
         train(config, tmp_path / "out", threads=1)
 
 
-@pytest.mark.parametrize("backbone", ["nonsense", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("backbone", ["nonsense", "vit_tiny_patch16_224", "hf-hub:timm/resnet10t.c3_in1k"])
 def test_another_backbone_than_a_resnet_is_refused(folder, tmp_path, backbone):
     config = small(folder, steps=1, network=replace(TINY, backbone=backbone))
     with pytest.raises(ConfigError, match=f"backbone {backbone} is no ResNet"):
