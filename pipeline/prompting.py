@@ -101,7 +101,7 @@ def decide(
             reason = f"best guess {label} only {_floored(confidence)}, below its threshold"
             return Decision(Status.ABSTAINED, label, None, reason)
     elif not confidence >= min_confidence:
-        reason = f"best guess {label} only {_floored(confidence)}, below the threshold {min_confidence:.2f}"
+        reason = f"best guess {label} only {_floored(confidence)}, below the threshold {min_confidence:g}"
         return Decision(Status.ABSTAINED, label, None, reason)
     seen = f"{label} with probability {confidence:.2f}"
     if label is Degradation.CLEAN:

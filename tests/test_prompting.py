@@ -69,7 +69,9 @@ def test_unsure_is_abstained_whatever_the_label(label):
 
 def test_a_reason_does_not_contradict_itself():
     decision = decide(prediction("rain", confidence=0.49999), prompts=ALL, min_confidence=0.5)
-    assert decision.reason == "best guess rain only 0.49, below the threshold 0.50"
+    assert decision.reason == "best guess rain only 0.49, below the threshold 0.5"
+    decision = decide(prediction("rain", confidence=0.9985), prompts=ALL, min_confidence=0.999)
+    assert decision.reason == "best guess rain only 0.99, below the threshold 0.999"
 
 
 def test_no_number_is_not_sure_enough():
