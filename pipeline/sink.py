@@ -168,13 +168,14 @@ class RunDirectory:
     def folds_names(self) -> bool:
         """Whether the run's file system takes names for one that differ in case, or in how accents are written."""
         self.root.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(self.root / "\u00e9")
+        name = temporary_name(self.root / "\u00e9").name
+        probe, *others = (  # as UTF-8, whatever the locale encodes names as
+            self.root / os.fsdecode(each.encode())
+            for each in (name, name.swapcase(), unicodedata.normalize("NFD", name))
+        )
         probe.touch()
         try:
-            return any(
-                probe.with_name(each).exists()
-                for each in (probe.name.swapcase(), unicodedata.normalize("NFD", probe.name))
-            )
+            return any(each.exists() for each in others)
         finally:
             probe.unlink()
 

@@ -324,6 +324,14 @@ def test_a_file_system_that_folds_names_is_found_out(
     assert not [path for path in directory.root.iterdir() if path.is_file()]
 
 
+def test_names_are_tried_where_the_locale_has_no_accents(tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from pipeline.sink import RunDirectory as Run"
+    script += "; assert not Run(Path(sys.argv[1])).folds_names()"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=os.environ | locale, check=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_gone_is_not_made_anew(directory: RunDirectory, tmp_path: Path) -> None:
     source = tmp_path / "source.png"
     source.write_bytes(b"x")
