@@ -1,4 +1,5 @@
 import io
+from datetime import timedelta
 
 import pytest
 from rich.console import Console
@@ -30,3 +31,22 @@ def test_where_a_bar_cannot_move_there_are_lines_of_which_each_is_whole(
     assert lines[0].endswith(
         "950000 of 1000000 images (10000 abstained, 10000 copied, 10000 failed, 10000 quarantined, 10000 restored)"
     )
+
+
+@pytest.mark.parametrize(("apart_s", "at_once"), [(80.0, 1), (20.0, 8)])
+def test_the_time_left_is_told_of_images_that_come_minutes_apart_and_of_several_at_once(
+    apart_s: float, at_once: int
+) -> None:
+    clock = 0.0
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, get_time=lambda: clock)
+    view = ProgressView(console, total=1000, done=100)
+    assert view._bar is not None
+    column, task = view._bar.columns[4], view._bar.tasks[0]
+    assert str(column(task)) == "-:--:--"
+    for turn in range(1, 4):
+        clock = turn * apart_s
+        for _ in range(at_once):
+            view(OUTCOMES[:1])
+        left = 900 - turn * at_once
+        clock += 10
+        assert str(column(task)) == str(timedelta(seconds=round(apart_s / at_once * left - 10)))
