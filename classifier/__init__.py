@@ -35,17 +35,19 @@ def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: tor
     Args:
         name_or_path: a shipped name, a weights file, or `clip:PATH` of CLIP weights for zero-shot.
         device: `cpu`, `cuda` or one CUDA device.
-        dtype: of the backbones; float32 if not given.
+        dtype: of the backbones, float32 or bfloat16; float32 if not given.
 
     Raises:
         ClassifierWeightsError: the file is not there, is none that can be used, or is damaged.
-        ValueError: CUDA asked for where there is none.
+        ValueError: an unknown dtype, or CUDA asked for where there is none.
     """
     import torch
 
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("CUDA was asked for, but torch finds no CUDA device here; use device='cpu'")
     dtype = dtype or torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     if isinstance(name_or_path, str) and name_or_path.startswith(CLIP_PREFIX):
         from classifier.clip_classifier import ClipClassifier
 

@@ -53,7 +53,7 @@ class Classifier(ABC):
         """The views of one H x W x 3 uint8 RGB image of any size from 1 x 1 up; may be called from many threads.
 
         Raises:
-            ValueError: the array has another shape or type.
+            ValueError: this is no array, or one of another shape or type.
         """
         return take_views(image, self.view)
 
@@ -73,7 +73,7 @@ class Classifier(ABC):
         """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
 
         Raises:
-            ValueError: an array has another shape or type.
+            ValueError: one of them is no array, or has another shape or type.
         """
         found = self.probabilities([self.take_views(image) for image in images])
         return [

@@ -88,8 +88,10 @@ def take_views(image: NDArray[np.uint8], settings: ViewSettings) -> Views:
     """The views of one H x W x 3 uint8 RGB image of any size from 1 x 1 up.
 
     Raises:
-        ValueError: the array has another shape or type.
+        ValueError: this is no array, or one of another shape or type.
     """
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"expected a NumPy array, found {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"expected an H x W x 3 uint8 image, found {image.shape} {image.dtype}")
     return Views(native_crops(image, settings), thumbnail(image, settings.thumbnail_px))

@@ -51,8 +51,7 @@ class PromptBank:
 
     def indices(self, keys: Sequence[str]) -> list[int]:
         """Positions of `keys` in the bank; raises KeyError naming an unknown key and the known ones."""
-        unknown = sorted(set(keys) - set(self.keys))
-        if unknown:
+        if unknown := sorted(map(str, set(keys) - set(self.keys))):  # None, too, of a decision to restore nothing
             raise KeyError(f"no prompt for {', '.join(unknown)}; this model knows {', '.join(self.keys)}")
         return [self.keys.index(key) for key in keys]
 

@@ -195,6 +195,8 @@ class Restorer:
         if len(images) != len(prompt_keys):
             raise ValueError(f"{len(images)} images but {len(prompt_keys)} prompt keys; each image needs one")
         for image in images:
+            if not isinstance(image, np.ndarray):
+                raise ValueError(f"expected NumPy arrays, found {type(image).__name__}")
             if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _TORCH_DTYPE:
                 raise ValueError(f"expected H x W x 3 uint8, uint16 or float32, found {image.shape} {image.dtype}")
         prompts = self.prompts.indices(prompt_keys)

@@ -153,7 +153,10 @@ def load_checkpoint(path: Path, prompts: PromptBank | None = None, *, expected_s
 
 
 def save_prompt_bank(path: Path, bank: PromptBank) -> None:
-    """Writes a bank alone (`.safetensors`), to go with a released checkpoint."""
+    """Writes a bank alone, to go with a released checkpoint: whole or not at all, over a file that is there.
+
+    A checkpoint's is looked for at `bank_beside` it. Raises OSError if it cannot be written.
+    """
     write_container(path, {"embeddings": bank.embeddings.cpu()}, {"format": BANK_FORMAT, **_describe_prompts(bank)})
 
 

@@ -13,7 +13,7 @@ from models.prompts import PUBLISHED_SENTENCES, PromptBank
 
 
 def clip_bank(
-    checkpoint_path: Path, *, keys: Sequence[str] = tuple(PUBLISHED_SENTENCES), model: str = OPENAI
+    checkpoint_path: str | Path, *, keys: Sequence[str] = tuple(PUBLISHED_SENTENCES), model: str = OPENAI
 ) -> PromptBank:
     """Published sentences as CLIP's text tower encodes them: float32, not normalised; nothing is downloaded.
 
@@ -29,7 +29,7 @@ def clip_bank(
     """
     sentences = [PUBLISHED_SENTENCES[key] for key in keys]
     try:
-        network, tokenize = load_clip(checkpoint_path, model)
+        network, tokenize = load_clip(Path(checkpoint_path), model)
     except ClassifierWeightsError as error:
         raise WeightsError(str(error)) from error
     with torch.inference_mode():

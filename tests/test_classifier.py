@@ -82,6 +82,14 @@ def test_no_images_give_no_predictions(tiny):
 def test_other_arrays_are_refused(tiny):
     with pytest.raises(ValueError, match="H x W x 3 uint8"):
         load_classifier(tiny).predict([np.zeros((8, 8), np.uint8)])
+    with pytest.raises(ValueError, match="NumPy array, found Image"):
+        load_classifier(tiny).predict([Image.new("RGB", (8, 8))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "bfloat16"])
+def test_other_precisions_are_refused(tiny, dtype):
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
+        load_classifier(tiny, dtype=dtype)
 
 
 def test_a_label_below_its_threshold_is_not_confident(tmp_path, tiny):

@@ -9,7 +9,7 @@ from pipeline.clip_prompts import clip_bank
 
 def test_a_bank_from_clip_weights_holds_what_clip_encodes(tmp_path):
     open_clip, network, path = small_clip(tmp_path)
-    bank = clip_bank(path, model="small-clip")
+    bank = clip_bank(str(path), model="small-clip")
     assert bank.keys == tuple(PUBLISHED_SENTENCES)
     assert (bank.embeddings.shape, bank.embeddings.dtype) == ((7, 512), torch.float32)
     with torch.no_grad():

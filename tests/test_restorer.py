@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from synthetic_weights import golden_state, tiny_network, write_tiny_model
 
 from models import Restorer, load_restorer, orthogonal_bank
@@ -230,6 +231,8 @@ def test_tiles_restore_what_a_tile_of_its_own_would_give_away_from_overlaps():
         ([np.zeros((8, 8, 4), np.uint8)], ["rain"], ValueError, "expected H x W x 3"),
         ([np.zeros((0, 8, 3), np.uint8)], ["rain"], ValueError, "expected H x W x 3"),
         ([np.zeros((8, 8, 3))], ["rain"], ValueError, "float64"),
+        ([Image.new("RGB", (8, 8))], ["rain"], ValueError, "NumPy arrays, found Image"),
+        (photographs((8, 8)), [None], KeyError, "no prompt for None; this model knows noise15"),
     ],
 )
 def test_what_cannot_be_restored_is_refused(restorer, images, keys, error, message):
