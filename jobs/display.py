@@ -33,7 +33,7 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         "model": f"{config.model}, sha256 {config.weights_sha256[:12]}",
         "classifier": f"{config.classifier}, sha256 {config.classifier_sha256[:12]}{_uncalibrated(config.classifier)}",
         "compute": f"{options.engine}, {job.context.device}, {_precision(config.dtype, job.context.device)}",
-        "images": f"{job.planned} planned, {job.images_left} left to do, {job.ignored} other files ignored",
+        "images": f"{job.planned} planned, {job.images_left} left to do, {_several(job.ignored, 'other file')} ignored",
     }
     if references := find_references(job):
         lines["references"] = f"{config.reference}, for {references[0]} of {references[1]} images looked at"
@@ -70,7 +70,7 @@ def after(console: Console, summary: Summary) -> None:
     if summary.ssim is not None and summary.ssim_input is not None:
         table.add_row("SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
     if summary.vanished:
-        table.add_row("vanished", f"{summary.vanished} planned files are no longer in the source")
+        table.add_row("vanished", f"{_several(summary.vanished, 'planned file')}, no longer in the source")
     if summary.unreadable_directories:
         table.add_row("unreadable", Text(_unreadable(summary.unreadable_directories)))
     table.add_row("images", Text(summary.images))
@@ -95,8 +95,8 @@ def audited(console: Console, found: Audit) -> None:
     table.add_row("labels", _counts(found.labels) or "none")
     table.add_row("to review", f"{found.suspicious} suspicious, {found.with_warnings} with warnings")
     how = "read and hashed" if found.contents_read else "sizes compared"
-    table.add_row("results", f"{found.outputs} files, {found.output_bytes / 1e6:.1f} MB, {how}")
-    table.add_row("inputs", "not looked at" if found.sources is None else f"{found.sources} files, {how}")
+    table.add_row("results", f"{_several(found.outputs, 'file')}, {found.output_bytes / 1e6:.1f} MB, {how}")
+    table.add_row("inputs", "not looked at" if found.sources is None else f"{_several(found.sources, 'file')}, {how}")
     for name, values in found.made_by.items():
         short = [value[:12] if name.endswith("sha256") else value for value in values]
         table.add_row(name.replace("_", " "), Text(harmless(", ".join(short) or "none")))
@@ -113,14 +113,17 @@ def audited(console: Console, found: Audit) -> None:
 
 
 def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
-    """The plan as one JSON-ready object, but for `worker_seconds`: how long one worker here will take."""
+    """The plan as one JSON-ready object, but for `worker_seconds`: how long one worker here will take.
+
+    Sizes and what comes of headers are those of the images left.
+    """
     return {
         "images": job.planned,
         "left": job.images_left,
         "ignored": job.ignored,
         "unreadable_directories": len(job.unreadable_directories),
         "shards": len(job.shards),
-        "bytes": job.shards.size_bytes,
+        "bytes": job.left.size_bytes,
         "sampled": estimated.sampled,
         "megapixels": estimated.megapixels,
         "unreadable_fraction": estimated.unreadable_fraction,
@@ -137,14 +140,14 @@ def plan(console: Console, record: Mapping[str, Any], unreadable: Sequence[str])
     table.add_column(overflow="fold")
     table.add_row(
         "images",
-        f"{record['images']} in {record['shards']} shards, {record['left']} left, "
-        f"{record['ignored']} other files ignored",
+        f"{record['images']} in {_several(record['shards'], 'shard')}, {record['left']} left to do, "
+        f"{_several(record['ignored'], 'other file')} ignored",
     )
     if unreadable:
         table.add_row("unreadable", Text(_unreadable(unreadable)))
     table.add_row(
         "size", f"{record['bytes'] / 1e6:.1f} MB, about {record['megapixels']:.1f} megapixels "
-        f"(from {record['sampled']} headers, {record['unreadable_fraction']:.1%} unreadable)"
+        f"(from {_several(record['sampled'], 'header')}, {record['unreadable_fraction']:.1%} unreadable)"
     )  # fmt: skip
     table.add_row("disk", f"about {record['output_bytes'] / 1e6:.1f} MB for the results")
     table.add_row("time", f"about {_duration(record['worker_seconds'])} for one worker on this machine, all restored")
@@ -206,7 +209,11 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _unreadable(folders: Sequence[str]) -> str:
-    return harmless(f"{len(folders)} folders, the first {folders[0]}")
+    return harmless(f"{_several(len(folders), 'folder')}, the first {folders[0]}")
+
+
+def _several(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -216,4 +223,6 @@ def _counts(counts: dict[str, int]) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"

@@ -233,6 +233,8 @@ def worker_seconds(options: RestoreOptions, *, images: float, megapixels: float)
 
     By medians of three, on noise: what the network takes grows with an image, what the classifier takes does not.
     """
+    if not images:
+        return 0.0
     pa.default_memory_pool().release_unused()
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     # One network at a time, since both together hold more than the plan of a million images.

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from jobs import restore as restoration
 from jobs.cli import app
 from jobs.config import RestoreOptions
+from jobs.display import _duration
 from jobs.errors import UsageError
 from jobs.local import LocalRunner
 from jobs.restore import _absolute, prepare, sole_driver, worker_seconds
@@ -373,7 +374,10 @@ def test_plan_writes_no_image_and_restore_goes_on_from_it(
     assert {row["prompt"] for row in read_manifest(out).to_pylist()} == {"haze"}
     assert json.loads((out / "job.json").read_text())["config"]["label"] == "haze"
     code, stdout, _ = invoke("plan", photographs, out, *weights, "--label", "haze", "--json")
-    assert (json.loads(stdout)["left"], json.loads(stdout)["megapixels"]) == (0, 0)
+    record = json.loads(stdout)
+    assert [record[name] for name in ("left", "bytes", "megapixels", "worker_seconds")] == [0, 0, 0, 0]
+    shown = invoke("plan", photographs, out, *weights, "--label", "haze")[1]
+    assert "2 in 1 shard, 0 left to do, 1 other file ignored" in shown
     assert restore(photographs, out, weights, "--label", "rain")[0] == 2
 
 
@@ -386,6 +390,17 @@ def test_a_plan_counts_the_classifiers_time_by_images_and_the_networks_by_pixels
     assert worker_seconds(options, images=10, megapixels=3) == pytest.approx(10 * 0.5 + 3)
     assert worker_seconds(RestoreOptions(), images=10, megapixels=3) == pytest.approx(10 * 1.0 + 3)
     assert worker_seconds(RestoreOptions(label="rain"), images=10, megapixels=3) == pytest.approx(3)
+
+
+def test_a_plan_with_nothing_left_loads_no_network() -> None:
+    assert worker_seconds(RestoreOptions(model="none such"), images=0, megapixels=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(89, "89 s"), (600, "10 min"), (7200, "2.0 h"), (20_000_000, "231 days")]
+)
+def test_long_times_are_told_in_units_that_people_use(seconds: float, told: str) -> None:
+    assert _duration(seconds) == told
 
 
 def test_references_that_match_nothing_are_told_before_the_work(
@@ -559,7 +574,7 @@ def test_folders_that_cannot_be_listed_are_part_of_the_result(
     assert code == 0
     assert json.loads(stdout)["unreadable_directories"] == ["holiday"]
     _, stdout, _ = restore(photographs, tmp_path / "out", weights, "--label", "rain")
-    assert "1 folders, the first holiday" in stdout
+    assert "1 folder, the first holiday" in stdout
 
 
 @pytest.mark.parametrize(
