@@ -32,6 +32,7 @@ class ProgressView:
         self._counts: Counter[str] = Counter()
         self._began = console.get_time()
         self._last_line = time.monotonic()
+        self._told = -1
         self._bar: Progress | None = None
         if (
             console.is_terminal and not console.is_dumb_terminal
@@ -50,7 +51,7 @@ class ProgressView:
     def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._told != self._counts.total():
             self._line()
 
     def __call__(self, outcomes: list[Outcome]) -> None:
@@ -68,7 +69,7 @@ class ProgressView:
             self._line()
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._told = time.monotonic(), self._counts.total()
         parts = ", ".join(f"{count} {status}" for status, count in sorted(self._counts.items()))
         self._console.print(
             f"{time.strftime('%H:%M:%S')} {self._done} of {self._total} images ({parts or 'none in this call'})",

@@ -50,3 +50,14 @@ def test_the_time_left_is_told_of_images_that_come_minutes_apart_and_of_several_
         left = 900 - turn * at_once
         clock += 10
         assert str(column(task)) == str(timedelta(seconds=round(apart_s / at_once * left - 10)))
+
+
+def test_the_last_line_is_not_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    assert len(shown(console, monkeypatch)) == 1
+    assert isinstance(console.file, io.StringIO)
+    assert len(console.file.getvalue().splitlines()) == 1  # at the end, too
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 1000.0)
+    with ProgressView(console, total=10, done=10):
+        pass
+    assert console.file.getvalue().endswith(" 10 of 10 images (none in this call)\n")
