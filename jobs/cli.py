@@ -8,12 +8,12 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 messages = Console(stderr=True, highlight=False, emoji=False)
 results = Console(highlight=False, emoji=False)
+T = TypeVar("T")
 
 
 def _named(text: str) -> Path:
@@ -115,10 +116,13 @@ RetryFailed = Annotated[
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="TOML file with options of `restore`, and max-pixels; what the command line says wins."
+        "--config",
+        metavar="FILE",
+        parser=_named,
+        help="TOML file with options of `restore`, and max-pixels; what the command line says wins.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def _tell_version(wanted: bool) -> None:
@@ -157,6 +161,13 @@ def _faults_explained() -> Iterator[None]:
     text = "\n".join(map(harmless, str(fault).split("\n")))
     messages.print(f"dfpir: {text}", markup=False, soft_wrap=True)
     raise typer.Exit(code) from fault
+
+
+def _watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The items, with a bar on a terminal and with nothing elsewhere, where it would leave an empty line."""
+    from rich.progress import track
+
+    return track(items, what, total=total, console=messages, transient=True, disable=not messages.is_terminal)
 
 
 @contextmanager
@@ -222,9 +233,10 @@ def restore(
     else:
         display.after(results, summary)
     if summary.failed_fraction > options.max_failed_fraction:
+        undone = summary.counts["failed"] + summary.counts["quarantined"]
         messages.print(
-            f"dfpir: {summary.failed_fraction:.1%} of the images failed, more than the "
-            f"{options.max_failed_fraction:.1%} of --max-failed-fraction"
+            f"dfpir: {undone} of {summary.planned} images failed, more than --max-failed-fraction "
+            f"{options.max_failed_fraction:g} allows"
         )
         raise typer.Exit(1)
 
@@ -280,7 +292,11 @@ def preview(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", parser=_named, help="One photograph.")],
     picture: Annotated[
         Path | None,
-        typer.Option(parser=_named, help="Before/after picture to write; default: IMAGE's name + .preview.png, here."),
+        typer.Option(
+            metavar="FILE",
+            parser=_named,
+            help="Before/after picture to write; default: IMAGE's name + .preview.png, here.",
+        ),
     ] = None,
     model: Model = None,
     classifier: ClassifierName = None,
@@ -320,8 +336,6 @@ def audit(
     Exit code: 0 everything holds; 1 something does not; 2 there is no run that could be audited.
     """
     with _faults_explained():
-        from rich.progress import track
-
         from jobs import display
         from jobs.audit import audit as audit_run
 
@@ -329,7 +343,7 @@ def audit(
             run,
             contents=not quick,
             sources=sources,
-            watch=lambda checks, total: track(checks, "files", total=total, console=messages, transient=True),
+            watch=lambda checks, total: _watched(checks, "files", total),
         )
     if as_json:
         print(json.dumps(asdict(found)))
@@ -342,7 +356,8 @@ def audit(
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Argument(parser=_named, help="Folder for the demonstration, new or of an earlier one.")
+        Path,
+        typer.Argument(metavar="OUT", parser=_named, help="Folder for the demonstration, new or of an earlier one."),
     ] = Path("dfpir-demo"),
     engine: Engine = None,
 ) -> None:
@@ -362,11 +377,17 @@ def evaluate(
         str, typer.Option(help="sots (outdoor), rain100l, cbsd68, gopro, lol, kodak24, urban100, or pairs: your own.")
     ],
     root: Annotated[
-        Path, typer.Option(parser=_named, help="Folder of the set as downloaded; pairs: degraded/, reference/.")
+        Path,
+        typer.Option(
+            metavar="DIR", parser=_named, help="Folder of the set as downloaded; pairs: degraded/, reference/."
+        ),
     ],
     label: Annotated[str | None, typer.Option(help="With pairs: noise, rain, haze, blur or lowlight.")] = None,
     out: Annotated[
-        Path | None, typer.Option(parser=_named, help="Parquet file, a row per image; default: DATASET.parquet.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", parser=_named, help="Parquet file, a row per image; default: DATASET.parquet, here."
+        ),
     ] = None,
     model: Model = None,
     classifier: ClassifierName = None,
@@ -379,8 +400,6 @@ def evaluate(
     Every image is restored twice: with its label given, and with it predicted.
     """
     with _faults_explained():
-        from rich.progress import track
-
         from jobs import evaluate as evaluation
         from jobs.config import read_options
         from jobs.datasets import find_examples
@@ -405,7 +424,7 @@ def evaluate(
         found, rows = evaluation.evaluate(examples, *networks), list[evaluation.Result]()
         try:
             with signals_raise(goes_on=False):
-                for row in track(found, dataset, total=len(examples), console=messages, transient=True):
+                for row in _watched(found, dataset, len(examples)):
                     rows.append(row)
         except BaseException:  # a file that cannot be read, or Ctrl-C, does not cost the results before it
             if rows:
@@ -493,7 +512,10 @@ def train_restorer(
     loaders: LoadersOfEach = 0,
     compiled: Compiled = False,
     max_minutes: MaxMinutes = math.inf,
-    workers: Annotated[int, typer.Option(min=1, help="On Ray: GPUs, or CPU workers, that share every batch.")] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="GPUs, or CPU workers, that share every batch; with several, or --address, on Ray."),
+    ] = 1,
     address: Address = None,
 ) -> None:
     """Trains a restorer, or goes on where the last call stopped."""
@@ -525,7 +547,8 @@ def train_classifier(
     loaders: Loaders = 0,
     max_minutes: MaxMinutes = math.inf,
     export: Annotated[
-        Path | None, typer.Option(parser=_named, help="Calibrated weights (.safetensors) to write at the end.")
+        Path | None,
+        typer.Option(metavar="FILE", parser=_named, help="Calibrated weights (.safetensors) to write at the end."),
     ] = None,
     licence: Annotated[str, typer.Option(metavar="SPDX", help="With --export: the weights' licence.")] = "",
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_finished_run_holds_wherever_it_lies(run: Run) -> None:
     assert found["counts"] == {"restored": 4, "copied": 0, "abstained": 0, "failed": 0, "quarantined": 0}
     assert found["output_bytes"] == sum((run.out / "images" / name).stat().st_size for name in NAMES)
     shown = runner.invoke(app, ["audit", str(run.out)])
+    assert shown.stderr == ""  # no bar, and no empty line of one, where it would be no use
     assert shown.exit_code == 0
     assert "everything holds" in shown.stdout
     assert "4 of 4 planned images" in shown.stdout

@@ -263,7 +263,7 @@ def test_bad_images_become_failed_rows_and_decide_the_exit_code(
     assert restore(*command)[0] == 2
     code, stdout, stderr = restore(photographs, tmp_path / "out", weights, "--label", "blur")
     assert code == 1
-    assert "60.0% of the images failed" in stderr
+    assert "3 of 5 images failed, more than --max-failed-fraction 0.05 allows" in stderr
     assert "2 restored, 3 failed" in stdout
     rows = {row["relative_path"]: row for row in read_manifest(tmp_path / "out").to_pylist()}
     assert rows["empty.png"]["error_class"] == "empty_file"
@@ -580,7 +580,8 @@ def test_folders_that_cannot_be_listed_are_part_of_the_result(
 @pytest.mark.parametrize(
     "command",
     [
-        ["preview", ""], ["demo", ""], ["evaluate", "--dataset", "pairs", "--root", ""], ["figures", "{here}", ""],
+        ["preview", ""], ["preview", "a.png", "--config", ""],
+        ["demo", ""], ["evaluate", "--dataset", "pairs", "--root", ""], ["figures", "{here}", ""],
         ["train", "restorer", "{here}/a.toml", ""],
         ["train", "classifier", "{here}/a.toml", "{here}/out", "--export", ""],
     ],
@@ -877,6 +878,14 @@ def test_the_help_tells_the_defaults() -> None:
         option = told.index(f"--{name.replace('_', '-')} ")
         default = RestoreOptions.model_fields[name].default
         assert f"default: {default}." in told[option : told.index(" --", option + 1)], name
+
+
+@pytest.mark.parametrize(
+    "command", ["restore", "plan", "preview", "evaluate", "figures", "train restorer", "train classifier"]
+)
+def test_the_help_of_an_option_says_whether_it_takes_a_file_or_a_folder(command: str) -> None:
+    options = invoke(*command.split(), "--help")[1].split("Options:")[1]
+    assert "<path>" not in options.lower()
 
 
 def test_no_summary_of_a_command_is_cut_off_at_eighty_columns() -> None:
