@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -605,6 +606,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a name's characters
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as behind `nohup`
         signal.signal(signal.SIGINT, interrupt)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module="PIL")  # of metadata, without a word about whose they are
     code: Any = 0
     try:
         app()

@@ -617,6 +617,17 @@ def test_output_that_nobody_can_take_is_one_line() -> None:
     assert done.stderr == "dfpir: [Errno 28] No space left on device\n"
 
 
+def test_what_pillow_warns_of_stays_out_of_the_terminal(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    picture = tmp_path / "a.jpg"
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0cut short"
+    Image.open(photographs / "holiday" / "coffee.jpg").save(picture, exif=exif)
+    command = ["preview", picture, "--picture", tmp_path / "b.png", "--label", "rain", *weights]
+    code = "from jobs.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "restored: rain as given" in done.stdout
+
+
 def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
     picture = tmp_path / "new" / "picture.png"
     code, stdout, stderr = invoke(
