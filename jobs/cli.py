@@ -89,7 +89,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; defa
 MaxWorkers = Annotated[
     int | None,
     typer.Option(
-        help="At most this many workers; default: what there is room for, locally up to eight per GPU, or one."
+        help="At most this many workers; default: on Ray what there is room for, else up to eight per GPU, or one."
     ),
 ]
 Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels; default: auto.")]

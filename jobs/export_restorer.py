@@ -103,13 +103,13 @@ def main() -> None:
     parser.add_argument("training", type=Path, help="folder of the training")
     parser.add_argument("out", type=Path, help="file (.safetensors) to write; its card gets the suffix .json")
     parser.add_argument("--licence", required=True, help="SPDX identifier of the weights' licence")
-    parser.add_argument("--provenance", type=Path, required=True, help="JSON object: data, hardware, script")
+    parser.add_argument("--provenance", type=Path, required=True, metavar="FILE", help="JSON: data, hardware, script")
     parser.add_argument("--description", required=True, help="one line")
     window_help = (
         "prompt and side in pixels of the tiles that larger images are best restored in, by benchmarks.windows"
     )
     parser.add_argument("--window", type=_window, action="append", default=[], metavar="PROMPT=PX", help=window_help)
-    parser.add_argument("--quality", type=Path, help="JSON object of measured figures, named after data and unit")
+    parser.add_argument("--quality", type=Path, metavar="FILE", help="JSON: measured figures by data and unit")
     arguments = parser.parse_args()
     run_as_command(lambda: export(arguments))
 
