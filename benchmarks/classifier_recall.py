@@ -22,7 +22,7 @@ from classifier import load_classifier
 from classifier.base import Prediction
 from classifier.labels import Degradation
 from jobs.datasets import NOISE_SIGMAS_255, with_noise
-from jobs.restore import resolve_dtype
+from jobs.networks import resolve_dtype
 from pipeline.synthesis import convolve, from_uint8, to_uint8
 from pipeline.worker import WINDOW_IMAGES
 

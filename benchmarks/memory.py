@@ -19,7 +19,7 @@ from skimage import data
 from benchmarks.process_memory import resident_bytes
 from benchmarks.record import add_csv_option, write_csv
 from jobs.datasets import with_noise
-from jobs.restore import resolve_device
+from jobs.networks import resolve_device
 
 COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()"]
 POLL_S = 0.5

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import add_csv_option, write_csv
-from jobs.restore import resolve_device
+from jobs.networks import resolve_device
 
 PER_FOLDER = 1000
 

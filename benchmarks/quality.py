@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.record import RESULTS, write_csv
 from classifier.labels import Degradation
 from jobs.datasets import NOISE_SIGMAS_255, read_rgb, with_noise
-from jobs.restore import resolve_device
+from jobs.networks import resolve_device
 from pipeline.synthesis import convolve, from_uint8, to_uint8
 
 IMAGE_COLUMNS = (

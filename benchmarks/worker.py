@@ -28,7 +28,9 @@ from classifier import load_classifier
 from classifier.base import Classifier
 from jobs.config import RestoreOptions
 from jobs.datasets import with_noise
-from jobs.restore import make_runner, prepare, resolve_device, resolve_dtype, run, sole_driver
+from jobs.networks import resolve_device, resolve_dtype
+from jobs.places import sole_driver
+from jobs.restore import make_runner, prepare, run
 from models import Restorer, load_restorer
 from models.graphs import RUNS_BEFORE
 from models.memory import keep_freed_memory

@@ -27,7 +27,7 @@ from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS
 from jobs.classifier_samples import as_filed, draw_damaged
 from jobs.errors import UsageError
-from jobs.restore import require_writable
+from jobs.places import require_writable
 from jobs.training_data import Photographs, photographs_in
 from jobs.training_loop import run_as_command, usable_device
 

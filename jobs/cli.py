@@ -220,8 +220,9 @@ def restore(
     with _faults_explained(), signals_raise():
         from jobs import display
         from jobs.config import read_options
+        from jobs.places import sole_driver
         from jobs.progress import ProgressView
-        from jobs.restore import make_runner, prepare, run, sole_driver
+        from jobs.restore import make_runner, prepare, run
 
         options = read_options(config, given)
         with sole_driver(src, out):
@@ -270,7 +271,9 @@ def plan(
     with _faults_explained():
         from jobs import display
         from jobs.config import read_options
-        from jobs.restore import estimate_job, prepare, sole_driver, worker_seconds
+        from jobs.networks import worker_seconds
+        from jobs.places import sole_driver
+        from jobs.restore import estimate_job, prepare
         from models.memory import return_freed_memory
 
         options = read_options(config, given)
@@ -405,7 +408,8 @@ def evaluate(
         from jobs.config import read_options
         from jobs.datasets import find_examples
         from jobs.display import tell_if_uncalibrated
-        from jobs.restore import load_networks, require_writable
+        from jobs.networks import load_networks
+        from jobs.places import require_writable
 
         target = (out or Path(f"{dataset}.parquet")).resolve()
         if target.suffix != ".parquet":
@@ -464,7 +468,7 @@ def figures(
         from jobs import figures as drawing
         from jobs.config import read_options
         from jobs.display import tell_if_uncalibrated
-        from jobs.restore import load_networks
+        from jobs.networks import load_networks
         from models.registry import resolve
         from models.weights import load_checkpoint
 
@@ -522,7 +526,7 @@ def train_restorer(
     """Trains a restorer, or goes on where the last call stopped."""
     with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
-        from jobs.restore import resolve_device
+        from jobs.networks import resolve_device
         from jobs.train_restorer import train as run
         from jobs.training_config import RestorerTraining, read_config
 
@@ -556,7 +560,7 @@ def train_classifier(
     """Trains a classifier, or goes on where the last call stopped."""
     with _faults_explained(), _left_as_found(out):
         from jobs.config import read_options
-        from jobs.restore import resolve_device
+        from jobs.networks import resolve_device
         from jobs.train_classifier import export as write_weights
         from jobs.train_classifier import require_exportable
         from jobs.train_classifier import train as run

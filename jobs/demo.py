@@ -18,8 +18,9 @@ from classifier.labels import Degradation
 from jobs import display
 from jobs.config import read_options
 from jobs.errors import InterruptedBySignalError, RunError, UsageError
+from jobs.places import locked, sole_driver
 from jobs.progress import ProgressView
-from jobs.restore import locked, make_runner, prepare, run, sole_driver
+from jobs.restore import make_runner, prepare, run
 from jobs.sheets import side_by_side
 from pipeline.degradations import Haze, LowLight, MotionBlur, Noise, Rain
 from pipeline.sink import read_manifest

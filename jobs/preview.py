@@ -9,7 +9,8 @@ from rich.table import Table
 from jobs.config import RestoreOptions
 from jobs.display import tell_if_uncalibrated
 from jobs.errors import UsageError
-from jobs.restore import load_networks, require_writable
+from jobs.networks import load_networks
+from jobs.places import require_writable
 from jobs.sheets import side_by_side
 from jobs.terminal import harmless
 from pipeline.images import ImageFault, decode, in_grey, to_uint8

@@ -1,13 +1,11 @@
 """One restoration from request to summary: check, plan, run what is left, sum up."""
 
-import fcntl
 import json
 import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,31 +15,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 
-from classifier import CLIP_PREFIX, classifier_sha256, load_classifier
-from classifier.base import Classifier
+from classifier import CLIP_PREFIX, classifier_sha256
 from classifier.errors import ClassifierWeightsError
 from classifier.files import shipped_names
 from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import RunError, UsageError
+from jobs.networks import DTYPES, resolve_dtype, resolve_run_device
+from jobs.places import require_links, require_names, require_no_clash
 from jobs.runner import WHOLE_PIXELS, Runner
-from models import Restorer, load_restorer, parse_tile
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
-from models.memory import bytes_needed, keep_freed_memory
-from models.precision import fastest_dtype
+from models.memory import bytes_needed
 from models.registry import list_models, resolve
 from pipeline.estimate import Estimate, estimate
 from pipeline.outputs import ReferenceIndex, reserved_names, source_names
 from pipeline.plan import PlanChanges, PlanError, Shards, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
-from pipeline.records import OnOutcomes, Outcome, Stage, Status, first_rows
+from pipeline.records import OnOutcomes, Outcome, Stage, Status
 from pipeline.report import SUMMARY_COLUMNS, Summary, Tally, summarise
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import (
-    PARTIAL_NAME,
     ManifestError,
     RunDirectory,
     ShardBusyError,
@@ -50,8 +45,7 @@ from pipeline.sink import (
     read_manifest,
     read_rows,
 )
-from pipeline.source import Listing, SourceError, list_source, local_path
-from pipeline.worker import WINDOW_IMAGES
+from pipeline.source import Listing, SourceError, list_source
 
 # Arrow's own allocators hold twice what a plan of a million images takes, and give little of it back.
 pa.set_memory_pool(pa.system_memory_pool())
@@ -81,38 +75,6 @@ class Job:
     def images_left(self) -> int:
         """Images without a row."""
         return self.left.image_count
-
-
-def resolve_device(device: str) -> str:
-    """`auto` becomes cuda where there is one; asking for what is not there is an error."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def resolve_run_device(options: RestoreOptions) -> str:
-    """As `resolve_device`, but of the cluster where the run is to take place on one that is there already."""
-    address = options.address or os.environ.get("RAY_ADDRESS") or None
-    if options.engine == "local" or address is None or options.device == "cpu":
-        return resolve_device(options.device)
-    from jobs.ray_cluster import all_nodes, connected
-
-    with connected(address, threads=1):
-        has_gpu = any(node["Resources"].get("GPU") for node in all_nodes() if node["Alive"])
-    if options.device == "cuda" and not has_gpu:
-        raise UsageError(f"--device cuda: the Ray cluster at {address} has no GPU; use --device cpu or auto")
-    return "cuda" if has_gpu else "cpu"
-
-
-DTYPES = ("float32", "bfloat16")
-
-LINKS_TRIED = 20
-"""Photographs of which one can be linked into OUT, with `--clean link`."""
-
-
-def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` becomes what is fastest on the device (`models.precision.fastest_dtype`)."""
-    return str(fastest_dtype(device)).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def code_version() -> str:
@@ -156,9 +118,9 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")
     if job is not None and job["source_root"] != str(src.resolve()):
         raise UsageError(f"{out} holds a run over {job['source_root']}, not {src.resolve()}; use another OUT")
-    _check_names(listing, directory)
+    require_names(listing, directory)
     if config.clean == "link":
-        _check_links(listing, directory)
+        require_links(listing, directory)
     context = RunContext(
         run_id=job["run_id"] if job else uuid.uuid4().hex,
         run_dir=str(out.resolve()),
@@ -173,7 +135,7 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         directory.write_json(directory.job_path, _job_record(context, options))
     try:
         rows = done(out)
-        _refuse_clashes(listing, rows)
+        require_no_clash(listing, rows)
         again = _to_do_again(rows, listing, failed_too=options.retry_failed)
         changes = update_plan(out, listing, limit=options.limit, again=again)
         ignored, unreadable_directories = listing.ignored, listing.unreadable_directories
@@ -197,73 +159,6 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         ignored=ignored,
         unreadable_directories=unreadable_directories,
     )
-
-
-def load_networks(options: RestoreOptions) -> tuple[Restorer, Classifier]:
-    """The restorer and the classifier that the options name, where and in the precision that these say.
-
-    Raises UsageError if weights are at fault.
-    """
-    return _load_restorer(options), _load_classifier(options)
-
-
-def _load_restorer(options: RestoreOptions) -> Restorer:
-    device, dtype = _device_and_dtype(options)
-    try:
-        return load_restorer(options.model, device=device, dtype=dtype, tile=parse_tile(options.tile))
-    except (WeightsError, ValueError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _load_classifier(options: RestoreOptions) -> Classifier:
-    device, dtype = _device_and_dtype(options)
-    try:
-        return load_classifier(options.classifier, device=device, dtype=dtype)
-    except ClassifierWeightsError as error:
-        raise UsageError(str(error)) from error
-
-
-def _device_and_dtype(options: RestoreOptions) -> tuple[str, torch.dtype]:
-    device = resolve_device(options.device)
-    return device, getattr(torch, resolve_dtype(options.dtype, device))
-
-
-def worker_seconds(options: RestoreOptions, *, images: float, megapixels: float) -> float:
-    """How long one worker here takes for images that have so many megapixels together, if it restores them all.
-
-    By medians of three, on noise: what the network takes grows with an image, what the classifier takes does not.
-    """
-    if not images:
-        return 0.0
-    pa.default_memory_pool().release_unused()
-    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    # One network at a time, since both together hold more than the plan of a million images.
-    seconds = megapixels * _seconds_to_restore(image, options) / (image[..., 0].size / 1e6)
-    if options.label == "auto":
-        seconds += images * _seconds_to_classify(image, options) * (1 + options.second_look)
-    return seconds
-
-
-def _seconds_to_restore(image: NDArray[np.uint8], options: RestoreOptions) -> float:
-    restorer = _load_restorer(options)
-    keep_freed_memory()  # as a worker does
-    return _median_seconds(lambda: restorer.restore([image], restorer.prompts.keys[:1]))
-
-
-def _seconds_to_classify(image: NDArray[np.uint8], options: RestoreOptions) -> float:
-    """Of one image among as many as a worker asks about at once."""
-    classifier, count = _load_classifier(options), WINDOW_IMAGES[resolve_device(options.device)]
-    return _median_seconds(lambda: classifier.predict([image] * count)) / count
-
-
-def _median_seconds(work: Callable[[], object]) -> float:
-    work()
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds))
 
 
 def estimate_job(job: Job) -> Estimate:
@@ -296,46 +191,6 @@ def _to_do_again(rows: pa.Table, listing: Listing, *, failed_too: bool) -> pa.Ta
 def _present(listing: Listing) -> pa.Array:
     """Ids of the images that are there."""
     return listing.table["image_id"].filter(pc.is_valid(listing.table["modified"])).combine_chunks()
-
-
-@contextmanager
-def sole_driver(src: Path, out: Path) -> Iterator[None]:
-    """Creates OUT, if it is in a fit place, and holds it against a second driver."""
-    _check_places(src, out)
-    directory = RunDirectory(out)
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(directory.lock_path, out):
-        try:
-            yield
-        finally:
-            if not directory.job_path.exists():  # nothing was started: leave nothing behind
-                directory.lock_path.unlink(missing_ok=True)
-                with suppress(OSError):
-                    for path in made:
-                        path.rmdir()
-
-
-@contextmanager
-def locked(path: Path, out: Path) -> Iterator[None]:
-    """Holds a lock file that is in its place: a call that did not begin may have removed the one that was opened."""
-    while True:
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(f"another process is working on {out}; wait for it, or end it") from error
-            except OSError as error:
-                raise UsageError(
-                    f"OUT {out} lies on a file system without locks ({error.strerror}), which keep processes off each "
-                    "other's work; have it mounted with them (flock), or choose another OUT"
-                ) from error
-            is_there = False
-            with suppress(FileNotFoundError):
-                is_there = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
-            if is_there:
-                yield
-                return
 
 
 def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
@@ -453,83 +308,6 @@ def _absolute(name_or_path: str) -> str:
     prefix = CLIP_PREFIX if name_or_path.startswith(CLIP_PREFIX) else ""
     path = Path(name_or_path.removeprefix(prefix))
     return f"{prefix}{path.resolve()}" if path.is_file() else name_or_path
-
-
-def _check_places(src: Path, out: Path) -> None:
-    source, target = (Path(os.path.realpath(path)) for path in (src, out))  # `resolve` raises for a loop of links
-    if target == source:
-        raise UsageError(f"OUT {out} is SRC itself: results would be taken for inputs; choose another OUT")
-    if source in target.parents:
-        raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
-    if target in source.parents:
-        raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
-    if "runtime_resources/working_dir_files/" in f"{target}/":
-        raise UsageError(f"OUT {out} lies in a folder that Ray removes after the job; give absolute paths")
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"OUT {out} is a file; give a folder")
-    if os.path.lexists(out) and not target.exists():
-        raise UsageError(f"OUT {out} is a link to nothing; give a folder")
-
-
-def _check_names(listing: Listing, directory: RunDirectory) -> None:
-    """Refuses a list with results of the run in it, and names that are one where the results go."""
-    names = listing.table["relative_path"]
-    for images in {directory.images_dir.resolve(), directory.images_dir.absolute()}:  # lists may go by way of links
-        if len(found := names.filter(pc.starts_with(listing.table["uri"], f"{images.as_uri()}/"))):
-            raise UsageError(f"the list names {len(found)} results of this run, the first {found[0]}; take them out")
-    if len(partial := names.filter(pc.match_substring_regex(names, f"(^|/){PARTIAL_NAME}$"))):
-        raise UsageError(
-            f"the list names {partial[0]} ({len(partial)} such), which is called like a result that is not whole yet; "
-            "rename it, or take it out"
-        )
-    if directory.folds_names():
-        folded = pc.utf8_lower(pc.utf8_normalize(names, "NFC"))
-        first = first_rows(folded)
-        if len(first) < len(names):
-            clash = folded[int(np.setdiff1d(np.arange(len(names)), first)[0])]
-            both = names.filter(pc.equal(folded, clash)).to_pylist()
-            raise UsageError(
-                f"OUT {directory.root} lies on a file system for which {both[0]} and {both[1]} are one name, so that "
-                f"one result would take the other's place ({len(names) - len(first)} such); choose another OUT, or "
-                "rename them"
-            )
-
-
-def _check_links(listing: Listing, directory: RunDirectory) -> None:
-    """Links a photograph into OUT, since no other way tells for sure whether that can be done."""
-    present = listing.table.filter(pc.is_valid(listing.table["modified"]))["uri"]
-    faults: list[OSError] = []
-    for uri in present[:LINKS_TRIED].to_pylist():
-        try:
-            directory.try_link(local_path(uri))
-        except OSError as error:
-            faults.append(error)
-        else:
-            return  # the others fail alone
-    if faults:
-        raise UsageError(
-            f"--clean link: files of SRC cannot be linked into OUT ({faults[0].strerror}); use copy or skip"
-        ) from faults[0]
-
-
-def _refuse_clashes(listing: Listing, rows: pa.Table) -> None:
-    """A source file that came after a result of its name was written would take that result's place."""
-    names = listing.table["relative_path"]
-    clashes = names.filter(pc.is_in(names, rows["renamed"].drop_null()))
-    if len(clashes):
-        raise UsageError(
-            f"{clashes[0]} in the source has the name under which another image's result was written "
-            f"({len(clashes)} such); rename it, or use another OUT"
-        )
-
-
-def require_writable(path: Path) -> None:
-    """Makes a file's folder, and raises OSError, before the work for it is done, if the file cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    path.open("ab").close()
-    if is_new:
-        path.unlink()
 
 
 def read_job(directory: RunDirectory) -> dict[str, Any] | None:

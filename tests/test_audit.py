@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from jobs import audit
 from jobs.cli import app
 from jobs.errors import UsageError
-from jobs.restore import sole_driver
+from jobs.places import sole_driver
 from pipeline.sink import MANIFEST_SCHEMA, ManifestError, RunDirectory, read_rows
 
 NAMES = ["a.png", "b.png", "folder/c.jpg", "folder/d.png"]

@@ -21,13 +21,15 @@ from synthetic_classifier import write_tiny_classifier
 from synthetic_weights import TINY, write_tiny_model
 from typer.testing import CliRunner
 
-from jobs import restore as restoration
+from jobs import networks
 from jobs.cli import app
 from jobs.config import RestoreOptions
 from jobs.display import _duration
 from jobs.errors import UsageError
 from jobs.local import LocalRunner
-from jobs.restore import _absolute, prepare, sole_driver, worker_seconds
+from jobs.networks import worker_seconds
+from jobs.places import sole_driver
+from jobs.restore import _absolute, prepare
 from jobs.runner import WHOLE_PIXELS
 from jobs.terminal import harmless
 from models import orthogonal_bank
@@ -384,8 +386,8 @@ def test_plan_writes_no_image_and_restore_goes_on_from_it(
 def test_a_plan_counts_the_classifiers_time_by_images_and_the_networks_by_pixels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(restoration, "_seconds_to_restore", lambda *_: 0.065536)  # for 256 x 256 px
-    monkeypatch.setattr(restoration, "_seconds_to_classify", lambda *_: 0.5)
+    monkeypatch.setattr(networks, "_seconds_to_restore", lambda *_: 0.065536)  # for 256 x 256 px
+    monkeypatch.setattr(networks, "_seconds_to_classify", lambda *_: 0.5)
     options = RestoreOptions(second_look=False)
     assert worker_seconds(options, images=10, megapixels=3) == pytest.approx(10 * 0.5 + 3)
     assert worker_seconds(RestoreOptions(), images=10, megapixels=3) == pytest.approx(10 * 1.0 + 3)
@@ -529,7 +531,7 @@ def test_a_lock_that_cannot_be_had_is_told_from_one_that_is_held(
     def refuse(*_: object) -> None:
         raise OSError(fault, os.strerror(fault))
 
-    monkeypatch.setattr("jobs.restore.fcntl.flock", refuse)
+    monkeypatch.setattr("jobs.places.fcntl.flock", refuse)
     code, _, stderr = restore(photographs, tmp_path / "out", weights)
     assert code == 2
     assert message in stderr

@@ -18,7 +18,7 @@ from classifier.clip_classifier import CROPS, SENTENCES, ClipCalibration, ClipCl
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
 from classifier.view import ViewSettings, take_views
-from jobs import calibrate_clip, preview, restore
+from jobs import calibrate_clip, networks, preview, restore
 from jobs.calibrate_clip import fit_scaling
 from jobs.cli import app
 from jobs.errors import UsageError
@@ -254,7 +254,7 @@ def test_other_commands_tell_that_clip_is_not_calibrated(tmp_path, monkeypatch):
     path.touch()
     model = load_restorer(write_tiny_model(tmp_path / "model.safetensors"))
     classifier = load_classifier(write_tiny_classifier(tmp_path / "c.safetensors"))
-    for module in (restore, preview):
+    for module in (networks, preview):
         monkeypatch.setattr(module, "load_networks", lambda _: (model, classifier))
     (tmp_path / "labels").mkdir()
     for folder in ("degraded", "reference", "labels/rain"):

@@ -9,7 +9,7 @@ from rich.console import Console
 from jobs import demo
 from jobs.demo import MARKER, run_demo
 from jobs.errors import InterruptedBySignalError, RunError, UsageError
-from jobs.restore import locked
+from jobs.places import locked
 
 
 @pytest.mark.slow

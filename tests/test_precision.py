@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from jobs import display
-from jobs.restore import resolve_dtype
+from jobs.networks import resolve_dtype
 from jobs.training_loop import mixed_precision
 from models.precision import fastest_dtype
 

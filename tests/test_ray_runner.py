@@ -30,9 +30,9 @@ from jobs.config import RestoreOptions
 from jobs.dispatcher import Assignment, Dispatcher
 from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.local import LocalRunner
+from jobs.networks import resolve_run_device
 from jobs.ray_cluster import Needs, connected, measure_room
 from jobs.ray_runner import RayRunner
-from jobs.restore import resolve_run_device
 from jobs.signals import signals_raise
 from pipeline.faults import FAULT, MARKER
 from pipeline.records import Shard

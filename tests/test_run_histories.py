@@ -19,7 +19,8 @@ from tiny_runs import TinyWeights
 
 from jobs.audit import audit
 from jobs.config import RestoreOptions
-from jobs.restore import prepare, run, sole_driver
+from jobs.places import sole_driver
+from jobs.restore import prepare, run
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import read_manifest
