@@ -29,7 +29,7 @@ lowest: $(STAMP)
 	$(VENV)/lowest/bin/python -m pytest -m ray
 
 $(STAMP): requirements.lock pyproject.toml $(wildcard models/*.c)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
