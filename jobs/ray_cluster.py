@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -248,6 +249,9 @@ def start_local(*, cpus: int) -> None:
             # Ray gives its processes 15 s to start, fixed (ray-project/ray#65983): on a busy machine that may be
             # too short, above all the first time, when nothing is in the file cache yet.
             ray.shutdown()
+            if isinstance(error, OSError) and error.filename:
+                # Ray puts a token into the home folder. Where that cannot be written, any will do that is only here.
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             if attempt == START_TRIES:
                 raise RunError(
                     f"Ray could not be started on this machine in {START_TRIES} tries ({error}); "

@@ -1,3 +1,4 @@
+import errno
 import os
 import queue
 import re
@@ -434,6 +435,18 @@ def test_sigterm_while_ray_starts_is_told_as_any_other(no_ray: pytest.MonkeyPatc
 
     no_ray.setattr(ray_cluster_module.ray, "init", ended)
     with pytest.raises(InterruptedBySignalError, match="ended by SIGTERM"), connected(None, threads=1):
+        pass
+
+
+def test_a_home_folder_that_cannot_be_written_is_no_hindrance(no_ray: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        if not os.environ.get("RAY_AUTH_TOKEN"):  # Ray would put one there
+            raise OSError(errno.EROFS, "Read-only file system", "/.ray")
+
+    no_ray.setenv("RAY_AUTH_TOKEN", "")
+    no_ray.delenv("RAY_AUTH_TOKEN")
+    no_ray.setattr(ray_cluster_module.ray, "init", init)
+    with connected(None, threads=1):
         pass
 
 
