@@ -26,8 +26,9 @@ def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
 def is_misread(image: Image.Image) -> bool:
     """Whether a TIFF that is not loaded yet is of a kind that Pillow takes for another.
 
-    It takes signed bytes for unsigned ones, reads uncompressed YCbCr as if each pixel had a colour of its own, and does
-    not find the alpha of greyscale that is stored in planes and compressed, so that all is transparent.
+    It takes signed bytes for unsigned ones, reads uncompressed YCbCr as if each pixel had a colour of its own (before
+    version 13 as RGB with a fourth byte), and does not find the alpha of greyscale that is stored in planes and
+    compressed, so that all is transparent.
     """
     tags = tiff_tags(image)
     codecs = {tile.codec_name for tile in cast(TiffImagePlugin.TiffImageFile, image).tile}
@@ -35,13 +36,16 @@ def is_misread(image: Image.Image) -> bool:
     return (
         (image.mode == "L" and _first(tags.get(_SAMPLE_FORMAT, 1)) == _SIGNED)
         or (image.mode in ("LA", "La") and is_planar and "libtiff" in codecs)
-        or (image.mode == "YCbCr" and "raw" in codecs and _is_subsampled(tags))
+        or (_is_ycbcr(tags) and "raw" in codecs and (image.mode == "RGB" or _is_subsampled(tags)))
     )
 
 
+def _is_ycbcr(tags: Mapping[int, Any]) -> bool:
+    return bool(tags.get(ExifTags.Base.PhotometricInterpretation) == _YCBCR)
+
+
 def _is_subsampled(tags: Mapping[int, Any]) -> bool:
-    is_ycbcr = tags.get(ExifTags.Base.PhotometricInterpretation) == _YCBCR
-    return is_ycbcr and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
+    return _is_ycbcr(tags) and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
 
 
 def _first(value: Any) -> Any:
