@@ -27,7 +27,8 @@ class ProgressView:
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[failed]}"), console=console,
                 speed_estimate_period=math.inf,  # large images come minutes apart
             )  # fmt: skip
-            self._task = self._bar.add_task("images", total=total, completed=done, failed="")
+            self._task = self._bar.add_task("images", total=total, completed=done - 1, failed="")
+            self._bar.update(self._task, completed=done)  # rich counts images from its first update on, without that
 
     def __enter__(self) -> "ProgressView":
         if self._bar is not None:
