@@ -45,7 +45,13 @@ def _is_ycbcr(tags: Mapping[int, Any]) -> bool:
 
 
 def _is_subsampled(tags: Mapping[int, Any]) -> bool:
-    return _is_ycbcr(tags) and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
+    """Whether colours are stored at a smaller size than brightness; where no tag says so, bytes tell."""
+    if not _is_ycbcr(tags):
+        return False
+    if _SUBSAMPLING in tags:
+        return bool(tags[_SUBSAMPLING] != (1, 1))
+    stored = sum(tags.get(TiffImagePlugin.TILEBYTECOUNTS) or tags.get(ExifTags.Base.StripByteCounts, ()))
+    return bool(stored < 3 * tags[ExifTags.Base.ImageWidth] * tags[ExifTags.Base.ImageLength])
 
 
 def _first(value: Any) -> Any:
@@ -89,13 +95,13 @@ def stated_channels(data: bytes) -> str | None:
         has_place = ExifTags.Base.StripOffsets in tags or ExifTags.Base.TileOffsets in tags
         sides = int(tags[ExifTags.Base.ImageWidth]) * int(tags[ExifTags.Base.ImageLength])
         photometric = int(tags.get(ExifTags.Base.PhotometricInterpretation, 0))
+        subsampled = ", subsampled" if _is_subsampled(tags) else ""
     except Exception:
         return None
     if not has_place or sides <= 0:
         return None
     numbers = {_SIGNED: " signed", 3: " floating-point"}.get(_first(tags.get(_SAMPLE_FORMAT, 1)), "")
     planes = ", plane by plane" if tags.get(ExifTags.Base.PlanarConfiguration) == 2 else ""
-    subsampled = ", subsampled" if _is_subsampled(tags) else ""
     order = ("big-endian" if data.startswith(b"MM") else "little-endian") + (", BigTIFF" if is_big else "")
     compression = tags.get(ExifTags.Base.Compression, 1)
     how = f"{order}, photometric interpretation {photometric}" + (

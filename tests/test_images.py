@@ -369,6 +369,20 @@ def test_uncompressed_ycbcr_with_fewer_colours_than_pixels_is_not_read_as_if_it_
     assert "3 x 8 bits, subsampled" in str(fault)
 
 
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 16)}, {"rowsperstrip": 8}])
+def test_uncompressed_ycbcr_that_does_not_say_how_many_colours_it_has_is_told_by_its_bytes(layout):
+    """As Pillow itself wrote it once: by the standard the colours would have half the size."""
+    data = tiff_bytes(picture(24, 20), photometric="ycbcr", subsampling=(1, 1), **layout)
+    whole = struct.pack("<HHI", 530, 3, 2)
+    assert data.count(whole) == 1
+    untold = data.replace(whole, struct.pack("<HHI", 65000, 3, 2))
+    np.testing.assert_array_equal(read(untold).pixels, read(data).pixels)
+    if not layout:
+        assert data.count(struct.pack("<I", 24 * 20 * 3)) == 1
+        halved = untold.replace(struct.pack("<I", 24 * 20 * 3), struct.pack("<I", 24 * 20 * 3 // 2))
+        assert "3 x 8 bits, subsampled" in str(fault_of(halved))
+
+
 def test_a_tag_of_another_type_is_no_reason_to_fail_otherwise():
     """What a message is made of may be damaged too."""
     data = tiff_bytes(picture().astype(np.float32), photometric="rgb")
