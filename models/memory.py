@@ -58,8 +58,10 @@ def is_out_of_memory(error: Exception) -> bool:
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = "can't allocate", "not enough memory", "out of memory", "alloc_failed", "could not create a primitive"
-    return isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    words = "can't allocate memory", "not enough memory", "out of memory", "alloc_failed"
+    said = str(error).lower()
+    of_onednn = said == "could not create a primitive"  # while it has no descriptor for what it cannot do at all
+    return isinstance(error, RuntimeError) and (of_onednn or any(each in said for each in words))
 
 
 def available_bytes(device: torch.device) -> int:

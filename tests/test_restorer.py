@@ -358,6 +358,12 @@ def test_a_lost_device_is_no_full_memory():
     assert not is_out_of_memory(ValueError("a file named out of memory.png"))
 
 
+def test_what_onednn_cannot_do_at_all_is_no_full_memory():
+    """It would be tried again in ever smaller tiles."""
+    kind = "could not create a primitive descriptor for the convolution forward propagation primitive. Run workload"
+    assert not is_out_of_memory(RuntimeError(kind))
+
+
 def test_tiles_leave_room_for_the_image_that_is_held_whole():
     restorer = Restorer(tiny_network(), orthogonal_bank())
     whole = 24 * 2048 * 2048
