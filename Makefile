@@ -35,11 +35,12 @@ $(STAMP): requirements.lock pyproject.toml $(wildcard models/*.c)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $(STAMP)
 
-# Ratios against the plain network.
+# Ratios against the plain network, and what each step of a block gains.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine --memory 1024x1024
 	$(BIN)/python -m benchmarks.engine --model dfpir-compact --shapes 256x256 481x321 1024x1024 --memory 1024x1024 \
 		--csv benchmarks/results/engine-compact.csv
+	$(BIN)/python -m benchmarks.steps
 
 # Pins every dependency; index addresses stay out of the file.
 lock: $(STAMP)
