@@ -168,7 +168,7 @@ def _watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
     """The items, with a bar on a terminal and with nothing elsewhere, where it would leave an empty line."""
     from rich.progress import track
 
-    return track(items, what, total=total, console=messages, transient=True, disable=not messages.is_terminal)
+    return track(items, what, total=total, console=messages, transient=True) if messages.is_terminal else items
 
 
 @contextmanager
