@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from skimage import data
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.process_memory import peak_bytes
 from benchmarks.record import add_csv_option, spread, write_csv
@@ -40,6 +40,7 @@ from models.registry import resolve
 from models.transfer import upload
 from models.weights import load_checkpoint
 
+M = TypeVar("M", bound=nn.Module)
 Run = Callable[[Tensor], Tensor]
 BASELINE = "plain float32"
 VARIANTS = {
@@ -124,13 +125,19 @@ def build(variant: str, network: DFPIR, bank: PromptBank, device: str) -> Run:
     return lambda image: forward(image, torch.full((len(image),), PROMPT, device=device))
 
 
-def exact(network: DFPIR, bank: PromptBank, image: Tensor) -> Tensor:
-    """The plain network in float64, with the channel orders that are computed in float32."""
-    precise = copy.deepcopy(network).to(image.device).double()
+def in_double(module: M) -> M:
+    """A plain network, or a part of one, in float64, with the channel orders that are computed in float32."""
+    precise = copy.deepcopy(module).double()
     for block in precise.modules():
         if isinstance(block, PerturbationBlock):
             block.linear_layer1.float()
             block.linear_layer3.float()
+    return precise
+
+
+def exact(network: DFPIR, bank: PromptBank, image: Tensor) -> Tensor:
+    """What the plain network gives in float64."""
+    precise = in_double(network).to(image.device)
     embedding = bank.embeddings[[PROMPT]].to(image.device)
     return torch.cat([precise(one[None].double(), embedding) for one in image])
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.engine import PROMPT, in_double
 from benchmarks.record import add_csv_option, spread, write_csv
 from models import bands, native, passes
 from models.dfpir import ChannelLayerNorm, DFPIRConfig, PerturbationBlock, TransformerBlock
@@ -26,7 +27,6 @@ from models.precision import fastest_dtype
 from models.prompts import orthogonal_bank
 
 Run = Callable[[], Tensor]
-PROMPT = 1
 
 
 class ProductBlock(nn.Module):
@@ -133,18 +133,6 @@ def last_steps(banded: Callable[[torch.dtype], Run]) -> dict[str, Run]:
     return steps
 
 
-def in_double(block: nn.Module, x: Tensor) -> Tensor:
-    """The published form in float64, with the channel order that is computed in float32."""
-    precise = copy.deepcopy(block).double()
-    if isinstance(precise, PerturbationBlock):
-        precise.linear_layer1.float()
-        precise.linear_layer3.float()
-        out: Tensor = precise(x.double(), orthogonal_bank().embeddings[[PROMPT]])
-    else:
-        out = precise(x.double())
-    return out
-
-
 def measure(steps: dict[str, Run], expected: Tensor, rounds: int) -> list[dict[str, object]]:
     """A row for each step: ratios of neighbouring times to those of the first."""
     first = next(iter(steps))
@@ -190,8 +178,12 @@ def main() -> None:
         x = torch.randn(1, channels, side, side)
         block = TransformerBlock(channels, heads, config.ffn_expansion_factor).eval()
         perturbation = PerturbationBlock(channels, heads, config).eval()
-        for plain, steps in ((block, block_steps(block, x)), (perturbation, perturbation_steps(perturbation, x))):
-            for row in measure(steps, in_double(plain, x), arguments.rounds):
+        embedding = orthogonal_bank().embeddings[[PROMPT]]
+        for steps, expected in (
+            (block_steps(block, x), in_double(block)(x.double())),
+            (perturbation_steps(perturbation, x), in_double(perturbation)(x.double(), embedding)),
+        ):
+            for row in measure(steps, expected, arguments.rounds):
                 ends = f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
                 print(
                     f"{row['step']:<26}{channels:>9}{side:>6}{row['ms']:>9}{row['ratio']:>7.2f} {ends:<13}"
