@@ -8,7 +8,7 @@ twice: under the prompt of its true label, and under the one that the classifier
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from classifier.base import Classifier
 from classifier.labels import Degradation
 from jobs.datasets import Example
 from jobs.errors import RunError, UsageError
+from jobs.places import require_writable
 from jobs.restore import code_version
+from jobs.signals import signals_raise
 from models import Restorer
 from models.memory import is_out_of_memory
 from models.registry import list_models
@@ -157,6 +159,47 @@ def require_own(path: Path, provenance: Mapping[str, str]) -> None:
             f"{path} has the results of another evaluation (another {', '.join(differing)}); move it away, or name "
             "another file with --out"
         )
+
+
+def run(
+    dataset: str,
+    examples: Sequence[Example],
+    restorer: Restorer,
+    classifier: Classifier,
+    target: Path,
+    *,
+    watch: Callable[[Iterator[Result]], Iterable[Result]],
+    tell: Callable[[str], None],
+) -> list[Result]:
+    """Evaluates the examples into `target`, a Parquet file with a row for each, and returns the rows.
+
+    A file that cannot be read, or a signal, costs no result before it: those go into a `.partial.parquet` beside
+    `target`, which `tell` is called with a word about. Results are taken from what `watch` makes of them.
+
+    Raises:
+        UsageError: anything but results of the same evaluation lies there; or as `evaluate`.
+        RunError: as `evaluate`.
+        InterruptedBySignalError: a signal asked for the end.
+    """
+    told = provenance(dataset, examples, restorer, classifier)
+    partial = target.with_suffix(".partial.parquet")
+    for path in (target, partial):
+        require_own(path, told)
+    require_writable(target)
+    rows = list[Result]()
+    try:
+        with signals_raise(goes_on=False):
+            for row in watch(evaluate(examples, restorer, classifier)):
+                rows.append(row)
+    except BaseException:
+        if rows:
+            done = f"{len(rows)} of {len(examples)} rows"
+            write(rows, partial, told | {"rows": done})
+            tell(f"{done}: {partial.name}")
+        raise
+    write(rows, target, told)
+    partial.unlink(missing_ok=True)
+    return rows
 
 
 def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> Iterator[Result]:

@@ -1,6 +1,19 @@
-"""What may be shown in a terminal."""
+"""What commands show in a terminal, faults among it."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
 from unicodedata import category
+
+import typer
+from rich.console import Console
+
+from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
+
+messages = Console(stderr=True, highlight=False, emoji=False)
+results = Console(highlight=False, emoji=False)
+T = TypeVar("T")
 
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that turn the direction of the text after them."""
@@ -15,3 +28,46 @@ def harmless(text: str) -> str:
         return character
 
     return "".join(map(written, text))
+
+
+@contextmanager
+def faults_explained() -> Iterator[None]:
+    """Wrong usage, unusable places: exit code 2; a run that broke off: 1; a signal: 128 and its number."""
+    fault: Exception
+    try:
+        yield
+    except UsageError as error:
+        code, fault = 2, error
+    except InterruptedBySignalError as error:
+        code, fault = 128 + error.signal_number, error
+    except (RunError, TrainingError) as error:
+        code, fault = 1, error
+    except OSError as error:
+        code, fault = 2, UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        code, fault = 130, UsageError("interrupted")
+    else:
+        return
+    text = "\n".join(map(harmless, str(fault).split("\n")))
+    messages.print(f"dfpir: {text}", markup=False, soft_wrap=True)
+    raise typer.Exit(code) from fault
+
+
+def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The items, with a bar on a terminal and with nothing elsewhere, where it would leave an empty line."""
+    from rich.progress import track
+
+    return track(items, what, total=total, console=messages, transient=True) if messages.is_terminal else items
+
+
+@contextmanager
+def left_as_found(out: Path) -> Iterator[None]:
+    """Removes a folder that was made before wrong usage was found, if it is empty."""
+    was_there = out.exists()
+    try:
+        yield
+    except UsageError:
+        if not was_there:
+            with suppress(OSError):
+                out.rmdir()
+        raise

@@ -927,11 +927,12 @@ def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(given: dict
 IMPORTING = """
 import os, signal, sys
 from jobs import cli
+from jobs.terminal import faults_explained
 from jobs.signals import signals_raise
 
 @cli.app.command()
 def swallow(number: int) -> None:
-    with cli._faults_explained(), signals_raise():
+    with faults_explained(), signals_raise():
         try:
             import module_that_is_interrupted
         except BaseException:
