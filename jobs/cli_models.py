@@ -184,9 +184,9 @@ def train_classifier(
     """Trains a classifier, or goes on where the last call stopped."""
     with faults_explained(), left_as_found(out):
         from jobs.config import read_options
+        from jobs.export_classifier import export as write_weights
+        from jobs.export_classifier import require_exportable
         from jobs.networks import resolve_device
-        from jobs.train_classifier import export as write_weights
-        from jobs.train_classifier import require_exportable
         from jobs.train_classifier import train as run
         from jobs.training_config import ClassifierTraining, read_config
 

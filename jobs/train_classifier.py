@@ -12,11 +12,9 @@ import hashlib
 import itertools
 import logging
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier.calibration import fit_temperature, fit_thresholds, measured_quality, prior_weights, probabilities
 from classifier.errors import ClassifierWeightsError
-from classifier.labels import LABELS, Degradation
+from classifier.labels import LABELS
 from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
-from classifier.weights import ClassifierWeights, load_weights, save_classifier, write_card
-from jobs.classifier_samples import SHARES, Pool, Samples, Synthesis, as_batch
+from jobs.classifier_samples import Pool, Samples, Synthesis, as_batch
 from jobs.errors import TrainingError, UsageError
-from jobs.training_config import ClassifierTraining, ConfigError, as_plain, read_config
+from jobs.export_classifier import Trained, all_logits, export, require_exportable, weights_of
+from jobs.training_config import ClassifierTraining, ConfigError, read_config
 from jobs.training_data import Photographs, inventory, parts, tell_if_changed
 from jobs.training_diary import Diary
 from jobs.training_group import Group
@@ -51,10 +48,8 @@ from jobs.training_loop import (
 from jobs.training_state import (
     CHECKPOINT,
     PORTABLE,
-    config_digest,
     found_state,
     last_good,
-    require_target,
     resuming,
     save_atomically,
     start_from,
@@ -85,19 +80,6 @@ def flipped(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tupl
     return (crops.flip(-2), thumbnails) if rng.random() < 0.5 else (crops, thumbnails)
 
 
-@torch.no_grad()
-def all_logits(network: DegradationNetwork, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Logits (M x labels, float32) of every sample, and the labels, on the CPU."""
-    device = next(network.parameters()).device
-    network.eval()
-    logits = []
-    for start in range(0, len(samples), 32):
-        crops, thumbnails, _ = as_batch(samples[start : start + 32])
-        logits.append(network(crops.to(device), thumbnails.to(device)).cpu())
-    network.train()
-    return torch.cat(logits), torch.from_numpy(samples["label"].copy())
-
-
 def hardest(logits: Tensor, samples: Samples) -> FloatImage:
     """A sheet in [0, 1]: for each label thumbnail and crops of the sample that is taken least for what it is."""
     labels = torch.from_numpy(samples["label"].copy())
@@ -120,19 +102,6 @@ def follow(average: DegradationNetwork, network: DegradationNetwork, *, decay: f
     for name, value in average.state_dict().items():
         if value.is_floating_point():
             value.lerp_(current[name], 1 - decay)
-
-
-def prior_shift(temperature: float) -> Tensor:
-    """What a weights file's output bias has more than a training's: how often labels are expected in use."""
-    return torch.from_numpy(temperature * np.log(prior_weights(SHARES)))
-
-
-def weights_of(name: str) -> ClassifierWeights:
-    """Those of a classifier by its name or file, without what labels are expected in use."""
-    found = load_weights(name)
-    with torch.no_grad():
-        found.network.output_bias.sub_(prior_shift(found.temperature))
-    return found
 
 
 def blended(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -283,21 +252,6 @@ class Training(TrainingRun):
         return float(loss.detach())
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The averaged network of a training, on the CPU, what it is calibrated on, and what it took."""
-
-    config: ClassifierTraining
-    network: DegradationNetwork
-    held_out: Samples
-    photographs: int
-    labelled: Mapping[Degradation, int]
-    """Images that carried their label, besides the photographs."""
-    step: int
-    samples: int
-    minutes: float
-
-
 def _as_bytes(samples: Any) -> Tensor:
     """Records as a tensor, which loader processes hand over in shared memory instead of a pipe."""
     return torch.from_numpy(samples.view(np.uint8))
@@ -400,6 +354,7 @@ def train(
     return Trained(
         config=config,
         network=copy.deepcopy(training.average).cpu(),
+        view=VIEW,
         held_out=held_out,
         photographs=len(photographs.names),
         labelled={label: len(images.names) for label, images in known.items()},
@@ -407,60 +362,6 @@ def train(
         samples=training.newest,
         minutes=training.seconds / 60,
     )
-
-
-def require_exportable(path: Path, licence: str, config: ClassifierTraining) -> None:
-    """Raises UsageError, before the training, where `export` could not write its weights and card."""
-    if not licence:
-        raise UsageError("--export needs --licence, an SPDX identifier; the photographs' licences decide")
-    require_target(path, as_plain(config))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"--export: nothing can be written in {path.parent}: {error.strerror}") from error
-
-
-def export(trained: Trained, path: Path, *, licence: str) -> dict[str, Any]:
-    """Writes the calibrated weights and their card; returns the quality measured on the held-out samples.
-
-    Temperature and thresholds are fitted on the even samples, the quality is that of the odd ones, each label
-    counted as often as it is expected in use. That expectation is added to the last layer's bias. `licence` is an SPDX
-    identifier; the photographs' licences decide.
-    """
-    logits, targets = (t.double().numpy() for t in all_logits(trained.network, trained.held_out))
-    labels = targets.astype(np.int64)
-    temperature = fit_temperature(logits[::2], labels[::2])
-    weights, shift = prior_weights(SHARES), prior_shift(temperature)
-    probability = probabilities(logits + shift.numpy(), temperature)
-    thresholds = fit_thresholds(probability[::2], labels[::2], weights=weights)
-    network = copy.deepcopy(trained.network)
-    with torch.no_grad():
-        network.output_bias.add_(shift)
-    quality = measured_quality(probability[1::2], labels[1::2], weights=weights, thresholds=thresholds)
-    provenance = {
-        "training": "jobs/train_classifier.py",
-        "start_from": str(trained.config.start_from or "nothing"),
-        "teacher": str(trained.config.teacher or "none"),
-        "photographs": trained.photographs,
-        "labelled": ", ".join(f"{label} {count}" for label, count in sorted(trained.labelled.items())) or "none",
-        "degradations": "synthesised, jobs/classifier_samples.py",
-        "minutes": round(trained.minutes, 1),
-        "steps": trained.step,
-        "samples": trained.samples,
-        "config_sha256": config_digest(as_plain(trained.config)),
-    }
-    save_classifier(
-        path,
-        network,
-        view=VIEW,
-        temperature=temperature,
-        thresholds=thresholds,
-        licence=licence,
-        provenance=provenance,
-    )
-    write_card(path, quality={"validation": quality})
-    return quality
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,7 +32,8 @@ from jobs.classifier_samples import (
     vary_tone,
 )
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
-from jobs.train_classifier import Training, all_logits, blended, export, main, train
+from jobs.export_classifier import all_logits, export
+from jobs.train_classifier import Training, blended, main, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
 from jobs.training_loop import mixed_precision
