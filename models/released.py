@@ -44,11 +44,11 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         dim * 2**i: shape(f"{level}.0.ffn.project_out.weight", (dim * 2**i, 0, 1, 1))[1]
         for i, level in enumerate(_LEVELS)
     }
-    blocks = [
-        count(default, level, level.replace("encoder", "decoder"))
-        for level, default in zip(_LEVELS, published.num_blocks, strict=True)
-    ]
     try:
+        blocks = [
+            count(default, level, level.replace("encoder", "decoder"))
+            for level, default in zip(_LEVELS, published.num_blocks, strict=True)
+        ]
         return DFPIRConfig(
             dim=dim,
             num_blocks=(blocks[0], blocks[1], blocks[2], blocks[3]),

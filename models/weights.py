@@ -265,6 +265,9 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
 def _build(path: Path, config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
     """The network with exactly these weights, in float32."""
     try:
+        blocks = sum(config.num_blocks) + config.num_refinement_blocks
+        if blocks > len(state):  # a number of any size, of which building would not come to an end
+            raise ValueError(f"it would have {blocks} blocks, of {len(state)} tensors")
         with torch.device("meta"):
             network = DFPIR(config)
     except Exception as error:  # torch raises nearly anything on sizes that are none

@@ -155,6 +155,7 @@ KEY = "network.output.weight"
         ({"config": '{"heads": [1, 2]}'}, None, "not one of DFPIR.*four entries"),
         ({"config": '{"dim": 8.0}'}, None, "describes a network that cannot be built.*8.0"),
         ({"config": '{"ffn_expansion_factor": 0}'}, None, "describes a network that cannot be built"),
+        ({"config": '{"num_refinement_blocks": 999999999}'}, None, "1000000023 blocks, of 194 tensors"),
         ({"prompts": "[]"}, {"prompts.embeddings": torch.zeros(0, 512)}, "a prompt bank needs a prompt"),
         ({"prompts": "[{}]"}, None, "its prompts are not usable"),
         ({"prompts": '[{"key": "rain", "sentence": "Rain"}]'}, None, "one sentence and one embedding per key"),
@@ -310,6 +311,8 @@ def wrapped(checkpoint, prefix):
         ),
         (lambda c: c.update(state_dict=wrapped(c, "net.") | {"loss": torch.zeros(1)}), "missing keys: .*unexpected"),
         (lambda c: c["state_dict"].update({"module.latent.0.attn.temperature": torch.zeros(7, 1, 1)}), "fit no DFPIR"),
+        (lambda c: c["state_dict"].update({"latent.999999999.x": torch.zeros(1)}), "1000000004 blocks, of 195 tensors"),
+        (lambda c: c["state_dict"].update({f"latent.{'9' * 5000}.x": torch.zeros(1)}), "fit no DFPIR"),
     ],
 )
 def test_every_fault_of_a_released_checkpoint_is_named(released, change, message):
