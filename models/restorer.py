@@ -30,6 +30,8 @@ _TORCH_DTYPE = {
     np.dtype(np.float32): torch.float32,
 }
 _FULL_SCALE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
+_LEAST, _MOST = -1.0, 2.0
+"""Of float32: filters and noise go a little beyond [0, 1], and levels up to 255 do not stay within."""
 _LARGEST_BATCH = 32
 _TILED_BYTES_PER_PIXEL = 2 * 3 * 4
 """Of an image in tiles, whole: what goes in and what comes out."""
@@ -189,8 +191,8 @@ class Restorer:
 
         Raises:
             KeyError: an unknown prompt key; the message names the known ones.
-            ValueError: an image of another shape or dtype, not one key per image, or a tile of less than two size
-                multiples.
+            ValueError: an image of another shape, dtype or range, not one key per image, or a tile of less than two
+                size multiples.
         """
         if len(images) != len(prompt_keys):
             raise ValueError(f"{len(images)} images but {len(prompt_keys)} prompt keys; each image needs one")
@@ -199,6 +201,8 @@ class Restorer:
                 raise ValueError(f"expected NumPy arrays, found {type(image).__name__}")
             if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype not in _TORCH_DTYPE:
                 raise ValueError(f"expected H x W x 3 uint8, uint16 or float32, found {image.shape} {image.dtype}")
+            if image.dtype == np.float32 and not (image.min() >= _LEAST and image.max() <= _MOST):  # nor if one is NaN
+                raise ValueError(f"expected float32 in [0, 1], found {image.min()} to {image.max()}")
         prompts = self.prompts.indices(prompt_keys)
         if tile_px is not None:
             tile_px = self._tile_side(tile_px)
