@@ -155,7 +155,8 @@ def _check_whole(image: Image.Image, data: bytes) -> None:
             if has_damaged_pixels(data):
                 raise _fault("unreadable", "the PNG file is damaged: the checksum of its pixels is wrong")
             last_row = np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
-            if not last_row.any() and lacks_rows(data):
+            # Of an interlaced one, what is missing may be any rows.
+            if (image.info.get("interlace") or not last_row.any()) and lacks_rows(data):
                 raise _fault("truncated", "the PNG file ends before the last row of its image")
         case "JPEG":
             if zeros := unfinished_end(data):

@@ -21,6 +21,11 @@ _LEAST_UNFINISHED, _SHORTENED_BY = 4096, 64
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type."""
+_AT_ONCE = ((0, 0, 1, 1),)
+_INTERLACED = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
+"""First column and row of each pass of a PNG, and the steps from there."""
 
 
 def format_by_beginning(beginning: bytes) -> str | None:
@@ -98,11 +103,13 @@ def has_damaged_pixels(data: bytes) -> bool:
 
 
 def lacks_rows(data: bytes) -> bool:
-    """Whether the compressed pixels of a PNG that is not interlaced end before its last row; Pillow leaves it black."""
+    """Whether the compressed pixels of a PNG end before its last row; Pillow leaves what is missing black."""
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
-    if interlaced:
-        return False
-    missing: int = height * (1 + (width * depth * _PNG_CHANNELS[colour] + 7) // 8)
+    missing = 0
+    for left, top, across, down in _INTERLACED if interlaced else _AT_ONCE:
+        columns, rows = len(range(left, width, across)), len(range(top, height, down))
+        if columns:
+            missing += rows * (1 + (columns * depth * _PNG_CHANNELS[colour] + 7) // 8)
     view, inflater = memoryview(data), zlib.decompressobj()
     for kind, begin, end in png_chunks(data):
         compressed: bytes | memoryview = view[begin:end] if kind == b"IDAT" else b""

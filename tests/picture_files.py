@@ -44,9 +44,9 @@ def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def raw_png(width, height, *, bit_depth, color_type, rows, before=b"", behind=b""):
+def raw_png(width, height, *, bit_depth, color_type, rows, before=b"", behind=b"", interlaced=0):
     """`before` and `behind` are chunks around the pixels."""
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, interlaced)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = png_chunk(b"IHDR", header) + before + png_chunk(b"IDAT", data) + behind + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks

@@ -817,6 +817,17 @@ def test_a_png_without_its_last_rows_is_a_fault_and_one_that_ends_in_black_is_no
     assert read(raw_png(10, 9, rows=[row] * 5 + [bytes(len(row))] * 4, **header)).pixels.shape == (9, 10, 3)
 
 
+@pytest.mark.parametrize("size", [(23, 17), (24, 16), (5, 1), (1, 5), (1, 1)])
+def test_an_interlaced_png_without_its_last_rows_is_a_fault(size):
+    values = picture(*size)
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = [row.tobytes() for x, y, across, down in passes for row in values[y::down, x::across] if row.size]
+    header = {"bit_depth": 8, "color_type": 2, "interlaced": 1}
+    np.testing.assert_array_equal(read(raw_png(*size[::-1], rows=rows, **header)).pixels, values)
+    for kept in range(1, len(rows)):
+        assert fault_of(raw_png(*size[::-1], rows=rows[:kept], **header)).error_class == "truncated"
+
+
 def test_zeros_behind_a_jpeg_are_no_fault():
     data = file_bytes(Image.fromarray(picture(10, 20)), "JPEG")
     assert read(data + bytes(100)).pixels.shape == (10, 20, 3)
