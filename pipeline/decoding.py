@@ -26,7 +26,7 @@ from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
 from pipeline.jpeg import read_jpeg
 from pipeline.metadata import Metadata, read_metadata
 from pipeline.records import Stage
-from pipeline.tiff import OF_WEBP, is_misread, mend_storage, stated_channels, tiff_tags
+from pipeline.tiff import OF_WEBP, is_misread, is_signed, mend_storage, stated_channels, tiff_tags
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """Pillow's names of what is decoded; other formats are refused, whatever Pillow has a plugin for."""
@@ -214,6 +214,8 @@ def _read_layout(image: Image.Image, data: bytes) -> _Layout:
     notes = []
     if bit_depth > 8 and not deep_mode:
         notes.append(f"{bit_depth} bits per channel were read as 8: more are kept in plain greyscale only")
+    if bit_depth == 16 and is_signed(image):
+        notes.append("signed 16-bit greyscale was read as if white were 65535")
     frames = _count_frames(image, data)
     if frames is None:
         notes.append("the pages behind the first could not be read")

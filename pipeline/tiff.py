@@ -23,6 +23,11 @@ def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
     return cast(Mapping[int, Any], getattr(image, "tag_v2", {}))
 
 
+def is_signed(image: Image.Image) -> bool:
+    """Whether a TIFF says that its numbers have a sign."""
+    return bool(_first(tiff_tags(image).get(_SAMPLE_FORMAT, 1)) == _SIGNED)
+
+
 def is_misread(image: Image.Image) -> bool:
     """Whether a TIFF that is not loaded yet is of a kind that Pillow takes for another.
 
@@ -34,7 +39,7 @@ def is_misread(image: Image.Image) -> bool:
     codecs = {tile.codec_name for tile in cast(TiffImagePlugin.TiffImageFile, image).tile}
     is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == 2
     return (
-        (image.mode == "L" and _first(tags.get(_SAMPLE_FORMAT, 1)) == _SIGNED)
+        (image.mode == "L" and is_signed(image))
         or (image.mode in ("LA", "La") and is_planar and "libtiff" in codecs)
         or (_is_ycbcr(tags) and "raw" in codecs and (image.mode == "RGB" or _is_subsampled(tags)))
     )

@@ -286,6 +286,7 @@ def test_deep_greyscale_of_a_tiff_is_the_same_in_either_byte_order(compression, 
     stored = (values / 65535).astype(np.float32) if kind == "f4" else values.astype(kind)
     decoded = read(tiff_bytes(stored, byteorder=order, photometric="minisblack", compression=compression))
     np.testing.assert_array_equal(decoded.pixels[:, :, 0], values)
+    assert any("signed" in note for note in decoded.warnings) == (kind == "i2")
 
 
 @pytest.mark.parametrize("kind", ["i2", "i4", "f4"])
