@@ -278,8 +278,8 @@ def _as_floats(images: Tensor) -> Tensor:
 
 
 def _as_images(floats: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    """B x 3 x H x W float32 as B x H x W x 3 of a dtype, in which they travel."""
-    images = floats.permute(0, 2, 3, 1).clamp(0, 1)
+    """B x 3 x H x W float32, which is used up, as B x H x W x 3 of a dtype, in which they travel."""
+    images = floats.permute(0, 2, 3, 1).clamp_(0, 1)
     kind = _TORCH_DTYPE[dtype]
     if kind != torch.float32:
         images = images.mul_(_FULL_SCALE[kind]).round_().to(kind)

@@ -394,6 +394,26 @@ def test_no_image_takes_more_memory_than_estimated(dtype, tmp_path):
     assert 0.4 * estimated < int(done.stdout) / side_px**2 < estimated + bands
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_an_image_in_tiles_is_held_twice_as_floats_and_no_more(tmp_path):
+    """Each time twelve bytes for a pixel; as many again are for a tile, and for the image as bytes."""
+    script = """
+import sys
+import numpy as np
+from benchmarks.process_memory import peak_bytes
+from models.restorer import load_restorer
+restorer = load_restorer(sys.argv[1], tile=256)
+image = np.zeros((2000, 3000, 3), dtype=np.uint8)
+restorer.restore([image[:300, :300]], ["haze"])
+restorer.memory_budget_bytes = 1
+print(peak_bytes(lambda: restorer.restore([image], ["haze"])) / 6e6)
+"""
+    command = [sys.executable, "-c", script, str(write_tiny_model(tmp_path / "tiny.safetensors"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert 24 < float(done.stdout) < 36
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is set up")
 def test_freed_memory_is_given_back_or_kept_for_the_next_image():
     script = """
