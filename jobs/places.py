@@ -62,18 +62,30 @@ def locked(path: Path, out: Path) -> Iterator[None]:
 def _require_places(src: Path, out: Path) -> None:
     """Refuses an OUT that is SRC, inside it or around it, that Ray will remove, or that is no folder."""
     source, target = (Path(os.path.realpath(path)) for path in (src, out))  # `resolve` raises for a loop of links
-    if target == source:
-        raise UsageError(f"OUT {out} is SRC itself: results would be taken for inputs; choose another OUT")
-    if source in target.parents:
-        raise UsageError(f"OUT {out} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
-    if target in source.parents:
-        raise UsageError(f"SRC {src} lies inside OUT {out}; choose another OUT")
+    for name in (out, RunDirectory(out).images_dir):
+        place = Path(os.path.realpath(name))
+        is_inside, is_around = _lies_in(place, source), _lies_in(source, place)
+        if is_inside and is_around:
+            raise UsageError(f"OUT {name} is SRC itself: results would be taken for inputs; choose another OUT")
+        if is_inside:
+            raise UsageError(f"OUT {name} lies inside SRC {src}: results would be taken for inputs; choose another OUT")
+        if is_around:
+            raise UsageError(f"SRC {src} lies inside OUT {name}; choose another OUT")
     if "runtime_resources/working_dir_files/" in f"{target}/":
         raise UsageError(f"OUT {out} lies in a folder that Ray removes after the job; give absolute paths")
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder")
     if os.path.lexists(out) and not target.exists():
         raise UsageError(f"OUT {out} is a link to nothing; give a folder")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is the folder or lies below it, under whatever name: a bind mount is another one, and no link."""
+    there = os.path.exists(folder)
+    return any(
+        each == folder or (there and os.path.exists(each) and os.path.samefile(each, folder))
+        for each in (path, *path.parents)
+    )
 
 
 def require_names(listing: Listing, directory: RunDirectory) -> None:

@@ -115,6 +115,21 @@ class RunDirectory:
             raise ValueError(f"{relative_path!r} is not a path inside the images folder")
         return self.images_dir / pure
 
+    def _place(self, relative_path: str) -> Path:
+        """As `image_path`, for what is to be written; raises ImageFault where a linked folder leads out of `images/`.
+
+        It may lead to the photographs, one of which the result would replace.
+        """
+        path = self.image_path(relative_path)
+        self._require_there()
+        if not self.holds(path.parent):
+            raise ImageFault(
+                Stage.WRITE,
+                "linked_folder",
+                f"a link leads out of images/: {self.uri(path.parent)}; put a folder there",
+            )
+        return path
+
     def holds(self, source: Path) -> bool:
         """Whether a file lies among the results, by way of a symbolic link too."""
         return Path(os.path.realpath(source)).is_relative_to(self._real_images_dir)
@@ -129,8 +144,7 @@ class RunDirectory:
 
     def write_image(self, relative_path: str, data: bytes) -> Written:
         """Writes a result under its name below `images/`; replaces one that an interrupted run has left."""
-        path = self.image_path(relative_path)
-        self._require_there()
+        path = self._place(relative_path)
         _write_whole(path, data)
         fault_point("after-image", relative_path)
         return Written(path, hashlib.sha256(data).hexdigest(), len(data))
@@ -141,8 +155,7 @@ class RunDirectory:
         Never copies instead. Raises ImageFault for a file that cannot be linked (another device, another owner) or is
         no longer what was read.
         """
-        path = self.image_path(relative_path)
-        self._require_there()
+        path = self._place(relative_path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary = _linked(source, path)

@@ -446,6 +446,33 @@ def test_a_run_whose_folders_are_gone_begins_anew(photographs: Path, tmp_path: P
     assert prepare(photographs, tmp_path / "out", options).left
 
 
+@pytest.mark.parametrize(
+    ("mounted_at", "out", "said"),
+    [("same", "same/out", "inside SRC"), ("out/images", "out", "SRC itself"), ("around", "around", "inside OUT")],
+)
+def test_a_mounted_folder_is_known_under_its_other_name(
+    photographs: Path, tmp_path: Path, mounted_at: str, out: str, said: str
+) -> None:
+    """As of containers. What lay in OUT/images without a row was removed: all of SRC."""
+    (tmp_path / mounted_at).mkdir(parents=True)
+    mounted = photographs.parent if mounted_at == "around" else photographs
+    code = "import sys; from jobs import places; places._require_places(*map(places.Path, sys.argv[1:]))"
+    script = 'mount --bind "$1" "$2" && echo mounted && exec "$3" -c "$4" "$5" "$6"'
+    values = [mounted, tmp_path / mounted_at, sys.executable, code, photographs, tmp_path / out]
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, values)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.stdout != "mounted\n":
+        pytest.skip("this user may not mount folders here")
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_results_do_not_go_into_the_source_by_a_link(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images").symlink_to(photographs)
+    with pytest.raises(UsageError, match=r"out/images is SRC itself"), sole_driver(photographs, tmp_path / "out"):
+        pytest.fail("they would")
+
+
 def test_a_fault_of_a_call_is_not_taken_for_one_of_its_lock(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="of the call"), sole_driver(photographs, tmp_path / "out"):
         raise FileNotFoundError(errno.ENOENT, "of the call", "file")

@@ -97,6 +97,35 @@ def test_nothing_is_written_outside_the_images_folder(directory: RunDirectory, p
         directory.write_image(path, b"x")
 
 
+@pytest.mark.parametrize("by_link", [False, True])
+def test_no_photograph_is_replaced_where_a_folder_of_results_is_a_link_to_it(
+    directory: RunDirectory, tmp_path: Path, by_link: bool
+) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "other.png").write_bytes(b"other")
+    (tmp_path / "source" / "a.png").write_bytes(b"photograph")
+    (directory.images_dir / "sub").symlink_to(tmp_path / "source")
+    for name in ("sub/a.png", "sub/new/a.png"):
+        with pytest.raises(ImageFault, match="leads out of images/: images/sub") as caught:
+            directory.link_image(name, tmp_path / "other.png", b"other") if by_link else directory.write_image(
+                name, b""
+            )
+        assert caught.value.error_class == "linked_folder"
+    assert names(tmp_path / "source") == ["a.png"]
+    assert (tmp_path / "source" / "a.png").read_bytes() == b"photograph"
+
+
+def test_the_images_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    """To a larger disk, for instance."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out" / "images").symlink_to(tmp_path / "disk")
+    directory = RunDirectory(tmp_path / "out")
+    directory.create()
+    directory.write_image("a/b.png", b"pixels")
+    assert names(tmp_path / "disk") == ["a/b.png"]
+
+
 def test_a_failed_write_leaves_no_file(directory: RunDirectory) -> None:
     (directory.images_dir / "a.png").mkdir()
     with pytest.raises(OSError, match="directory"):
