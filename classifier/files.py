@@ -76,7 +76,7 @@ def _check_card(path: Path, sha256: str) -> None:
         return
     try:
         expected = json.loads(card_path.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ClassifierWeightsError(f"{card_path} is not a classifier's card with a `sha256`: {error!r}") from error
     if sha256 != expected:
         raise ClassifierWeightsError(
@@ -93,7 +93,7 @@ def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         description: dict[str, Any] = json.loads(metadata["classifier"])
         missing = {"labels", "architecture", "view", "temperature", "thresholds", "licence"} - description.keys()
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ClassifierWeightsError(f"{path} has no readable description in its metadata: {error!r}") from error
     if missing:
         raise ClassifierWeightsError(f"the description in {path} lacks {', '.join(sorted(missing))}")

@@ -101,7 +101,7 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         network = DegradationNetwork(architecture, crop_px=file.view.crop_px)
     except SafetensorError as error:
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ClassifierWeightsError(f"{file.path} describes a network that cannot be built: {error}") from error
     plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in plain]:

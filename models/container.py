@@ -59,7 +59,7 @@ def metadata_json(path: Path, metadata: Mapping[str, str], key: str, kind: type)
     text = metadata_entry(path, metadata, key)
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: {key!r} in its metadata is not JSON: {error}") from error
     if not isinstance(value, kind):
         raise WeightsError(f"{path}: {key!r} in its metadata is a {type(value).__name__}, not a {kind.__name__}")

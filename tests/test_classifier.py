@@ -246,6 +246,7 @@ def test_another_architecture_is_refused(tiny):
         ({"architecture": {"backbone": "no_such_model"}}, "cannot be built"),
         ({"architecture": {"backbone": "hf-hub:timm/resnet10t.c3_in1k"}}, "cannot be built: timm has no model hf-hub"),
         ({"architecture": {"depth": 3}}, "cannot be built"),
+        ({"architecture": {"backbone": None}}, "cannot be built"),
         ({"thresholds": {"noise": 0.5}}, "cannot be used"),
         ({"view": {"crops": 0}}, "cannot be used"),
         ({"labels": ["noise", "clean"]}, "trained for the labels"),
@@ -258,6 +259,7 @@ def test_another_architecture_is_refused(tiny):
         "backbone",
         "hub",
         "option",
+        "no name",
         "thresholds",
         "view",
         "labels",
@@ -282,6 +284,17 @@ def test_a_description_with_a_gap_is_refused(tiny):
     del description["temperature"]
     with pytest.raises(ClassifierWeightsError, match="lacks temperature"):
         load_classifier(rewritten(tiny, tensors, {**metadata, "classifier": json.dumps(description)}))
+
+
+def test_a_description_or_card_that_nests_deeper_than_python_follows_is_refused(tiny):
+    deep = "[" * 100_000 + "]" * 100_000
+    tiny.with_suffix(".json").write_text(deep)
+    with pytest.raises(ClassifierWeightsError, match="is not a classifier's card"):
+        classifier_sha256(tiny)
+    tiny.with_suffix(".json").unlink()
+    tensors, metadata = contents(tiny)
+    with pytest.raises(ClassifierWeightsError, match="no readable description"):
+        load_classifier(rewritten(tiny, tensors, metadata | {"classifier": deep}))
 
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "something-else"}, {"format": "dfpir-classifier-1"}])

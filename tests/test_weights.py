@@ -139,6 +139,8 @@ def test_weights_that_float16_cannot_hold_are_not_saved(tmp_path):
 
 
 KEY = "network.output.weight"
+DEEP = "[" * 100_000 + "]" * 100_000
+"""More brackets than Python follows."""
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,10 @@ KEY = "network.output.weight"
         ({"architecture": "restormer"}, None, "unknown architecture 'restormer'; known: 'dfpir'"),
         ({"config": None}, None, "lacks 'config'"),
         ({"config": "{"}, None, "'config' in its metadata is not JSON"),
+        ({"config": DEEP}, None, "'config' in its metadata is not JSON"),
+        ({"config": f'{{"dim": {"9" * 5000}}}'}, None, "'config' in its metadata is not JSON"),
+        ({"config": '{"num_blocks": [1, 1, 1, 1000000000]}'}, None, "cannot be built.*there are only 1.. tensors"),
+        ({"config": '{"num_refinement_blocks": [1]}'}, None, "cannot be built"),
         ({"config": "[]"}, None, "'config' in its metadata is a list, not a dict"),
         ({"config": '{"width": 3}'}, None, "not one of DFPIR.*width"),
         ({"config": '{"heads": [1, 2]}'}, None, "not one of DFPIR.*four entries"),
