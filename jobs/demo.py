@@ -110,7 +110,7 @@ def run_demo(out: Path, *, engine: str, messages: Console, results: Console) -> 
         table = [_result(damage, rows) for damage in LABELS]
         _print(table, results)
         _write_sheet(out, rows)
-        results.print(f"before and after: {out / 'before-after.png'}", soft_wrap=True)
+        results.print(f"before and after: {out / 'before-after.png'}", markup=False, soft_wrap=True)
         (out / MARKER).write_text(json.dumps([vars(row) for row in table], indent=2) + "\n", encoding="utf-8")
     return table
 

@@ -43,7 +43,7 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
     if job.unreadable_directories:
         lines["unreadable"] = _unreadable(job.unreadable_directories)
     for name, text in lines.items():
-        console.print(f"{name:<11}{text}", markup=False, soft_wrap=True)
+        console.print(f"{name:<11}{harmless(text)}", markup=False, soft_wrap=True)
 
 
 def tell_if_uncalibrated(console: Console, classifier: str) -> None:
@@ -54,27 +54,25 @@ def tell_if_uncalibrated(console: Console, classifier: str) -> None:
 
 def after(console: Console, summary: Summary) -> None:
     """The end of a run: counts, rates, time by stage, worst failures, where everything is."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("status", _counts(summary.counts))
-    table.add_row("labels", _counts(summary.labels) or "none")
+    table = _table()
+    _add(table, "status", _counts(summary.counts))
+    _add(table, "labels", _counts(summary.labels) or "none")
     if summary.images_per_s:
         rates = f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} MP/s"
-        table.add_row("speed", f"{rates} in {summary.elapsed_s:.1f} s")
-        table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
+        _add(table, "speed", f"{rates} in {summary.elapsed_s:.1f} s")
+        _add(table, "time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
     else:
-        table.add_row("speed", "nothing was left to do")
+        _add(table, "speed", "nothing was left to do")
     if summary.psnr_db is not None and summary.psnr_input_db is not None:
-        table.add_row("PSNR", f"{summary.psnr_input_db:.2f} dB before, {summary.psnr_db:.2f} dB after")
+        _add(table, "PSNR", f"{summary.psnr_input_db:.2f} dB before, {summary.psnr_db:.2f} dB after")
     if summary.ssim is not None and summary.ssim_input is not None:
-        table.add_row("SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
+        _add(table, "SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
     if summary.vanished:
-        table.add_row("vanished", f"{_several(summary.vanished, 'planned file')}, no longer in the source")
+        _add(table, "vanished", f"{_several(summary.vanished, 'planned file')}, no longer in the source")
     if summary.unreadable_directories:
-        table.add_row("unreadable", Text(_unreadable(summary.unreadable_directories)))
-    table.add_row("images", Text(summary.images))
-    table.add_row("manifest", Text(summary.manifest))
+        _add(table, "unreadable", _unreadable(summary.unreadable_directories))
+    _add(table, "images", summary.images)
+    _add(table, "manifest", summary.manifest)
     console.print(table)
     for failure in summary.failures[:5]:
         text = f"{failure.status}: {failure.relative_path}: {failure.stage}, {failure.error_class}: {failure.message}"
@@ -86,20 +84,18 @@ def after(console: Console, summary: Summary) -> None:
 
 def audited(console: Console, found: Audit) -> None:
     """What an audit looked at, then what does not hold, by kind and for the first of them one by one."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("run", f"{found.run_id[:12]}, configuration {found.config_digest[:12]}")
-    table.add_row("rows", f"{found.rows} of {found.planned} planned images, {found.superseded} of earlier revisions")
-    table.add_row("status", _counts(found.counts) or "none")
-    table.add_row("labels", _counts(found.labels) or "none")
-    table.add_row("to review", f"{found.suspicious} suspicious, {found.with_warnings} with warnings")
+    table = _table()
+    _add(table, "run", f"{found.run_id[:12]}, configuration {found.config_digest[:12]}")
+    _add(table, "rows", f"{found.rows} of {found.planned} planned images, {found.superseded} of earlier revisions")
+    _add(table, "status", _counts(found.counts) or "none")
+    _add(table, "labels", _counts(found.labels) or "none")
+    _add(table, "to review", f"{found.suspicious} suspicious, {found.with_warnings} with warnings")
     how = "read and hashed" if found.contents_read else "sizes compared"
-    table.add_row("results", f"{_several(found.outputs, 'file')}, {found.output_bytes / 1e6:.1f} MB, {how}")
-    table.add_row("inputs", "not looked at" if found.sources is None else f"{_several(found.sources, 'file')}, {how}")
+    _add(table, "results", f"{_several(found.outputs, 'file')}, {found.output_bytes / 1e6:.1f} MB, {how}")
+    _add(table, "inputs", "not looked at" if found.sources is None else f"{_several(found.sources, 'file')}, {how}")
     for name, values in found.made_by.items():
         short = [value[:12] if name.endswith("sha256") else value for value in values]
-        table.add_row(name.replace("_", " "), Text(harmless(", ".join(short) or "none")))
+        _add(table, name.replace("_", " "), ", ".join(short) or "none")
     console.print(table)
     if not found.findings:
         console.print("everything holds")
@@ -135,23 +131,22 @@ def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
 
 def plan(console: Console, record: Mapping[str, Any], unreadable: Sequence[str]) -> None:
     """The plan for people; `unreadable` are folders that could not be listed."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row(
+    table = _table()
+    _add(
+        table,
         "images",
         f"{record['images']} in {_several(record['shards'], 'shard')}, {record['left']} left to do, "
         f"{_several(record['ignored'], 'other file')} ignored",
     )
     if unreadable:
-        table.add_row("unreadable", Text(_unreadable(unreadable)))
-    table.add_row(
-        "size", f"{record['bytes'] / 1e6:.1f} MB, about {record['megapixels']:.1f} megapixels "
+        _add(table, "unreadable", _unreadable(unreadable))
+    _add(
+        table, "size", f"{record['bytes'] / 1e6:.1f} MB, about {record['megapixels']:.1f} megapixels "
         f"(from {_several(record['sampled'], 'header')}, {record['unreadable_fraction']:.1%} unreadable)"
     )  # fmt: skip
-    table.add_row("disk", f"about {record['output_bytes'] / 1e6:.1f} MB for the results")
-    table.add_row("time", f"about {_duration(record['worker_seconds'])} for one worker on this machine, all restored")
-    table.add_row("written", Text(f"{record['run_dir']}/plan and job.json; no image"))
+    _add(table, "disk", f"about {record['output_bytes'] / 1e6:.1f} MB for the results")
+    _add(table, "time", f"about {_duration(record['worker_seconds'])} for one worker on this machine, all restored")
+    _add(table, "written", f"{record['run_dir']}/plan and job.json; no image")
     console.print(table)
 
 
@@ -209,7 +204,20 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _unreadable(folders: Sequence[str]) -> str:
-    return harmless(f"{_several(len(folders), 'folder')}, the first {folders[0]}")
+    return f"{_several(len(folders), 'folder')}, the first {folders[0]}"
+
+
+def _table() -> Table:
+    """For `_add`."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _add(table: Table, name: str, value: str) -> None:
+    """A row whose value may come from files: it shows as it is, brackets and control characters included."""
+    table.add_row(name, Text(harmless(value)))
 
 
 def _several(count: int, name: str) -> str:

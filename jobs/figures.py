@@ -22,6 +22,7 @@ from classifier.labels import LABELS, Degradation
 from jobs.classifier_samples import as_filed, draw_damaged
 from jobs.datasets import read_rgb
 from jobs.errors import UsageError
+from jobs.terminal import harmless
 from jobs.training_data import Photographs, photographs_in
 from models import Restorer
 from models.weights import Checkpoint
@@ -61,7 +62,8 @@ def pictures(folder: Path, *, per_label: int, seed: int = 0) -> Iterator[Labelle
     places = {label: folder / str(label) for label in LABELS if str(label) in inside}
     known = f"the labels are {', '.join(LABELS)}"
     if left_out := sorted(inside - set(map(str, places))):
-        log.warning("left out folders of %s that are named after no label: %s; %s", folder, ", ".join(left_out), known)
+        names = harmless(", ".join(left_out))
+        log.warning("left out folders of %s that are named after no label: %s; %s", folder, names, known)
     if places:
         paths = [(path, label) for label, place in places.items() for path in photographs_in([place])[:per_label]]
         if not paths:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.dispatcher import Assignment, Ending
+from jobs.terminal import harmless
 from pipeline.records import OnOutcomes, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import ShardBusyError
@@ -66,7 +67,7 @@ def work_off(worker: "Worker", assignment: Assignment, on_outcomes: OnOutcomes) 
         if is_device_lost(error):
             raise
         note_traceback()
-        return "failed", f"{type(error).__name__}: {error}"
+        return "failed", harmless(f"{type(error).__name__}: {error}")
     return "given_back" if worker.is_stopping else "done", ""
 
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from classifier.labels import Degradation
 from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
 from jobs.errors import UsageError
+from jobs.terminal import harmless
 from pipeline.degradations import log_uniform
 from pipeline.metadata import lies
 
@@ -63,7 +64,7 @@ def read_all(
         try:
             pixels = read_rgb(path)
         except UsageError as error:
-            log.warning("skipped a photograph: %s", error)
+            log.warning("skipped a photograph: %s", harmless(str(error)))
             unreadable.append(path.name)
             continue
         except MemoryError as error:

@@ -374,7 +374,10 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
                     f"{path} is not of manifest schema version {SCHEMA_VERSION}; differing columns: "
                     f"{', '.join(differing) or 'their order'}. Read it with the version that wrote it."
                 )
-            return part.read(columns=columns).replace_schema_metadata(None)
+            rows = part.read(columns=columns).replace_schema_metadata(None)
+            if "image_id" in columns and rows["image_id"].null_count:
+                raise ManifestError(f"{path} has rows without image_id; restore it from a copy, or remove it")
+            return rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(
             f"{path} cannot be read as a manifest part ({error}). Restore it from a copy, "

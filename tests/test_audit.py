@@ -110,6 +110,19 @@ def test_a_finished_run_holds_wherever_it_lies(run: Run) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
+def test_what_rows_and_job_say_is_shown_as_it_is(run: Run) -> None:
+    """Markup of rich ended in a traceback."""
+    run.set("a.png", status="[/]", label="[/b]\x1b[31m")
+    path = RunDirectory(run.out).job_path
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": "[/]\x1b[31m"}))
+    shown = runner.invoke(app, ["audit", str(run.out)])
+    assert shown.exit_code == 1
+    assert "1 [/]" in shown.stdout
+    assert "1 [/b]\\x1b[31m" in shown.stdout
+    assert "[/]\\x1b[31m, configuration" in shown.stdout
+    assert "\x1b" not in shown.stdout
+
+
 def test_an_audit_changes_nothing(run: Run) -> None:
     def state() -> dict[str, tuple[int, int]]:
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in run.out.rglob("*")}

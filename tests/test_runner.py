@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from jobs.dispatcher import Assignment
 from jobs.errors import InterruptedBySignalError
-from jobs.runner import note_traceback
+from jobs.runner import note_traceback, work_off
 from jobs.signals import OF_DRIVER, interrupt, kept_from_children, signals_raise, stop_on_signals
+from pipeline.item import SourceGoneError
+from pipeline.records import Shard
 
 
 def test_the_first_signal_asks_and_handlers_come_back() -> None:
@@ -136,3 +139,14 @@ def test_a_lost_terminal_asks_for_an_orderly_end_unless_it_is_ignored() -> None:
     with signals_raise(), stop_on_signals() as request:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not request
+
+
+def test_a_fault_that_names_a_file_is_fit_for_a_terminal() -> None:
+    """It is logged there, and breaks a run off."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise SourceGoneError("the folder of a\x1b[31m.png is gone")
+
+    worker: Any = fail
+    ending = work_off(worker, Assignment(Shard("00000", ()), 1, (0, None)), lambda _: None)
+    assert ending == ("failed", "SourceGoneError: the folder of a\\x1b[31m.png is gone")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -262,6 +263,12 @@ def test_a_damaged_part_is_named(directory: RunDirectory) -> None:
     part = directory.commit_part("s1", [row("a")])
     part.write_bytes(part.read_bytes()[:-10])
     with pytest.raises(ManifestError, match=part.name):
+        read_manifest(directory.root)
+
+
+def test_a_part_with_a_row_of_no_image_is_named(directory: RunDirectory) -> None:
+    part = directory.commit_part("s1", [replace(row("a"), image_id=None)])  # type: ignore[arg-type]
+    with pytest.raises(ManifestError, match=f"{part.name} has rows without image_id"):
         read_manifest(directory.root)
 
 
