@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +56,9 @@ def averaged_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["average"]
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
         raise UsageError(f"start_from {path} is no checkpoint of a training: {error}") from error
     return found
 
@@ -79,7 +80,7 @@ def start_from(network: nn.Module, source: Path, weights_of: Callable[[str], Map
         raise UsageError(f"start_from: {error}") from error
     try:
         network.load_state_dict(weights)
-    except RuntimeError as error:  # torch names every key
+    except (RuntimeError, TypeError, AttributeError) as error:  # torch names every key; or what is none, or no weights
         raise UsageError(f"start_from {source} is of another network: {shorten(str(error), 300)}") from error
 
 

@@ -526,8 +526,11 @@ def test_weights_of_another_network_are_not_started_from(photographs: Path, tmp_
     torch.save({"average": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
     with pytest.raises(UsageError, match=r"other\.pt is of another network: .*DFPIR"):
         Training(tiny(photographs, start_from=tmp_path / "other.pt"), tmp_path, CPU)
+    torch.save({"average": None}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=r"other\.pt is of another network: .*NoneType"):
+        Training(tiny(photographs, start_from=tmp_path / "other.pt"), tmp_path, CPU)
     whole = (tmp_path / "other.pt").read_bytes()
-    for content in (b"no checkpoint", b"", whole[: len(whole) // 2]):
+    for content in (b"no checkpoint", b"a", b"", whole[: len(whole) // 2], whole.replace(b"average", b"\xff" * 7)):
         (tmp_path / "spoilt.pt").write_bytes(content)
         with pytest.raises(UsageError, match=r"start_from .*spoilt\.pt is no checkpoint"):
             Training(tiny(photographs, start_from=tmp_path / "spoilt.pt"), tmp_path, CPU)
