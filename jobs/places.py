@@ -41,7 +41,7 @@ def sole_driver(src: Path, out: Path) -> Iterator[None]:
 def locked(path: Path, out: Path) -> Iterator[None]:
     """Holds a lock file that is in its place: a call that did not begin may have removed the one that was opened."""
     while True:
-        with path.open("w") as lock:
+        with path.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

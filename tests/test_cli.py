@@ -519,6 +519,14 @@ def test_a_lock_that_another_call_takes_away_is_not_the_runs(photographs: Path, 
                 pytest.fail("two calls have the run")
 
 
+def test_a_lock_that_is_a_link_empties_no_file(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".dfpir.lock").symlink_to(photographs / "astronaut.png")
+    before = tree(photographs)
+    with sole_driver(photographs, tmp_path / "out"):
+        assert tree(photographs) == before
+
+
 def test_a_list_of_the_runs_own_results_is_refused(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
     out = tmp_path / "out"
     assert restore(photographs, out, weights, "--label", "rain")[0] == 0
