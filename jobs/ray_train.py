@@ -62,7 +62,10 @@ def train_on_ray(
         raise UsageError(f"a batch of {batch} cannot be shared among {workers} workers; use at most {batch}")
     # What needs no worker is found out before there are any.
     checked_bank(config)
-    found_state(out, config)
+    state = found_state(out, config)
+    if state is not None and config.progress(state["step"], state["seconds"]) >= 1:
+        train(config, out)  # which says that it is over
+        return
     options = {
         "started_in": str(Path.cwd()),
         "config": config,

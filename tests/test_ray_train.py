@@ -68,6 +68,19 @@ def test_what_needs_no_worker_is_refused_before_there_are_any(
         train_on_ray(tiny(photographs, seed=1), tmp_path / "out", workers=2, device="cpu", max_minutes=60.0)
 
 
+def test_a_training_that_is_over_starts_no_ray(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny(photographs, steps=1)
+    train(config, tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    monkeypatch.setattr("jobs.ray_train.connected", None)
+    with caplog.at_level("INFO"):
+        train_on_ray(config, tmp_path, workers=2, device="cpu", max_minutes=60.0)
+    assert "the training is over, at step 1" in caplog.text
+    assert (tmp_path / "checkpoint.pt").exists()  # of the portable one
+
+
 @pytest.mark.slow
 def test_what_a_worker_refuses_is_told_as_one_process_would(
     ray_cluster: None, photographs: Path, tmp_path: Path
