@@ -61,9 +61,10 @@ def train_on_ray(
     if workers > batch:
         raise UsageError(f"a batch of {batch} cannot be shared among {workers} workers; use at most {batch}")
     # What needs no worker is found out before there are any.
-    checked_bank(config)
     state = found_state(out, config)
-    if state is not None and config.progress(state["step"], state["seconds"]) >= 1:
+    if state is None:
+        checked_bank(config)
+    elif config.progress(state["step"], state["seconds"]) >= 1:
         train(config, out)  # which says that it is over
         return
     options = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic_weights import write_tiny_model
 from test_train_restorer import averages, photographs, tiny
 
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
@@ -66,6 +67,22 @@ def test_what_needs_no_worker_is_refused_before_there_are_any(
     Training(tiny(photographs), tmp_path / "out", torch.device("cpu")).save()
     with pytest.raises(ConfigError, match="seed: was 0, is now 1"):
         train_on_ray(tiny(photographs, seed=1), tmp_path / "out", workers=2, device="cpu", max_minutes=60.0)
+
+
+def test_prompts_of_a_checkpoint_count_whatever_becomes_of_their_file(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_tiny_model(tmp_path / "prompts.safetensors")
+    config = tiny(photographs, prompts=str(file))
+    Training(config, tmp_path / "out", torch.device("cpu")).save()
+    file.unlink()
+
+    def reached(*_: object, **__: object) -> None:
+        raise RuntimeError("Ray")
+
+    monkeypatch.setattr("jobs.ray_train.connected", reached)
+    with pytest.raises(RuntimeError, match="Ray"):
+        train_on_ray(config, tmp_path / "out", workers=2, device="cpu", max_minutes=60.0)
 
 
 def test_a_training_that_is_over_starts_no_ray(
