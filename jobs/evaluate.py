@@ -31,6 +31,7 @@ from jobs.signals import signals_raise
 from models import Restorer
 from models.memory import is_out_of_memory
 from models.registry import list_models
+from models.weights import file_sha256
 from pipeline.images import ImageFault, read_header
 from pipeline.metrics import PSNR_CAP_DB, is_blank
 from pipeline.prompting import decide, noise_prompt, prompts_for
@@ -126,7 +127,7 @@ def _fault(reference: Path, degraded: Path | None) -> str:
 
 
 WHICH = ("dataset", "images", "weights_sha256", "classifier_sha256", "dtype")
-"""What tells one evaluation from another; the same one measured again replaces its rows."""
+"""What tells one evaluation from another; the same one, of files of the same contents, replaces its rows."""
 
 
 def provenance(dataset: str, examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> dict[str, str]:
@@ -136,6 +137,7 @@ def provenance(dataset: str, examples: Sequence[Example], restorer: Restorer, cl
         "dataset": dataset,
         "images": f"{len(examples)} (files and labels {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]})",
         "model": restorer.name,
+        "files_sha256": _contents(examples),
         "weights_sha256": restorer.sha256,
         "classifier": classifier.name,
         "classifier_sha256": classifier.sha256,
@@ -146,15 +148,21 @@ def provenance(dataset: str, examples: Sequence[Example], restorer: Restorer, cl
     }
 
 
-def require_own(path: Path, provenance: Mapping[str, str]) -> None:
-    """Raises UsageError if anything but results of the same evaluation lies where results are to go."""
+def _contents(examples: Sequence[Example]) -> str:
+    """A digest of all files that are read."""
+    paths = dict.fromkeys(path for each in examples for path in (each.reference, each.degraded) if path is not None)
+    return hashlib.sha256("".join(map(file_sha256, paths)).encode()).hexdigest()
+
+
+def require_own(path: Path, provenance: Mapping[str, str], *, which: Sequence[str]) -> None:
+    """Raises UsageError if anything but results of the same `which` lies where results are to go."""
     if not path.exists():
         return
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowException):
         raise UsageError(f"{path} is there already, and no file of results; name another with --out") from None
-    if differing := [key for key in WHICH if metadata.get(key.encode()) != provenance[key].encode()]:
+    if differing := [key for key in which if metadata.get(key.encode()) != provenance[key].encode()]:
         raise UsageError(
             f"{path} has the results of another evaluation (another {', '.join(differing)}); move it away, or name "
             "another file with --out"
@@ -183,8 +191,8 @@ def run(
     """
     told = provenance(dataset, examples, restorer, classifier)
     partial = target.with_suffix(".partial.parquet")
-    for path in (target, partial):
-        require_own(path, told)
+    require_own(target, told, which=(*WHICH, "files_sha256"))
+    require_own(partial, told, which=WHICH)  # of files of which one has been mended since, as a rule
     require_writable(target)
     rows = list[Result]()
     try:

@@ -252,6 +252,11 @@ def test_what_was_measured_before_a_file_that_cannot_be_read_is_kept(tmp_path: P
     rows = pq.read_table(tmp_path / "rows.partial.parquet")
     assert rows.column("name").to_pylist() == ["degraded/0", "degraded/1"]
     assert rows.schema.metadata[b"rows"] == b"2 of 3 rows"
+    Image.new("RGB", (32, 32)).save(path)
+    result, _ = evaluated(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert pq.read_metadata(out).num_rows == 3
+    assert not (tmp_path / "rows.partial.parquet").exists()
 
 
 @pytest.mark.parametrize(
@@ -343,13 +348,17 @@ def test_only_the_same_evaluation_replaces_its_rows(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
     before = out.read_bytes()
     for more, seed, what in (
-        ([*weights, "--limit", "1"], 0, "images"),
+        ([*weights, "--limit", "1"], 0, "images, files_sha256"),
         (weights, 1, "weights_sha256"),
         (["--dtype", "bfloat16"], 0, "dtype"),
     ):
         result, _ = evaluated(tmp_path, *more, seed=seed)
         assert result.exit_code == 2
         assert f"another evaluation (another {what}); move it away" in result.stderr
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "degraded" / "1.png")
+    result, _ = evaluated(tmp_path, *weights)
+    assert result.exit_code == 2
+    assert "another evaluation (another files_sha256); move it away" in result.stderr
     assert out.read_bytes() == before
 
 
