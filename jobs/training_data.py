@@ -106,6 +106,11 @@ def tell_if_changed(before: str | None, now: str) -> None:
         )
 
 
+def _require_some(paths: Sequence[Path], *folders: Path) -> None:
+    if not paths:
+        raise UsageError(f"no photograph in {', '.join(map(str, folders))}; folders in it are not searched")
+
+
 def _pixels(picture: Picture) -> NDArray[np.uint8]:
     return read_rgb(picture) if isinstance(picture, Path) else picture
 
@@ -142,9 +147,8 @@ class Photographs:
         paths = photographs_in(folders)
         found = read_all(paths, least_readable=least_readable, on_disk=on_disk)
         if not found:
+            _require_some(paths, *folders)
             where = ", ".join(map(str, folders))
-            if not paths:
-                raise UsageError(f"no photograph in {where}; folders in it are not searched")
             wanted = f"can be read and has {SMALLEST_SIDE_PX} px a side"
             raise UsageError(f"no usable photograph in {where}: none of {len(paths)} {wanted}")
         return cls(tuple(path.name for path in found), tuple((picture,) for picture in found.values()))
@@ -165,8 +169,10 @@ class Photographs:
         Those smaller than the largest patch are left out: enlarged, their damage would be another one.
         Raises UsageError if a file has no partner of its size, if too few can be read, or if nothing is left.
         """
-        paths = photographs_in([degraded])
-        partners = partnered(paths, photographs_in([reference]), reference, match=match)
+        paths, references = photographs_in([degraded]), photographs_in([reference])
+        for folder, inside in ((degraded, paths), (reference, references)):
+            _require_some(inside, folder)
+        partners = partnered(paths, references, reference, match=match)
         options: dict[str, Any] = {"least_readable": least_readable, "on_disk": on_disk}
         options["least_px"] = max(SMALLEST_SIDE_PX, largest_patch_px)
         first = read_all(paths, **options)

@@ -52,6 +52,17 @@ def test_a_folder_without_photographs_is_an_error(tmp_path: Path) -> None:
         Photographs.clean([tmp_path / "nowhere"])
 
 
+@pytest.mark.parametrize("nested", [0, 1])
+def test_a_folder_of_pairs_without_photographs_is_told_so(pairs: tuple[Path, Path], nested: int) -> None:
+    """GoPro comes in a folder for each film."""
+    inside = pairs[nested].with_name("inside")
+    pairs[nested].rename(inside)
+    pairs[nested].mkdir()
+    inside.rename(pairs[nested] / "film")
+    with pytest.raises(UsageError, match=rf"no photograph in {pairs[nested]}; folders in it are not searched"):
+        Photographs.pairs(*pairs)
+
+
 def test_unreadable_files_are_named_and_too_many_of_them_are_an_error(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
