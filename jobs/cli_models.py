@@ -97,6 +97,7 @@ def figures(
         from models.registry import resolve
         from models.weights import load_checkpoint
 
+        logging.basicConfig(format="%(message)s")  # before open_clip does, under which lines begin with `WARNING:`
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
         options = read_options(None, given)
         drawing.require_apart(out, photographs)

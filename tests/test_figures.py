@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,21 @@ def test_folders_that_are_named_after_no_label_are_told(labelled: Path, caplog: 
     with pytest.raises(UsageError, match="no photograph in"):
         next(figures.pictures(labelled, per_label=1))
     assert "no label: hase;" in caplog.text
+
+
+def test_a_library_that_logs_by_itself_changes_no_line(labelled: Path, tmp_path: Path) -> None:
+    """As open_clip does while it loads weights."""
+    (labelled / "hase").mkdir()
+    model, classifier = write_tiny_model(tmp_path / "m.safetensors"), write_tiny_classifier(tmp_path / "c.safetensors")
+    script = (
+        "import logging\nfrom jobs import cli, networks\nload = networks.load_networks\n"
+        "networks.load_networks = lambda options: (logging.info('of mine'), load(options))[1]\ncli.main()"
+    )
+    weights = ["--model", str(model), "--classifier", str(classifier), "--per-label", "1"]
+    command = [sys.executable, "-c", script, "figures", str(labelled), str(tmp_path / "out"), *weights]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("left out folders of ")
 
 
 def test_too_few_pictures_for_a_map_of_features_are_told(
