@@ -37,8 +37,9 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter for what the disk refuses
-        raise TrainingError(f"{path} could not be written, {last_good(path.parent)}: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk has refused a part
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise TrainingError(f"{path} could not be written, {last_good(path.parent)}: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
 
