@@ -207,6 +207,7 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
     started = time.monotonic()
     if job.left:
         runner.run(job.left, job.context, on_outcomes=collect)
+    elapsed_s = time.monotonic() - started  # to read the manifest of a million images takes a minute by itself
     try:
         manifest = read_manifest(job.directory.root, columns=SUMMARY_COLUMNS)
     except ManifestError as error:
@@ -222,7 +223,7 @@ def run(job: Job, runner: Runner, *, on_outcomes: OnOutcomes) -> Summary:
         run_id=job.context.run_id,
         planned=job.planned,
         fresh=fresh,
-        elapsed_s=time.monotonic() - started,
+        elapsed_s=elapsed_s,
         vanished=job.changes.vanished,
         ignored=job.ignored,
         unreadable_directories=job.unreadable_directories,

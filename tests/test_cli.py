@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,22 @@ def test_a_folder_is_restored_and_its_summary_is_one_json_object(
     ]  # fmt: skip
     assert json.loads((out / "summary.json").read_text())["counts"] == summary["counts"]
     assert tree(photographs) == before
+
+
+def test_rates_are_of_the_work_and_not_of_reading_the_manifest_afterwards(
+    photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def read_slowly(*arguments: Any, **more: Any) -> Any:
+        nonlocal now
+        now += 60.0
+        return read_manifest(*arguments, **more)
+
+    monkeypatch.setattr("jobs.restore.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("jobs.restore.read_manifest", read_slowly)
+    code, stdout, stderr = restore(photographs, tmp_path / "out", weights, "--label", "rain", "--json")
+    assert (code, json.loads(stdout)["elapsed_s"]) == (0, 0.0), stderr
 
 
 def test_a_list_of_photographs_is_restored_as_a_folder_is(
