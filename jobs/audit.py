@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from classifier.labels import Degradation
 from jobs.errors import UsageError
 from jobs.restore import read_job
-from pipeline.plan import PlanError, keys, latest_revisions, read_plan
+from pipeline.plan import PlanError, keys, latest_revisions, picked, read_plan
 from pipeline.prompting import FORCED_LABELS, prompts_for
 from pipeline.records import Status, first_rows
 from pipeline.report import label_counts, status_counts
@@ -142,7 +142,7 @@ def _audit(
     latest = planned["revision"].take(place)
     is_latest = pc.fill_null(pc.equal(rows["revision"], latest), False)
     is_earlier = pc.and_(is_planned, pc.invert(is_latest))
-    counting = rows.filter(is_latest)
+    counting = picked(rows, is_latest)
     is_done = pc.is_in(planned["image_id"], counting["image_id"].combine_chunks())
     findings = [
         *_about(rows.filter(pc.invert(is_planned)), "not_planned", "the plan has no such image, or not this revision"),
@@ -153,7 +153,8 @@ def _audit(
         *_unlike_the_job(counting, job),
         *_inconsistent(counting, keeps_copies=job["config"].get("clean") != "skip"),
     ]
-    counting = counting.take(pa.array(first_rows(counting["image_id"])))
+    if len(first := first_rows(counting["image_id"])) < counting.num_rows:
+        counting = counting.take(pa.array(first))
     outputs, inputs = (counting.select(names).drop_null() for names in (OUTPUT_COLUMNS, SOURCE_COLUMNS))
     findings += [*_shared(counting), *_misnamed(outputs), *_unnamed(directory, rows)]
     files = [_outputs(directory, outputs), *([_inputs(inputs)] if sources else [])]

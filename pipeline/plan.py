@@ -80,7 +80,7 @@ class Shards(Sequence[Shard]):
 
     def without(self, done: pa.Table) -> "Shards":
         """What is left when the images in `done` (columns `image_id` and `revision`) are taken away."""
-        return Shards(_where(self.table, pc.invert(pc.is_in(keys(self.table), keys(done))))) if done else self
+        return Shards(picked(self.table, pc.invert(pc.is_in(keys(self.table), keys(done))))) if done else self
 
     def seen(self, image_ids: pa.Array) -> "Shards":
         """The same, but that images not among these lose their time, like those that cannot be examined."""
@@ -143,7 +143,7 @@ def update_plan(
     if limit is not None:
         kept = pc.or_(pa.array(np.arange(listed.num_rows) < limit), pc.is_valid(where))
         listed, where = listed.filter(kept), where.filter(kept)
-    new = _with_revision(_where(listed, pc.is_null(where)), 0)
+    new = _with_revision(picked(listed, pc.is_null(where)), 0)
     if new.num_rows and planned.num_rows:
         names = read_plan(run_dir, ["relative_path"])["relative_path"]
         if len(both := names.filter(pc.is_in(names, new["relative_path"].combine_chunks()))):
@@ -163,7 +163,7 @@ def update_plan(
     revisions = pc.add(planned["revision"].take(before.filter(anew)), 1)
     chosen = np.zeros(listed.num_rows, bool)
     chosen[known.filter(anew).to_numpy()] = True
-    changed = _with_revision(_where(listed, pa.array(chosen)), revisions)  # `take` would copy all names, if of none
+    changed = _with_revision(picked(listed, pa.array(chosen)), revisions)  # `take` would copy all names, if of none
     present = np.zeros(planned.num_rows, bool)
     present[where.filter(pc.is_valid(listed["modified"])).drop_null().to_numpy()] = True
     gone = pc.and_(pc.is_valid(planned["modified"]), pa.array(~present))
@@ -191,10 +191,10 @@ def latest_revisions(planned: pa.Table) -> pa.Table:
     codes = planned["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     last = np.empty(codes.max() + 1, dtype=np.int64)
     last[codes] = np.arange(len(codes))
-    return _where(planned, pa.array(last[codes] == np.arange(len(codes))))
+    return picked(planned, pa.array(last[codes] == np.arange(len(codes))))
 
 
-def _where(table: pa.Table, mask: pa.Array) -> pa.Table:
+def picked(table: pa.Table, mask: pa.Array) -> pa.Table:
     """The rows that a mask picks; the table itself, and no copy, if that is all."""
     return table if pc.all(mask).as_py() else table.filter(mask)
 

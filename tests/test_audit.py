@@ -123,6 +123,21 @@ def test_what_rows_and_job_say_is_shown_as_it_is(run: Run) -> None:
     assert "\x1b" not in shown.stdout
 
 
+def test_rows_that_all_count_are_not_copied(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million images they are a gigabyte."""
+    tables: list[pa.Table] = []
+    whole, shared = audit.read_rows, audit._shared
+
+    def noted(table: pa.Table) -> pa.Table:
+        tables.append(table)
+        return table
+
+    monkeypatch.setattr(audit, "read_rows", lambda *given, **more: noted(whole(*given, **more)))
+    monkeypatch.setattr(audit, "_shared", lambda counting: shared(noted(counting)))
+    assert run.kinds() == []
+    assert tables[0] is tables[1]
+
+
 def test_an_audit_changes_nothing(run: Run) -> None:
     def state() -> dict[str, tuple[int, int]]:
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in run.out.rglob("*")}
