@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -43,7 +44,7 @@ from jobs.cli_options import (
     named,
 )
 from jobs.signals import interrupt, signals_raise
-from jobs.terminal import faults_explained, messages, results, watched
+from jobs.terminal import faults_explained, messages, results, waiting, watched
 
 app = typer.Typer(
     name="dfpir",
@@ -113,7 +114,8 @@ def restore(
 
         options = read_options(config, given)
         with sole_driver(src, out):
-            job = prepare(src, out, options)
+            with waiting("listing SRC, reading plan and manifest"):
+                job = prepare(src, out, options)
             display.before(messages, job, options)
             with ProgressView(messages, total=job.planned, done=job.planned - job.images_left) as progress:
                 summary = run(job, make_runner(options), on_outcomes=progress)
@@ -165,7 +167,7 @@ def plan(
 
         options = read_options(config, given)
         return_freed_memory()
-        with sole_driver(src, out):
+        with sole_driver(src, out), waiting("listing SRC"):
             job = prepare(src, out, options)
         record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories
         options = options.model_copy(update={"dtype": job.context.config.dtype})
@@ -226,16 +228,16 @@ def audit(
 
     Exit code: 0 everything holds; 1 something does not; 2 there is no run that could be audited.
     """
-    with faults_explained():
+    with faults_explained(), ExitStack() as reading:
         from jobs import display
         from jobs.audit import audit as audit_run
 
-        found = audit_run(
-            run,
-            contents=not quick,
-            sources=sources,
-            watch=lambda checks, total: watched(checks, "files", total),
-        )
+        def watch(checks: Iterable[Any], total: int) -> Iterable[Any]:
+            reading.close()
+            return watched(checks, "files", total)
+
+        reading.enter_context(waiting("reading plan and manifest"))
+        found = audit_run(run, contents=not quick, sources=sources, watch=watch)
     if as_json:
         print(json.dumps(asdict(found)))
     else:

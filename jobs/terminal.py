@@ -1,7 +1,7 @@
 """What commands show in a terminal, faults among it."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 from unicodedata import category
@@ -58,6 +58,13 @@ def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
     from rich.progress import track
 
     return track(items, what, total=total, console=messages, transient=True) if messages.is_terminal else items
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says on a terminal what is being done, for as long as it takes: of a million images a minute."""
+    with messages.status(what) if messages.is_terminal else nullcontext():
+        yield
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import pytest
 from rich.console import Console
 from tiny_runs import outcome_of
 
+import jobs.terminal
 from jobs import progress
 from jobs.progress import ProgressView
+from jobs.terminal import waiting
 from pipeline.records import ImageRef, Status
 
 OUTCOMES = [outcome_of(ImageRef("1f", "a.png", "file:///a.png", 1, None), "00000", status) for status in Status]
@@ -59,3 +61,13 @@ def test_the_last_line_is_not_told_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     with ProgressView(console, total=10, done=10):
         pass
     assert console.file.getvalue().endswith(" 10 of 10 images (none in this call)\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_says_what_takes_long_and_a_file_does_not(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(jobs.terminal, "messages", Console(file=written, force_terminal=terminal))
+    with waiting("listing SRC"):
+        pass
+    assert ("listing SRC" in written.getvalue()) is terminal
+    assert terminal or not written.getvalue()
