@@ -14,6 +14,11 @@ from pipeline.records import ImageRef, Status
 OUTCOMES = [outcome_of(ImageRef("1f", "a.png", "file:///a.png", 1, None), "00000", status) for status in Status]
 
 
+@pytest.fixture(autouse=True)
+def _whole_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def shown(console: Console, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines that are there before the end."""
     assert isinstance(console.file, io.StringIO)
