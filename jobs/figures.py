@@ -26,6 +26,7 @@ from jobs.terminal import harmless
 from jobs.training_data import Photographs, photographs_in
 from models import Restorer
 from models.weights import Checkpoint
+from pipeline.images import as_grey_as
 from pipeline.metrics import is_blank
 from pipeline.prompting import decide, noise_prompt
 
@@ -183,7 +184,7 @@ def sheet(examples: Sequence[tuple[Labelled, Prediction]], restorer: Restorer) -
         decision = decide(prediction, prompts=restorer.prompts.keys, is_blank=is_blank(picture.pixels))
         result = picture.pixels
         if decision.prompt is not None:
-            result = restorer.restore([picture.pixels], [decision.prompt])[0]
+            result = as_grey_as(picture.pixels, restorer.restore([picture.pixels], [decision.prompt])[0])
         for axes, pixels in ((before, picture.pixels), (after, result)):
             axes.imshow(pixels)
             axes.axis("off")

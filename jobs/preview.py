@@ -13,7 +13,7 @@ from jobs.networks import load_networks
 from jobs.places import require_writable
 from jobs.sheets import side_by_side
 from jobs.terminal import harmless
-from pipeline.images import ImageFault, decode, in_grey, to_uint8
+from pipeline.images import ImageFault, as_grey_as, decode, to_uint8
 from pipeline.metrics import is_blank
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
@@ -67,9 +67,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     console.print(f"{decision.status}: {decision.reason}", markup=False, soft_wrap=True)
     cells = [("before", shown)]
     if decision.status is Status.RESTORED and decision.prompt is not None:
-        after = restorer.restore([shown], [decision.prompt])[0]
-        if decoded.greyscale:  # as it would be written
-            after = in_grey(after)
+        after = as_grey_as(shown, restorer.restore([shown], [decision.prompt])[0])
         cells.append((f"after, prompt {decision.prompt}", after))
     else:
         cells.append((f"kept as it is: {decision.status}", shown))

@@ -2,7 +2,7 @@
 
 from pipeline.decoding import decode, read_header
 from pipeline.encoding import encode, encoded_format
-from pipeline.image_records import DecodedImage, EncodedImage, Header, ImageFault, Pixels, in_grey, to_uint8
+from pipeline.image_records import DecodedImage, EncodedImage, Header, ImageFault, Pixels, as_grey_as, to_uint8
 
 __all__ = [
     "DecodedImage",
@@ -10,10 +10,10 @@ __all__ = [
     "Header",
     "ImageFault",
     "Pixels",
+    "as_grey_as",
     "decode",
     "encode",
     "encoded_format",
-    "in_grey",
     "read_header",
     "to_uint8",
 ]

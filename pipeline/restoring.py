@@ -10,7 +10,7 @@ from models.padding import padded_size
 from models.restorer import Restorer
 from pipeline.batching import batches, in_halves, is_device_lost
 from pipeline.faults import fault_point
-from pipeline.images import in_grey
+from pipeline.images import as_grey_as
 from pipeline.item import Item
 from pipeline.records import Stage
 
@@ -70,10 +70,9 @@ class BatchRestorer:
         images = [item.decoded().pixels for item in batch]
         results = self._restorer.restore(images, [str(item.facts["prompt"]) for item in batch], tile_px=tile_px)
         each_ms = (time.perf_counter() - started) * 1000 / len(batch)
-        for item, result in zip(batch, results, strict=True):
+        for item, image, result in zip(batch, images, results, strict=True):
             side = tile_px or self._tile_px(item)
-            # Without the traces of colour that the network leaves in a grey picture, as it will be written.
-            item.restored = in_grey(result) if item.decoded().greyscale else result
+            item.restored = as_grey_as(image, result)
             item.add_ms(Stage.RESTORE, each_ms)
             item.facts.setdefault("oom_retries", 0)
             item.facts.update(batch_size=len(batch), tiled=side is not None, tile_px=side)

@@ -707,11 +707,12 @@ def test_preview_says_why_and_writes_a_picture(photographs: Path, tmp_path: Path
     assert "notes.txt" in stderr
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_preview_of_a_grey_picture_shows_no_colour_as_none_would_be_written(
-    photographs: Path, tmp_path: Path, weights: list[str]
+    photographs: Path, tmp_path: Path, weights: list[str], mode: str
 ) -> None:
     grey, picture = tmp_path / "grey.png", tmp_path / "picture.png"
-    Image.open(photographs / "astronaut.png").convert("L").save(grey)
+    Image.open(photographs / "astronaut.png").convert("L").convert(mode).save(grey)
     code, _, stderr = invoke("preview", grey, "--picture", picture, *weights, "--label", "haze")
     assert code == 0, stderr
     sheet = np.asarray(Image.open(picture).convert("RGB"))

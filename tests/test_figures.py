@@ -95,6 +95,9 @@ def test_the_sheet_shows_what_restore_would_leave(labelled: Path, tmp_path: Path
     shown = [axes.images[0].get_array() for axes in sheet.axes]
     assert np.array_equal(shown[0], found[0].pixels)
     assert np.array_equal(shown[3], restorer.restore([found[0].pixels], ["rain"])[0])
+    grey = np.repeat(found[0].pixels[:, :, :1], 3, axis=2)
+    sheet = figures.sheet([(figures.Labelled(grey, Degradation.NOISE), oracle.predict([grey])[0])], restorer)
+    assert np.ptp(sheet.axes[1].images[0].get_array(), axis=2).max() == 0
 
 
 def test_the_command_writes_every_figure_twice(labelled: Path, tmp_path: Path) -> None:

@@ -562,19 +562,20 @@ def test_sixteen_bit_greyscale_stays_so(tmp_path: Path) -> None:
     assert row["change_rmse_255"] == pytest.approx(float(to_uint8(result)[5, 5]) - 128)
 
 
-def test_a_grey_picture_is_measured_without_colour_as_it_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "level"), [("L", 133), ("RGB", (133, 133, 133))])
+def test_a_grey_picture_gets_no_colour_however_it_is_stored(tmp_path: Path, mode: str, level: Any) -> None:
     class Tinter(Brightener):
         def restore(self, *arguments: Any, **options: Any) -> list[NDArray[Any]]:
             tint = np.array([9, 0, 0], np.uint8)
             return [image + tint for image in super().restore(*arguments, **options)]
 
-    for folder, level in (("src", 120), ("references", 140)):
+    for folder, grey in (("src", 120), ("references", 140)):
         (tmp_path / folder).mkdir()
-        Image.new("L", (16, 16), level).save(tmp_path / folder / "a.png")
+        Image.new("L", (16, 16), grey).convert(mode).save(tmp_path / folder / "a.png")
     run = plan(tmp_path, label="rain", reference=str(tmp_path / "references"))
     row = work(run, worker=Worker(run.context, restorer=Tinter(), classifier=None, worker_id="w"))["a.png"]
     with Image.open(tmp_path / "out" / "images" / "a.png") as image:
-        assert (image.mode, image.getpixel((0, 0))) == ("L", 133)
+        assert (image.mode, image.getpixel((0, 0))) == (mode, level)
     assert row["change_rmse_255"] == pytest.approx(13)
     assert row["psnr_db"] == pytest.approx(20 * np.log10(255 / 7))
 
