@@ -13,7 +13,7 @@ from jobs.networks import load_networks
 from jobs.places import require_writable
 from jobs.sheets import side_by_side
 from jobs.terminal import harmless
-from pipeline.images import ImageFault, as_grey_as, decode, to_uint8
+from pipeline.images import ImageFault, as_grey_as, decode, over_white, to_uint8
 from pipeline.metrics import is_blank
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
@@ -42,7 +42,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
         raise UsageError(f"{image}: {fault}") from fault
     require_writable(picture)
     restorer, classifier = load_networks(options)
-    shown = to_uint8(decoded.pixels)
+    shown = to_uint8(decoded.visible)
     prediction = classifier.predict([shown])[0]
     label, sigma = parse_label(options.label)
     if label == "auto":
@@ -50,7 +50,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
             prediction,
             prompts=restorer.prompts.keys,
             min_confidence=options.min_confidence,
-            is_blank=is_blank(decoded.pixels),
+            is_blank=is_blank(decoded.visible),
         )
     else:
         decision = decide_forced(
@@ -71,5 +71,8 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
         cells.append((f"after, prompt {decision.prompt}", after))
     else:
         cells.append((f"kept as it is: {decision.status}", shown))
+    if decoded.alpha is not None:
+        alpha = to_uint8(decoded.alpha)
+        cells = [(caption, over_white(pixels, alpha)) for caption, pixels in cells]
     side_by_side([cells], cell_px=800).save(picture)
     console.print(f"picture: {harmless(str(picture))}", markup=False, soft_wrap=True)

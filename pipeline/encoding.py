@@ -5,9 +5,10 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, mean_channel, to_uint8
@@ -48,7 +49,7 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
 
     What the format cannot hold is named in the warnings: JPEG has no alpha (composed over white); JPEG, WebP
     and BMP have eight bits; Pillow writes 16 bits for greyscale without alpha only. WebP holds greyscale
-    in three equal channels.
+    in three equal channels. What alpha hides altogether keeps its colours.
 
     Args:
         source: the decoded image that was restored.
@@ -106,6 +107,8 @@ def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Pixels, l
     """Channels that `name` can hold, H x W or H x W x C, and notes on what it could not."""
     notes: list[str] = []
     alpha = source.alpha
+    if alpha is not None and not alpha.all():
+        pixels = np.where(alpha[:, :, None] == 0, source.pixels, pixels)
     if pixels.dtype == np.uint16 and (name not in _WRITES_16_BITS or not source.greyscale or alpha is not None):
         beside = " beside alpha" if alpha is not None else ""
         notes.append(f"16 bits were reduced to 8: {name} is not written deeper{beside}")
@@ -116,13 +119,13 @@ def _compose(source: DecodedImage, pixels: Pixels, name: str) -> tuple[Pixels, l
         channels = cast(Pixels, np.repeat(channels[:, :, None], 3, axis=2))
     if alpha is not None and name not in _WRITES_ALPHA:
         notes.append(f"{name} has no alpha: composed over white")
-        channels, alpha = _over_white(channels, alpha), None
+        channels, alpha = over_white(channels, alpha), None
     if alpha is not None:
         channels = cast(Pixels, np.dstack([channels, alpha]))
     return cast(Pixels, np.ascontiguousarray(channels)), notes
 
 
-def _over_white(channels: Pixels, alpha: Pixels) -> Pixels:
+def over_white(channels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[np.uint8]:
     """uint8 channels (H x W or H x W x 3) as they look on a white page."""
     weight = alpha.astype(np.float32) / 255
     if channels.ndim == 3:

@@ -1,12 +1,14 @@
 """What decoding and encoding hand on: images as records, and what may be wrong with one."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.records import Stage
+from pipeline.transparency import completed
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -64,6 +66,11 @@ class DecodedImage:
     """Kind and content of the chunks by which a PNG says, beside a profile, what its numbers mean."""
     lossless_webp: bool = False
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def visible(self) -> Pixels:
+        """The picture that classifier and restorer see: `pixels`, but for what alpha hides altogether."""
+        return self.pixels if self.alpha is None else cast(Pixels, completed(self.pixels, self.alpha))
 
     @property
     def height(self) -> int:

@@ -1,7 +1,7 @@
 """Image files to pixels and back: the one module that the rest of the project imports for it."""
 
 from pipeline.decoding import decode, read_header
-from pipeline.encoding import encode, encoded_format
+from pipeline.encoding import encode, encoded_format, over_white
 from pipeline.image_records import DecodedImage, EncodedImage, Header, ImageFault, Pixels, as_grey_as, to_uint8
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "decode",
     "encode",
     "encoded_format",
+    "over_white",
     "read_header",
     "to_uint8",
 ]

@@ -76,7 +76,7 @@ class Item:
     def seen(self) -> NDArray[np.uint8]:
         """The picture in eight bits, H x W x 3; only after the decode stage."""
         if self.view is None:
-            self.view = to_uint8(self.decoded().pixels)
+            self.view = to_uint8(self.decoded().visible)
         return self.view
 
     def result_seen(self) -> NDArray[np.uint8]:

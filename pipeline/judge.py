@@ -36,7 +36,7 @@ class Judge:
         with item.stage(Stage.CLASSIFY):
             if self._classifier is not None:
                 item.looked_at = self._classifier.take_views(item.seen())
-                item.is_blank = is_blank(item.decoded().pixels)
+                item.is_blank = is_blank(item.decoded().visible)
             if self._classifier is not None or self._config.label == Degradation.NOISE:
                 # It depends on the picture alone, so it is noted even where a given sigma overrules it.
                 item.facts["noise_sigma_255"] = estimate_sigma(item.seen())

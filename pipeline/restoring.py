@@ -67,7 +67,7 @@ class BatchRestorer:
         started = time.perf_counter()
         for item in batch:
             fault_point("restore", item.ref.relative_path)
-        images = [item.decoded().pixels for item in batch]
+        images = [item.decoded().visible for item in batch]
         results = self._restorer.restore(images, [str(item.facts["prompt"]) for item in batch], tile_px=tile_px)
         each_ms = (time.perf_counter() - started) * 1000 / len(batch)
         for item, image, result in zip(batch, images, results, strict=True):

@@ -76,7 +76,7 @@ def measure_input(item: Item, references: ReferenceIndex | None, config: RunConf
             item.warnings.append(f"several references match: {match.path.name} was taken, not {names}")
         seen = item.seen()
         try:
-            reference = to_uint8(decode(match.path.read_bytes(), max_pixels=config.max_pixels).pixels)
+            reference = to_uint8(decode(match.path.read_bytes(), max_pixels=config.max_pixels).visible)
         except Exception as error:
             # A broken reference takes the figures away, not the image.
             item.warnings.append(f"not measured: the reference cannot be read ({error})")

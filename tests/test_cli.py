@@ -719,6 +719,18 @@ def test_preview_of_a_grey_picture_shows_no_colour_as_none_would_be_written(
     assert (sheet == sheet[:, :, :1]).all()
 
 
+def test_preview_shows_what_is_transparent_on_white(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
+    cut, picture = tmp_path / "cut.png", tmp_path / "picture.png"
+    with Image.open(photographs / "astronaut.png") as image:
+        channels = np.dstack([image, np.full((image.height, image.width), 255, np.uint8)])
+    channels[:30] = 0
+    Image.fromarray(channels).save(cut)
+    code, _, stderr = invoke("preview", cut, "--picture", picture, *weights, "--label", "haze")
+    assert code == 0, stderr
+    sheet = np.asarray(Image.open(picture).convert("RGB"))
+    assert sheet[22:40].min() == 255  # below the captions
+
+
 def test_greyscale_and_transparency_survive(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(photographs / "grey.png")

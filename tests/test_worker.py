@@ -580,6 +580,22 @@ def test_a_grey_picture_gets_no_colour_however_it_is_stored(tmp_path: Path, mode
     assert row["psnr_db"] == pytest.approx(20 * np.log10(255 / 7))
 
 
+def test_what_alpha_hides_sways_nothing_and_stays(tmp_path: Path) -> None:
+    pixels = np.full((16, 16, 4), (red(Degradation.CLEAN), 250, 0, 0), np.uint8)
+    pixels[8:, 4:12] = red(Degradation.RAIN), 60, 70, 255
+    pixels[8:, 4, 1] = 100  # not of one tone
+    pixels[8:, 4, 3] = 9
+    (tmp_path / "src").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "src" / "cut.png")
+    row = work(plan(tmp_path))["cut.png"]
+    assert (row["status"], row["label"]) == ("restored", "rain")
+    assert row["change_rmse_255"] == pytest.approx(10)
+    with Image.open(tmp_path / "out" / "images" / "cut.png") as image:
+        result = np.asarray(image)
+    pixels[8:, 4:12, :3] += 10
+    assert np.array_equal(result, pixels)
+
+
 def test_rows_that_are_committed_are_not_done_again(tmp_path: Path) -> None:
     for number in range(4):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
