@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, mean_channel, to_uint8
-from pipeline.metadata import rewritable_exif
+from pipeline.metadata import SUB_DIRECTORIES, rewritable_exif
 from pipeline.png import encode_png
 from pipeline.records import Stage
 
@@ -141,8 +141,8 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
             options |= {"quality": quality, "subsampling": 0}
         case "WEBP":
             options |= {"quality": quality, "method": 4}
-        case "TIFF" if source.exif is None:
-            # libtiff, which compresses, cannot write an EXIF directory.
+        case "TIFF" if source.exif is None or not set(SUB_DIRECTORIES) & set(rewritable_exif(source.exif)):
+            # libtiff, which compresses, cannot write the directories of a camera's EXIF.
             options["compression"] = "tiff_adobe_deflate"
     if name in _WRITES_METADATA:
         if name == "PNG":

@@ -53,7 +53,7 @@ _DESCRIPTIVE_TIFF_TAGS = frozenset(
 )
 """A TIFF keeps its layout (strips, compression) beside its EXIF; only these tags hold for another file too."""
 
-_SUB_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+SUB_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _tiff_exif(image: Image.Image, notes: list[str]) -> bytes | None:
     exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
     kept = rewritable_exif(rewritable_exif(exif).tobytes())
     if any(
-        isinstance(text, str) and not text.isascii() for tag in _SUB_DIRECTORIES for text in exif.get_ifd(tag).values()
+        isinstance(text, str) and not text.isascii() for tag in SUB_DIRECTORIES for text in exif.get_ifd(tag).values()
     ):
         notes.append("letters beyond ASCII in EXIF's details were replaced by ?")
     value = exif.get(ExifTags.Base.Orientation)

@@ -164,6 +164,16 @@ def test_what_windows_says_of_a_tiff_is_kept():
         assert {tag: tags.get(tag) for tag in stated} == stated
 
 
+def test_a_tiff_is_compressed_unless_it_holds_a_cameras_details():
+    flat = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
+    scanned = read(file_bytes(flat, "TIFF", software="a scanner's"))
+    shot = read(file_bytes(flat, "TIFF", exif=exif_block("<", [], [(0xA430, 2, 4, b"Zoe\0")])))
+    for decoded, expected in ((scanned, "tiff_adobe_deflate"), (shot, "raw")):
+        with Image.open(io.BytesIO(encode(decoded, decoded.pixels, format="same", quality=95).data)) as written:
+            assert written.info["compression"] == expected
+            np.testing.assert_array_equal(np.asarray(written), decoded.pixels)
+
+
 def test_letters_that_a_tiffs_exif_loses_are_noted():
     """Pillow writes the details' text as ASCII."""
     block = exif_block("<", [], [(0xA430, 2, 5, "Zo\u00eb".encode("utf-8") + b"\0")])
