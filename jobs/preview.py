@@ -74,5 +74,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     if decoded.alpha is not None:
         alpha = to_uint8(decoded.alpha)
         cells = [(caption, over_white(pixels, alpha)) for caption, pixels in cells]
-    side_by_side([cells], cell_px=800).save(picture)
+    # Numbers mean what they do in the photograph; the sheet is in colour, which a profile for greyscale is not for.
+    profile = None if decoded.icc is None or decoded.icc[16:20] == b"GRAY" else decoded.icc
+    side_by_side([cells], cell_px=800).save(picture, icc_profile=profile)
     console.print(f"picture: {harmless(str(picture))}", markup=False, soft_wrap=True)

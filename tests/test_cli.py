@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from picture_files import SRGB
 from PIL import Image
 from skimage import data
 from synthetic_classifier import write_tiny_classifier
@@ -717,6 +718,18 @@ def test_preview_of_a_grey_picture_shows_no_colour_as_none_would_be_written(
     assert code == 0, stderr
     sheet = np.asarray(Image.open(picture).convert("RGB"))
     assert (sheet == sheet[:, :, :1]).all()
+
+
+def test_preview_has_the_colour_profile_of_its_photograph(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    for mode, expected in (("RGB", SRGB), ("L", None)):
+        photograph, picture = tmp_path / f"{mode}.png", tmp_path / f"{mode}.webp"
+        profile = SRGB if mode == "RGB" else SRGB[:16] + b"GRAY" + SRGB[20:]
+        Image.open(photographs / "astronaut.png").convert(mode).save(photograph, icc_profile=profile)
+        assert invoke("preview", photograph, "--picture", picture, *weights, "--label", "rain")[0] == 0
+        with Image.open(picture) as sheet:
+            assert sheet.info.get("icc_profile") == expected
 
 
 def test_preview_shows_what_is_transparent_on_white(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
