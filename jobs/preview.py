@@ -11,7 +11,7 @@ from jobs.display import tell_if_uncalibrated
 from jobs.errors import UsageError
 from jobs.networks import load_networks
 from jobs.places import require_writable
-from jobs.sheets import side_by_side
+from jobs.sheets import Pixels, side_by_side
 from jobs.terminal import harmless
 from pipeline.images import ImageFault, as_grey_as, decode, over_white, to_uint8
 from pipeline.metrics import is_blank
@@ -20,6 +20,8 @@ from pipeline.records import Status
 from pipeline.source import IMAGE_EXTENSIONS
 
 DEFAULT_ENDING = ".preview.png"
+CELL_PX = 800
+MIDDLE_PX = 400
 
 
 def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Console) -> None:
@@ -76,5 +78,14 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
         cells = [(caption, over_white(pixels, alpha)) for caption, pixels in cells]
     # Numbers mean what they do in the photograph; the sheet is in colour, which a profile for greyscale is not for.
     profile = None if decoded.icc is None or decoded.icc[16:20] == b"GRAY" else decoded.icc
-    side_by_side([cells], cell_px=800).save(picture, icc_profile=profile)
+    rows = [cells]
+    if max(shown.shape[:2]) > CELL_PX:  # shrunk, in which noise and blur go
+        rows.append([("its middle at full size", _middle(pixels)) for _, pixels in cells])
+    side_by_side(rows, cell_px=CELL_PX).save(picture, icc_profile=profile)
     console.print(f"picture: {harmless(str(picture))}", markup=False, soft_wrap=True)
+
+
+def _middle(pixels: Pixels) -> Pixels:
+    """The middle of a picture, at most `MIDDLE_PX` a side."""
+    top, left = (max(0, side - MIDDLE_PX) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + MIDDLE_PX, left : left + MIDDLE_PX]

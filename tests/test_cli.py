@@ -33,6 +33,7 @@ from jobs.networks import worker_seconds
 from jobs.places import sole_driver
 from jobs.restore import _absolute, prepare
 from jobs.runner import WHOLE_PIXELS
+from jobs.sheets import CAPTION_PX, GAP_PX
 from jobs.terminal import harmless
 from models import orthogonal_bank
 from models.dfpir import DFPIR
@@ -730,6 +731,19 @@ def test_preview_has_the_colour_profile_of_its_photograph(
         assert invoke("preview", photograph, "--picture", picture, *weights, "--label", "rain")[0] == 0
         with Image.open(picture) as sheet:
             assert sheet.info.get("icc_profile") == expected
+
+
+def test_preview_shows_the_middle_of_a_large_photograph_at_full_size(tmp_path: Path, weights: list[str]) -> None:
+    """Of a pattern that is grey once it is shrunk."""
+    pixels = np.full((40, 2000, 3), 128, np.uint8)
+    pixels[:, :, 0] += np.tile(np.array([-90, 90], np.int16), 1000).astype(np.uint8)
+    photograph, picture = tmp_path / "large.png", tmp_path / "picture.png"
+    Image.fromarray(pixels).save(photograph)
+    assert invoke("preview", photograph, "--picture", picture, *weights, "--label", "rain")[0] == 0
+    with Image.open(picture) as sheet:
+        assert sheet.width == 2 * 800 + 3 * GAP_PX
+        top = 2 * (CAPTION_PX + GAP_PX) + 800 * 40 // 2000
+        assert np.array_equal(np.asarray(sheet)[top : top + 40, GAP_PX : GAP_PX + 400], pixels[:, 800:1200])
 
 
 def test_preview_shows_what_is_transparent_on_white(photographs: Path, tmp_path: Path, weights: list[str]) -> None:
