@@ -30,7 +30,7 @@ from skimage import data as samples
 
 from pipeline import decoding
 from pipeline.file_bytes import shortened_webp
-from pipeline.images import ImageFault, decode, encode, encoded_format, read_header, to_uint8
+from pipeline.images import ImageFault, as_grey_as, decode, encode, encoded_format, read_header, to_uint8
 from pipeline.jpeg import read_jpeg
 from pipeline.records import Stage
 
@@ -478,6 +478,23 @@ def test_reduced_depth_is_named(format):
     decoded = replace(decoded, alpha=np.full(DEEP.shape, 65535, np.uint16))
     (note,) = encode(decoded, decoded.pixels, format="png", quality=95).warnings
     assert note == "16 bits were reduced to 8: PNG is not written deeper beside alpha"
+
+
+@pytest.mark.parametrize("channels", [GREY, DEEP])
+def test_a_result_is_as_grey_as_its_source(channels):
+    source = np.repeat(channels[:, :, None], 3, axis=2)
+    result = np.random.default_rng(0).integers(0, 200, source.shape).astype(source.dtype)
+    assert np.ptp(as_grey_as(source, result), axis=2).max() == 0
+    for channel, step in ((0, 1), (1, 1), (1, -2), (2, -1)):
+        tinted = source.clip(2, 250).astype(int)
+        tinted[5, 5, channel] += step
+        assert as_grey_as(tinted.astype(source.dtype), result) is result
+
+
+@pytest.mark.parametrize("quality", [30, 80, 95])
+def test_grey_in_a_lossy_webp_is_grey(quality):
+    source = read(file_bytes(Image.fromarray(GREY).convert("RGB"), "WEBP", quality=quality)).pixels
+    assert np.ptp(as_grey_as(source, picture()), axis=2).max() == 0
 
 
 def test_quality_reaches_the_encoder():
