@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.dispatcher import Assignment, Dispatcher, Ending
@@ -146,7 +146,7 @@ class _Fallen:
     @property
     def is_dead_alone(self) -> bool:
         """Whether its node has been listed as living for long enough."""
-        is_told = "worker process has died" in str(self.error)
+        is_told = isinstance(self.error, OutOfMemoryError) or "worker process has died" in str(self.error)
         return time.monotonic() - self.since >= (DEATH_STANDS_AFTER_S if is_told else LOSS_TOLD_WITHIN_S)
 
 
@@ -383,6 +383,8 @@ def _is_of_machine(error: RayError) -> bool:
 def _short(error: RayError) -> str:
     """The telling line of Ray's many, without its guesses: what an actor's start raised, or how a process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OutOfMemoryError):  # Ray killed it, and ends with advice of its own
+        return lines[0][:300]
     telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because its"))]
     line = (telling or lines[-1:] or [type(error).__name__])[0]
     return line.partition(" Some common causes include")[0][:300]

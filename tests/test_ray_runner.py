@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from run_driver import drive
 from synthetic_classifier import write_tiny_classifier
 from synthetic_weights import write_tiny_model
@@ -286,12 +286,13 @@ def test_code_that_differs_in_a_byte_or_a_name_is_told(monkeypatch: pytest.Monke
         (RayActorError(error_msg="its worker process has died"), 4.0, False, ["lost"]),
         (RayActorError(error_msg="its worker process has died"), 6.0, True, ["died"]),
         (RayActorError(preempted=True), 1.0, True, ["lost"]),
+        (OutOfMemoryError("the node ran low on memory"), 6.0, True, ["died"]),
     ],
 )
 def test_a_death_with_its_machine_is_told_from_one_alone(
     make_run: MakeRun,
     monkeypatch: pytest.MonkeyPatch,
-    error: RayActorError,
+    error: RayError,
     seconds: float,
     alive: bool,
     booked: list[str],
@@ -341,6 +342,12 @@ def test_workers_that_are_put_on_a_lost_machine_have_not_failed_to_start(
 
 def test_the_line_that_tells_of_a_lost_machine_is_picked() -> None:
     assert ray_runner._short(RayActorError(error_msg=NODE_DIED)).startswith("The actor died because its node has died")
+
+
+def test_a_worker_that_ray_killed_for_memory_is_told_as_such_and_without_rays_advice() -> None:
+    told = "1 worker(s) were killed due to the node running low on memory. Memory on the node was 2.07GB used"
+    advice = "Refer to the documentation on how to address the out of memory issue. Set max_restarts to enable retry."
+    assert ray_runner._short(OutOfMemoryError(f"{told}\nTop 10 memory users\n{advice}")) == told
 
 
 def test_rays_guesses_are_no_part_of_how_a_worker_died() -> None:
