@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.dispatcher import Assignment, Dispatcher, Ending
-from jobs.errors import InterruptedBySignalError
+from jobs.errors import InterruptedBySignalError, RunError
 from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
 from jobs.runner import STOP_GRACE_S, log_to, work_off
 from jobs.signals import StopRequest, stop_on_signals
@@ -178,8 +178,15 @@ class RayRunner:
             with stop_on_signals() as request:
                 try:
                     crew.work(request)
+                except Exception as error:
+                    if ray.is_initialized():
+                        raise
+                    raise RunError(  # as Ray's client is once the head is gone
+                        f"the connection to the Ray cluster was lost ({error}); the same command goes on from here"
+                    ) from error
                 finally:
-                    crew.dismiss()
+                    if ray.is_initialized():  # else Ray would start a cluster here
+                        crew.dismiss()
 
 
 class _Crew:

@@ -436,6 +436,21 @@ def test_what_ray_prints_at_its_end_does_not_come_among_a_commands_results(
     assert capsys.readouterr() == ("", "another worker died\na worker died\n")
 
 
+def test_a_lost_connection_is_told_and_no_cluster_started_to_end_actors_on(
+    make_run: MakeRun, no_ray: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object) -> None:
+        raise ConnectionError("Client is shutting down.")
+
+    no_ray.setattr(ray_runner, "connected", lambda *_, **__: nullcontext())
+    no_ray.setattr(ray_runner, "all_nodes", lambda: [node(1)])
+    no_ray.setattr(ray_runner._Crew, "work", lose)
+    no_ray.setattr(ray_runner._Crew, "dismiss", lambda _: pytest.fail("Ray was asked"))
+    run = make_run(["a.png"])
+    with pytest.raises(RunError, match=r"connection to the Ray cluster was lost .*the same command goes on"):
+        RayRunner().run(run.shards, run.context, on_outcomes=lambda rows: None)
+
+
 def test_sigterm_while_ray_starts_is_told_as_any_other(no_ray: pytest.MonkeyPatch) -> None:
     def ended(**_: object) -> None:
         sys.exit(signal.SIGTERM)  # as Ray's own handler does
