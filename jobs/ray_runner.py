@@ -6,6 +6,7 @@ Ray schedules actors and tells of their deaths; it retries nothing (see `jobs.di
 import logging
 import os
 import queue
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -178,6 +179,8 @@ class RayRunner:
             with stop_on_signals() as request:
                 try:
                     crew.work(request)
+                except ModuleNotFoundError as error:  # of Ray's client server
+                    raise RunError(f"the head of the Ray cluster needs the same dfpir as the nodes: {error}") from error
                 except Exception as error:
                     if ray.is_initialized():
                         raise
@@ -387,6 +390,9 @@ def _is_of_machine(error: RayError) -> bool:
     return isinstance(error, ActorUnavailableError) or _is_preempted(error) or "its node has died" in str(error)
 
 
+_NOT_THE_SAME = "failed to import on the worker|input arguments for this task could not be computed"
+
+
 def _short(error: RayError) -> str:
     """The telling line of Ray's many, without its guesses: what an actor's start raised, or how a process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -394,4 +400,6 @@ def _short(error: RayError) -> str:
         return lines[0][:300]
     telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because its"))]
     line = (telling or lines[-1:] or [type(error).__name__])[0]
+    if where := re.search(rf"\bip=([^,]+).*({_NOT_THE_SAME})", str(error), re.DOTALL):
+        return f"{line[:200]}, on {where[1]}: every node needs the same dfpir"
     return line.partition(" Some common causes include")[0][:300]

@@ -350,6 +350,36 @@ def test_a_worker_that_ray_killed_for_memory_is_told_as_such_and_without_rays_ad
     assert ray_runner._short(OutOfMemoryError(f"{told}\nTop 10 memory users\n{advice}")) == told
 
 
+NOT_THERE = """The actor died because of an error raised in its creation task, ray::W (pid=1, ip=192.0.2.2, id=1)
+  {}:
+RuntimeError: further lines
+ModuleNotFoundError: No module named 'jobs'"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "At least one of the input arguments for this task could not be computed",
+        "The actor with name WorkerActor failed to import on the worker. This may be because needed",
+    ],
+)
+def test_a_node_without_dfpir_is_named(how: str) -> None:
+    told = "ModuleNotFoundError: No module named 'jobs', on 192.0.2.2: every node needs the same dfpir"
+    assert ray_runner._short(RayActorError(error_msg=NOT_THERE.format(how))) == told
+
+
+def test_a_client_server_without_dfpir_is_told(make_run: MakeRun, no_ray: pytest.MonkeyPatch) -> None:
+    def lack(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'jobs'")
+
+    no_ray.setattr(ray_runner, "connected", lambda *_, **__: nullcontext())
+    no_ray.setattr(ray_runner, "all_nodes", lambda: [node(1)])
+    no_ray.setattr(ray_runner._Crew, "work", lack)
+    run = make_run(["a.png"])
+    with pytest.raises(RunError, match="the head of the Ray cluster needs the same dfpir"):
+        RayRunner().run(run.shards, run.context, on_outcomes=lambda rows: None)
+
+
 def test_rays_guesses_are_no_part_of_how_a_worker_died() -> None:
     told = (
         "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: x."
