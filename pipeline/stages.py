@@ -17,6 +17,7 @@ from pipeline.records import ImageRef, Stage
 from pipeline.run_config import RunConfig
 from pipeline.sink import RunDirectory, Written
 from pipeline.source import fetch, is_gone, local_path
+from pipeline.transparency import completed
 
 SUSPICIOUS_CLIPPED = 0.2
 """A result is suspicious if black and white samples make up that much more of it than of its input."""
@@ -85,6 +86,9 @@ def measure_input(item: Item, references: ReferenceIndex | None, config: RunConf
             theirs, ours = (f"{shape[1]} x {shape[0]}" for shape in (reference.shape, seen.shape))
             item.warnings.append(f"not measured: the reference is {theirs} pixels, the image {ours}")
             return
+        alpha = item.decoded().alpha
+        if alpha is not None:
+            reference = completed(reference, alpha)  # like the picture that it is held against
         item.reference = reference
         item.facts.update(
             reference_uri=match.path.as_uri(), psnr_input_db=psnr_db(seen, reference), ssim_input=ssim(seen, reference)

@@ -596,6 +596,20 @@ def test_what_alpha_hides_sways_nothing_and_stays(tmp_path: Path) -> None:
     assert np.array_equal(result, pixels)
 
 
+def test_what_alpha_hides_is_not_measured_against_what_a_reference_shows_there(tmp_path: Path) -> None:
+    for folder in ("src", "ref"):
+        (tmp_path / folder).mkdir()
+    clean = np.full((16, 16, 3), (60, 70, 80), np.uint8)
+    clean[:, :6] = 200
+    noisy = np.dstack([clean + np.uint8(20), np.full((16, 16), 255, np.uint8)])
+    noisy[:, :6] = 0  # hidden
+    Image.fromarray(noisy).save(tmp_path / "src" / "cut.png")
+    Image.fromarray(clean).save(tmp_path / "ref" / "cut.png")
+    row = work(plan(tmp_path, label="rain", reference=str(tmp_path / "ref")))["cut.png"]
+    assert row["psnr_input_db"] == pytest.approx(20 * np.log10(255 / 20))
+    assert row["psnr_db"] == pytest.approx(20 * np.log10(255 / 30))
+
+
 def test_rows_that_are_committed_are_not_done_again(tmp_path: Path) -> None:
     for number in range(4):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
