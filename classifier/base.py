@@ -17,16 +17,21 @@ class Prediction:
     """What a classifier says of one image.
 
     `confidence` is the calibrated probability of `label`, `margin` its lead over the next label.
-    `confident` is False when the probability is below the label's threshold: the pipeline then abstains.
+    `threshold` is the probability from which the label is sure; below it the pipeline abstains.
     `noise_sigma_255` is the estimated standard deviation of noise on the 0..255 scale, whatever the label.
     """
 
     label: Degradation
     confidence: float
     margin: float
-    confident: bool
+    threshold: float
     probabilities: Mapping[Degradation, float]
     noise_sigma_255: float
+
+    @property
+    def confident(self) -> bool:
+        """Whether the label is sure."""
+        return self.confidence >= self.threshold
 
 
 class Classifier(ABC):
@@ -64,7 +69,7 @@ class Classifier(ABC):
             label=label,
             confidence=probabilities[label],
             margin=probabilities[label] - probabilities[second],
-            confident=probabilities[label] >= self.thresholds[label],
+            threshold=self.thresholds[label],
             probabilities=probabilities,
             noise_sigma_255=noise_sigma_255,
         )

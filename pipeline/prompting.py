@@ -96,12 +96,9 @@ def decide(
     from pipeline.records import Status
 
     label, confidence = prediction.label, prediction.confidence
-    if min_confidence is None:
-        if not prediction.confident:
-            reason = f"best guess {label} only {_floored(confidence)}, below its threshold"
-            return Decision(Status.ABSTAINED, label, None, reason)
-    elif not confidence >= min_confidence:
-        reason = f"best guess {label} only {_floored(confidence)}, below the threshold {min_confidence:g}"
+    least = prediction.threshold if min_confidence is None else min_confidence
+    if not confidence >= least:
+        reason = f"best guess {label} only {_floored(confidence)}, below the threshold {least:g}"
         return Decision(Status.ABSTAINED, label, None, reason)
     seen = f"{label} with probability {confidence:.2f}"
     if label is Degradation.CLEAN:

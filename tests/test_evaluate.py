@@ -48,12 +48,12 @@ class Oracle:
 
     name, sha256 = "oracle", ""
 
-    def __init__(self, label: Degradation, sigma_255: float = 0.0, *, confident: bool = True) -> None:
-        self.label, self.sigma_255, self.confident = label, sigma_255, confident
+    def __init__(self, label: Degradation, sigma_255: float = 0.0, *, threshold: float = 0.5) -> None:
+        self.label, self.sigma_255, self.threshold = label, sigma_255, threshold
 
     def predict(self, images: list[np.ndarray]) -> list[Prediction]:
         shares = {label: float(label is self.label) for label in LABELS}
-        return [Prediction(self.label, 1.0, 1.0, self.confident, shares, self.sigma_255) for _ in images]
+        return [Prediction(self.label, 1.0, 1.0, self.threshold, shares, self.sigma_255) for _ in images]
 
     def take_views(self, image: np.ndarray) -> Views:
         raise NotImplementedError
@@ -102,7 +102,7 @@ def test_what_is_too_unsure_to_be_restored_is_not_recognised(kodak: Path, restor
     told = {}
     for name, oracle in (
         ("sure", Oracle(Degradation.NOISE, 20.0)),
-        ("unsure", Oracle(Degradation.NOISE, 20.0, confident=False)),
+        ("unsure", Oracle(Degradation.NOISE, 20.0, threshold=2.0)),
         ("wrong", Oracle(Degradation.RAIN)),
         ("clean", Oracle(Degradation.CLEAN)),
     ):

@@ -24,7 +24,7 @@ from models.weights import load_checkpoint
 def surely(label: Degradation, confidence: float = 1.0) -> Prediction:
     rest = (1 - confidence) / (len(LABELS) - 1)
     shares = {each: confidence if each is label else rest for each in LABELS}
-    return Prediction(label, confidence, confidence - rest, True, shares, 20.0)
+    return Prediction(label, confidence, confidence - rest, 0.0, shares, 20.0)
 
 
 @pytest.fixture

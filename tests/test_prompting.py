@@ -22,14 +22,14 @@ ALL = tuple(PUBLISHED_SENTENCES)
 THREE_TASKS = ALL[:5]
 
 
-def prediction(label, confidence=0.97, confident=True, sigma=23.0):
+def prediction(label, confidence=0.97, sigma=23.0):
     others = (1 - confidence) / (len(LABELS) - 1)
     probabilities = {one: confidence if one == label else others for one in LABELS}
     return Prediction(
         label=Degradation(label),
         confidence=confidence,
         margin=confidence - others,
-        confident=confident,
+        threshold=0.5,
         probabilities=probabilities,
         noise_sigma_255=sigma,
     )
@@ -62,9 +62,9 @@ def test_damage_without_a_prompt_is_left_for_review():
 
 @pytest.mark.parametrize("label", list(Degradation))
 def test_unsure_is_abstained_whatever_the_label(label):
-    decision = decide(prediction(label, 0.41, confident=False), prompts=ALL)
+    decision = decide(prediction(label, 0.41), prompts=ALL)
     assert (decision.status, decision.prompt) == (Status.ABSTAINED, None)
-    assert decision.reason == f"best guess {label} only 0.41, below its threshold"
+    assert decision.reason == f"best guess {label} only 0.41, below the threshold 0.5"
 
 
 def test_a_reason_does_not_contradict_itself():
@@ -85,7 +85,7 @@ def test_of_one_tone_nothing_is_restored_and_what_is_clean_stays_so():
 
 
 def test_given_confidence_replaces_the_thresholds_both_ways():
-    unsure = prediction("haze", 0.41, confident=False)
+    unsure = prediction("haze", 0.41)
     assert decide(unsure, prompts=ALL, min_confidence=0.4).status is Status.RESTORED
     sure = decide(prediction("haze", 0.9), prompts=ALL, min_confidence=0.95)
     assert sure.status is Status.ABSTAINED

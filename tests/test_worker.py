@@ -97,7 +97,7 @@ class Reader:
     def prediction(self, probabilities: Mapping[Degradation, float], *, noise_sigma_255: float) -> Prediction:
         label = max(probabilities, key=probabilities.__getitem__)
         confidence = probabilities[label]
-        return Prediction(label, confidence, 0.2, confidence > 0.9, probabilities, noise_sigma_255=noise_sigma_255 + 25)
+        return Prediction(label, confidence, 0.2, 0.9, probabilities, noise_sigma_255=noise_sigma_255 + 25)
 
 
 def marked(path: Path, value: int, *, height: int = 16, width: int = 16) -> None:
