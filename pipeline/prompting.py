@@ -98,7 +98,7 @@ def decide(
     label, confidence = prediction.label, prediction.confidence
     least = prediction.threshold if min_confidence is None else min_confidence
     if not confidence >= least:
-        reason = f"best guess {label} only {_floored(confidence)}, below the threshold {least:g}"
+        reason = f"best guess {label} only {_floored(confidence, 2)}, below the threshold {least:g}"
         return Decision(Status.ABSTAINED, label, None, reason)
     seen = f"{label} with probability {confidence:.2f}"
     if label is Degradation.CLEAN:
@@ -106,12 +106,14 @@ def decide(
     if is_blank:
         return Decision(Status.ABSTAINED, label, None, f"{seen}, but it is of one tone: nothing to restore")
     sigma_255 = prediction.noise_sigma_255
-    return _with_prompt(label, sigma_255, f"estimated sigma {sigma_255:.0f}", seen, prompts)
+    return _with_prompt(label, sigma_255, f"estimated sigma {_floored(sigma_255, 1)}", seen, prompts)
 
 
-def _floored(probability: float) -> str:
-    """Two digits that are not more than it is: it may be just below a threshold."""
-    return f"{math.floor(100 * probability + 1e-9) / 100:.2f}" if math.isfinite(probability) else str(probability)
+def _floored(value: float, digits: int) -> str:
+    """So many digits behind the point, and no more than it is: it may be just below a threshold or cut point."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{math.floor(10**digits * value + 1e-9) / 10**digits:.{digits}f}"
 
 
 def decide_forced(
@@ -123,7 +125,7 @@ def decide_forced(
     """
     forced = Degradation(label)
     if sigma_255 is None:
-        sigma_255, origin = estimated_sigma_255, f"estimated sigma {estimated_sigma_255:.0f}"
+        sigma_255, origin = estimated_sigma_255, f"estimated sigma {_floored(estimated_sigma_255, 1)}"
     else:
         origin = f"given sigma {sigma_255:g}"
     return _with_prompt(forced, sigma_255, origin, f"{forced} as given by --label", prompts)

@@ -38,7 +38,7 @@ def prediction(label, confidence=0.97, sigma=23.0):
 def test_noise_goes_by_its_sigma():
     decision = decide(prediction("noise"), prompts=ALL)
     assert (decision.status, decision.prompt) == (Status.RESTORED, "noise25")
-    assert decision.reason == "noise with probability 0.97; estimated sigma 23 leads to prompt noise25"
+    assert decision.reason == "noise with probability 0.97; estimated sigma 23.0 leads to prompt noise25"
 
 
 @pytest.mark.parametrize("label", ["rain", "haze", "blur", "lowlight"])
@@ -72,6 +72,9 @@ def test_a_reason_does_not_contradict_itself():
     assert decision.reason == "best guess rain only 0.49, below the threshold 0.5"
     decision = decide(prediction("rain", confidence=0.9985), prompts=ALL, min_confidence=0.999)
     assert decision.reason == "best guess rain only 0.99, below the threshold 0.999"
+    below, above = (decide(prediction("noise", sigma=sigma), prompts=ALL).reason for sigma in (18.96, 19.04))
+    assert below.endswith("estimated sigma 18.9 leads to prompt noise15")
+    assert above.endswith("estimated sigma 19.0 leads to prompt noise25")
 
 
 def test_no_number_is_not_sure_enough():
@@ -118,7 +121,7 @@ def test_forced_noise_goes_by_the_given_sigma_else_by_the_estimated():
     assert given.reason == "noise as given by --label; given sigma 50 leads to prompt noise50"
     estimated = decide_forced("noise", sigma_255=None, estimated_sigma_255=3.0, prompts=ALL)
     assert estimated.prompt == "noise15"
-    assert "estimated sigma 3 " in estimated.reason
+    assert "estimated sigma 3.0 " in estimated.reason
     with pytest.raises(ValueError, match="auto"):
         decide_forced("auto", sigma_255=None, estimated_sigma_255=3.0, prompts=ALL)
 
