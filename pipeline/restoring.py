@@ -76,7 +76,7 @@ class BatchRestorer:
             item.add_ms(Stage.RESTORE, each_ms)
             item.facts.setdefault("oom_retries", 0)
             item.facts.update(batch_size=len(batch), tiled=side is not None, tile_px=side)
-            if side is not None and item.facts["prompt"] not in self._restorer.windows_px:
+            if side is not None and side != self._restorer.windows_px.get(item.facts["prompt"]):
                 item.warnings.append(f"restored in tiles of {side} px, whose brightness may differ")
 
     def _note_full_memory(self, batch: Sequence[Item], error: Exception) -> None:

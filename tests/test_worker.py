@@ -255,6 +255,15 @@ def test_tiles_that_do_not_fit_together_go_singly_before_smaller_ones(tmp_path: 
     assert asked == [None, 64]
 
 
+def test_tiles_below_a_prompts_window_are_warned_of(tmp_path: Path) -> None:
+    marked(tmp_path / "src" / "large.png", red(Degradation.RAIN), height=100, width=90)
+    restorer = Restorer(tiny_network(), orthogonal_bank(), windows_px={"rain": 64})
+    restorer.memory_budget_bytes //= 10**9
+    row = work(plan(tmp_path), restorer)["large.png"]
+    assert row["tile_px"] < 64
+    assert row["warnings"] == [f"restored in tiles of {row['tile_px']} px, whose brightness may differ"]
+
+
 def test_what_is_of_one_tone_is_left_alone(tmp_path: Path) -> None:
     """A page, or a frame of black: it would be restored to something that is not there."""
     label = Degradation.LOWLIGHT
