@@ -33,7 +33,7 @@ from models.memory import is_out_of_memory
 from models.registry import list_models
 from models.weights import file_sha256
 from pipeline.images import ImageFault, read_header
-from pipeline.metrics import PSNR_CAP_DB, is_blank
+from pipeline.metrics import PSNR_CAP_DB, is_flat
 from pipeline.prompting import decide, noise_prompt, prompts_for
 from pipeline.records import Status, arrow_schema
 from pipeline.synthesis import from_uint8
@@ -233,7 +233,7 @@ def _result(example: Example, restorer: Restorer, classifier: Classifier) -> Res
     prediction = classifier.predict([degraded])[0]
     sigma_255 = prediction.noise_sigma_255 if example.sigma_255 is None else example.sigma_255
     given = noise_prompt(sigma_255) if example.label is Degradation.NOISE else str(example.label)
-    decision = decide(prediction, prompts=restorer.prompts.keys, is_blank=is_blank(degraded))
+    decision = decide(prediction, prompts=restorer.prompts.keys, is_flat=is_flat(degraded))
     by_prompt: dict[str | None, tuple[float, float]] = {None: scores(image, truth)}
     for prompt in (given, decision.prompt):
         if prompt is not None and prompt not in by_prompt:

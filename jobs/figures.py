@@ -27,7 +27,7 @@ from jobs.training_data import Photographs, photographs_in
 from models import Restorer
 from models.weights import Checkpoint
 from pipeline.images import as_grey_as
-from pipeline.metrics import is_blank
+from pipeline.metrics import is_flat
 from pipeline.prompting import decide, noise_prompt
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def sheet(examples: Sequence[tuple[Labelled, Prediction]], restorer: Restorer) -
     figure = Figure(figsize=(2.4 * len(examples), 5), layout="constrained")
     columns = figure.subplots(2, len(examples), squeeze=False).T
     for (before, after), (picture, prediction) in zip(columns, examples, strict=True):
-        decision = decide(prediction, prompts=restorer.prompts.keys, is_blank=is_blank(picture.pixels))
+        decision = decide(prediction, prompts=restorer.prompts.keys, is_flat=is_flat(picture.pixels))
         result = picture.pixels
         if decision.prompt is not None:
             result = as_grey_as(picture.pixels, restorer.restore([picture.pixels], [decision.prompt])[0])

@@ -14,7 +14,7 @@ from jobs.places import require_writable
 from jobs.sheets import Pixels, side_by_side
 from jobs.terminal import harmless
 from pipeline.images import ImageFault, as_grey_as, decode, over_white, to_uint8
-from pipeline.metrics import is_blank
+from pipeline.metrics import is_flat
 from pipeline.prompting import decide, decide_forced, parse_label
 from pipeline.records import Status
 from pipeline.source import IMAGE_EXTENSIONS
@@ -52,7 +52,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
             prediction,
             prompts=restorer.prompts.keys,
             min_confidence=options.min_confidence,
-            is_blank=is_blank(decoded.visible),
+            is_flat=is_flat(decoded.visible),
         )
     else:
         decision = decide_forced(

@@ -56,8 +56,8 @@ class Item:
     image: DecodedImage | None = None
     view: NDArray[np.uint8] | None = None
     """The picture as classifier and metrics see it: H x W x 3 uint8."""
-    is_blank: bool = False
-    """Whether the picture is of one tone."""
+    is_flat: bool = False
+    """Whether the picture is of one tone or of a few flat ones."""
     looked_at: Views | None = None
     """What the classifier is to be asked about: of the picture, once it is restored of the result."""
     reference: NDArray[np.uint8] | None = None

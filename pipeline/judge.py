@@ -10,7 +10,7 @@ from classifier.view import Views
 from models.memory import is_out_of_memory
 from pipeline.batching import in_halves
 from pipeline.item import Item
-from pipeline.metrics import is_blank
+from pipeline.metrics import is_flat
 from pipeline.prompting import Decision, decide, decide_forced
 from pipeline.records import Stage
 from pipeline.run_config import RunConfig
@@ -36,7 +36,7 @@ class Judge:
         with item.stage(Stage.CLASSIFY):
             if self._classifier is not None:
                 item.looked_at = self._classifier.take_views(item.seen())
-                item.is_blank = is_blank(item.decoded().visible)
+                item.is_flat = is_flat(item.decoded().visible)
             if self._classifier is not None or self._config.label == Degradation.NOISE:
                 # It depends on the picture alone, so it is noted even where a given sigma overrules it.
                 item.facts["noise_sigma_255"] = estimate_sigma(item.seen())
@@ -65,7 +65,7 @@ class Judge:
                     clean_probability_before=prediction.probabilities[Degradation.CLEAN],
                 )
                 least = self._config.min_confidence
-                decision = decide(prediction, prompts=self._prompts, min_confidence=least, is_blank=item.is_blank)
+                decision = decide(prediction, prompts=self._prompts, min_confidence=least, is_flat=item.is_flat)
                 _note(item, decision)
         _add_ms(items, Stage.CLASSIFY, started)
 

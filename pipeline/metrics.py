@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from pipeline.images import Pixels
 
+FEW_COLOURS, FLAT_SHARE = 32, 0.9
+"""Colours of a picture that is no photograph, and the share of its pixels that have their left neighbour's."""
+
 BLANK_LEVELS = {"uint8": 4, "uint16": 64}
 """By which pixels of one tone may differ in each channel; deep ones may use the bottom of their range alone."""
 
@@ -99,11 +102,30 @@ def clipped_fraction(image: Pixels) -> float:
     return float(1 - between / image.size)
 
 
-def is_blank(image: Pixels) -> bool:
-    """Whether an image, H x W x 3, is of one tone, but for a few levels: a page, a lens cap, a frame of black."""
+def is_flat(image: Pixels) -> bool:
+    """Whether an image, H x W x 3, is no photograph: of one tone, or of a few colours in areas of their own.
+
+    One tone is that of a page, a lens cap, a frame of black, but for a few levels. A mask, a map of labels or a
+    drawing has few colours; so has a very dark photograph, but not in areas.
+    """
     few = image[::16, ::16]
     levels = BLANK_LEVELS[str(image.dtype)]
-    return all(int(np.ptp(part[:, :, channel])) <= levels for part in (few, image) for channel in range(3))
+    if all(int(np.ptp(part[:, :, channel])) <= levels for part in (few, image) for channel in range(3)):
+        return True
+    if not all(_has_few_colours(part) for part in (few, image)):
+        return False
+    same = sum(int((row[1:] == row[:-1]).all(axis=1).sum()) for row in image)
+    return bool(same > FLAT_SHARE * image.shape[0] * (image.shape[1] - 1))
+
+
+def _has_few_colours(image: Pixels) -> bool:
+    found: set[int] = set()
+    for row in image:
+        red, green, blue = row.astype(np.uint64).T
+        found.update(np.unique(red << 32 | green << 16 | blue).tolist())
+        if len(found) > FEW_COLOURS:
+            return False
+    return True
 
 
 def _parts(image: Pixels) -> Iterator[NDArray[np.uint8 | np.uint16]]:

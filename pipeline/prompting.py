@@ -82,7 +82,7 @@ def decide(
     *,
     prompts: Collection[str],
     min_confidence: float | None = None,
-    is_blank: bool = False,
+    is_flat: bool = False,
 ) -> Decision:
     """What the prediction leads to, given the keys of the model's prompts.
 
@@ -90,7 +90,7 @@ def decide(
         prediction: unsure ones are abstained whatever their label.
         prompts: keys of the model's.
         min_confidence: replaces the classifier's own thresholds.
-        is_blank: whether the picture is of one tone (`pipeline.metrics.is_blank`), of which nothing can be restored.
+        is_flat: whether the picture is of one tone or of a few flat ones (`pipeline.metrics.is_flat`): no photograph.
     """
     # What training needs imports this module, and not pyarrow, which comes with the records.
     from pipeline.records import Status
@@ -103,8 +103,9 @@ def decide(
     seen = f"{label} with probability {confidence:.2f}"
     if label is Degradation.CLEAN:
         return Decision(Status.COPIED, label, None, f"{seen}: kept as it was")
-    if is_blank:
-        return Decision(Status.ABSTAINED, label, None, f"{seen}, but it is of one tone: nothing to restore")
+    if is_flat:
+        reason = f"{seen}, but it is of one tone or of a few flat ones: nothing to restore"
+        return Decision(Status.ABSTAINED, label, None, reason)
     sigma_255 = prediction.noise_sigma_255
     return _with_prompt(label, sigma_255, f"estimated sigma {_floored(sigma_255, 1)}", seen, prompts)
 

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pipeline import metrics
-from pipeline.metrics import PSNR_CAP_DB, change_rmse_255, clipped_fraction, is_blank, psnr_db, ssim
+from pipeline.metrics import PSNR_CAP_DB, change_rmse_255, clipped_fraction, is_flat, psnr_db, ssim
 
 
 def random_pair(height, width, seed, spread=40, dtype=np.uint8):
@@ -112,12 +112,24 @@ def test_figures_of_large_images_are_those_of_all_their_parts(monkeypatch, dtype
     assert clipped_fraction(two) == pytest.approx(clipped)
 
 
-def test_a_picture_of_one_tone_is_blank_but_for_a_few_levels():
+def test_a_picture_of_one_tone_is_flat_but_for_a_few_levels():
     image = np.random.default_rng(0).integers(250, 255, (70, 90, 3), dtype=np.uint8)
-    assert is_blank(image)
+    assert is_flat(image)
     image[5, 7, 1] = 200
-    assert not is_blank(image)
-    assert is_blank(np.full((3, 2, 3), (255, 0, 7), np.uint8))
+    assert not is_flat(image)
+    assert is_flat(np.full((3, 2, 3), (255, 0, 7), np.uint8))
     sensor = np.random.default_rng(0).integers(0, 1023, (30, 40, 3), dtype=np.uint16)
-    assert not is_blank(sensor), "a picture at the bottom of its range"
-    assert is_blank(sensor // 16)
+    assert not is_flat(sensor), "a picture at the bottom of its range"
+    assert is_flat(sensor // 16)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_is_flat_and_a_very_dark_photograph_is_not(dtype):
+    mask = np.zeros((70, 90, 3), dtype)
+    mask[5:40, 7:60], mask[30:, 50:], mask[:2] = 1, 20, 255
+    assert is_flat(mask)
+    assert not is_flat(mask[:, :1].repeat(40, 1) + np.arange(40, dtype=dtype)[None, :, None]), "of as many shades"
+    levels = np.random.default_rng(0).integers(0, 20, (70, 90, 1)) * (np.iinfo(dtype).max // 255)
+    dark = levels.astype(dtype).repeat(3, 2)
+    assert not is_flat(dark), "of few colours, but not in areas"
+    assert not is_flat(dark[:, :1]), "without neighbours"

@@ -84,7 +84,7 @@ def test_no_number_is_not_sure_enough():
 
 def test_of_one_tone_nothing_is_restored_and_what_is_clean_stays_so():
     for label, status in (("lowlight", Status.ABSTAINED), ("clean", Status.COPIED)):
-        assert decide(prediction(label), prompts=ALL, is_blank=True).status is status
+        assert decide(prediction(label), prompts=ALL, is_flat=True).status is status
 
 
 def test_given_confidence_replaces_the_thresholds_both_ways():
