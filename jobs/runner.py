@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.dispatcher import Assignment, Ending
-from jobs.terminal import harmless
+from jobs.terminal import harmless, messages
 from pipeline.records import OnOutcomes, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import ShardBusyError
@@ -33,6 +34,12 @@ def workers_per_gpu(cpus: int, gpu_bytes: int, *, least_bytes: int) -> int:
     process can do, however many threads it has.
     """
     return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER, gpu_bytes // max(1, least_bytes)))
+
+
+def stop_deadline() -> float:
+    """Until when workers may finish, on the monotonic clock; tells who waits for it."""
+    messages.print("dfpir: stopping as soon as what is in hand is done; a second signal ends at once", soft_wrap=True)
+    return time.monotonic() + STOP_GRACE_S
 
 
 class Runner(Protocol):

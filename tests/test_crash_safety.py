@@ -34,7 +34,7 @@ def test_a_terminals_signal_ends_no_local_worker_with_work_in_hand(
         FAULT: "stall:before-rename:d.png", MARKER: str(tmp_path / "marker"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "tests" / "run_driver.py"), "local", str(tmp_path / "run.pickle")]
-    driver = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    driver = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
     try:
         worker = stalled_process(tmp_path / "marker")
         os.killpg(driver.pid, number)
@@ -43,7 +43,8 @@ def test_a_terminals_signal_ends_no_local_worker_with_work_in_hand(
         os.kill(worker, 0)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+        told = driver.communicate()[1]
+    assert b"stopping as soon as what is in hand is done" in told
 
 
 @pytest.mark.parametrize("step", STEPS)
