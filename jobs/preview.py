@@ -62,7 +62,7 @@ def preview(image: Path, picture: Path, options: RestoreOptions, *, console: Con
     for name, probability in sorted(prediction.probabilities.items(), key=lambda item: -item[1]):
         table.add_row(str(name), f"{probability:6.1%}", "#" * round(40 * probability))
     console.print(table)
-    for warning in decoded.warnings:
+    for warning in (*decoded.warnings, *(decoded.lost if decision.prompt else ())):
         console.print(f"note: {warning}", markup=False, soft_wrap=True)
     tell_if_uncalibrated(console, options.classifier)
     console.print(f"estimated noise: sigma {prediction.noise_sigma_255:.1f} of 255")

@@ -272,7 +272,7 @@ def _to_decoded(
 ) -> DecodedImage:
     """Turns a loaded Pillow image, or its pixels as they are `stored`, upright and into arrays."""
     mode, source_format = image.mode, _format_name(image)
-    notes = [*layout.warnings, *metadata.warnings]
+    notes = list(layout.warnings)
     icc = metadata.icc
     transparent = image.info.get("transparency")
     greyscale = layout.greyscale
@@ -322,6 +322,7 @@ def _to_decoded(
         png_colour=metadata.png_colour,
         lossless_webp=metadata.lossless_webp,
         warnings=tuple(notes),
+        lost=metadata.lost,
     )
 
 

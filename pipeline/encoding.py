@@ -83,7 +83,7 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
             raise MemoryError(str(error)) from error
         fault = f"{name} cannot hold this {width} x {height} image: {error}"
         raise ImageFault(Stage.ENCODE, "not_encodable", fault) from error
-    return EncodedImage(data, name, mode, width, height, tuple(notes))
+    return EncodedImage(data, name, mode, width, height, (*source.lost, *notes))
 
 
 def _saved(channels: Pixels, name: str, options: dict[str, object]) -> bytes:

@@ -59,6 +59,12 @@ def unfinished_end(data: bytes) -> int:
     return zeros if zeros >= 16 and data.find(b"\xff\xd9", _first_scan(data)) < 0 else 0
 
 
+def bytes_behind_jpeg(data: bytes) -> int:
+    """How many bytes follow the end of a JPEG's picture, without the zeros that they end in; 0 if it has no end."""
+    end = data.find(b"\xff\xd9", _first_scan(data))
+    return len(data[end + 2 :].rstrip(b"\0")) if end >= 0 else 0
+
+
 def shortened_webp(data: bytes) -> bytes | None:
     """A WebP without the last bytes of its picture, if that ends in many zeros and is not one of several frames.
 

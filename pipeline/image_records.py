@@ -66,6 +66,8 @@ class DecodedImage:
     """Kind and content of the chunks by which a PNG says, beside a profile, what its numbers mean."""
     lossless_webp: bool = False
     warnings: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Warnings of what a restored file will not have, which do not hold for one that is kept."""
 
     @cached_property
     def visible(self) -> Pixels:

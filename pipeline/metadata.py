@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image
 
 from pipeline.exif_bytes import upright_exif
-from pipeline.file_bytes import is_lossless_webp, png_colour
+from pipeline.file_bytes import bytes_behind_jpeg, is_lossless_webp, png_colour
 from pipeline.tiff import tiff_tags
 
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
@@ -53,6 +53,12 @@ _DESCRIPTIVE_TIFF_TAGS = frozenset(
 )
 """A TIFF keeps its layout (strips, compression) beside its EXIF; only these tags hold for another file too."""
 
+_GEOGRAPHIC_TIFF_TAGS = frozenset({33550, 33922, 34264, 34735})
+"""Scale, tie points, transformation and keys of GeoTIFF."""
+
+_LEAST_BEHIND_BYTES = 4096
+"""Behind the end of a JPEG; many cameras leave some."""
+
 SUB_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
@@ -67,7 +73,8 @@ class Metadata:
     dpi: tuple[float, float] | None
     png_colour: tuple[tuple[bytes, bytes], ...]
     lossless_webp: bool
-    warnings: tuple[str, ...]
+    lost: tuple[str, ...]
+    """In words, what is none of these."""
 
 
 def read_metadata(image: Image.Image, data: bytes) -> Metadata:
@@ -102,8 +109,23 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
         dpi=_upright_dpi(image, orientation),
         png_colour=png_colour(data) if image.format == "PNG" else (),
         lossless_webp=image.format == "WEBP" and is_lossless_webp(data),
-        warnings=tuple(notes),
+        lost=(*notes, *_lost_beside(image, data)),
     )
+
+
+def _lost_beside(image: Image.Image, data: bytes) -> list[str]:
+    """What a file has besides a picture in colour or grey, its alpha, and metadata."""
+    notes = []
+    if image.format in ("JPEG", "MPO") and (size := bytes_behind_jpeg(data)) >= _LEAST_BEHIND_BYTES:
+        notes.append(
+            f"{size:,} bytes behind the picture were dropped: a video, a gain map, further pictures or the like"
+        )
+    tags = tiff_tags(image)
+    if (further := tags.get(ExifTags.Base.SamplesPerPixel, 1) - len(image.getbands())) > 0:
+        notes.append(f"channels beside the colours were dropped: {further}")
+    if _GEOGRAPHIC_TIFF_TAGS & set(tags):
+        notes.append("the georeference (GeoTIFF) was dropped")
+    return notes
 
 
 def _stated_orientation(exif: Image.Exif) -> int | None:

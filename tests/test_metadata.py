@@ -180,7 +180,7 @@ def test_letters_that_a_tiffs_exif_loses_are_noted():
     decoded = read(file_bytes(Image.fromarray(picture()), "TIFF", exif=block))
     assert decoded.warnings == ()
     data = file_bytes(Image.fromarray(picture()), "TIFF", exif=block).replace(b"Zo??", "Zo\u00eb".encode())
-    assert read(data).warnings == ("letters beyond ASCII in EXIF's details were replaced by ?",)
+    assert read(data).lost == ("letters beyond ASCII in EXIF's details were replaced by ?",)
 
 
 def test_exif_that_imagemagick_wrote_into_a_png_is_kept():
@@ -205,7 +205,7 @@ def test_orientation_of_a_tiff_outlives_exif_that_cannot_be_written_again():
     )
     decoded = read(buffer.getvalue())
     assert (decoded.exif_orientation, decoded.exif, decoded.dpi) == (6, None, (150, 300))
-    assert decoded.warnings == ("EXIF could not be read and was dropped",)
+    assert decoded.lost == ("EXIF could not be read and was dropped",)
     np.testing.assert_array_equal(decoded.pixels, upright)
 
 
@@ -249,7 +249,7 @@ def test_a_colour_profile_that_is_none_is_dropped_with_a_warning(name):
             data = with_segment(file_bytes(Image.fromarray(picture()), "JPEG"), 0xE2, fragment)
     decoded = read(data)
     assert decoded.icc is None
-    assert decoded.warnings == ("the colour profile could not be read and was dropped",)
+    assert decoded.lost == ("the colour profile could not be read and was dropped",)
     for format in ("same", "png", "jpeg", "webp"):
         assert encode(decoded, decoded.pixels, format=format, quality=95).data
 
@@ -302,7 +302,7 @@ def test_xmp_of_a_motion_photo_is_dropped_with_a_warning():
     said = xmp(1).replace(b"xmp:Rating", b'GCamera:MotionPhoto="1" xmp:Rating')
     decoded = read(file_bytes(Image.fromarray(picture()), "JPEG", xmp=said))
     assert decoded.xmp is None
-    assert decoded.warnings == ("XMP was dropped: it speaks of a video or gain map behind the picture",)
+    assert decoded.lost == ("XMP was dropped: it speaks of a video or gain map behind the picture",)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -352,7 +352,7 @@ def test_extended_xmp_is_dropped_with_a_warning():
     data = with_segment(file_bytes(Image.fromarray(picture()), "JPEG", xmp=packet), 0xE1, extension)
     decoded = read(data)
     assert decoded.xmp == b"<rdf:Description xmp:Rating='4'/>"
-    assert decoded.warnings == ("extended XMP was dropped",)
+    assert decoded.lost == ("extended XMP was dropped",)
 
 
 def test_xmp_turns_with_the_picture_and_shows_no_unrestored_thumbnail():
@@ -393,7 +393,7 @@ def test_xmp_of_an_unexpected_type_costs_a_tiff_nothing_else(kind):
     tags = [(700, kind, len(packet), packet, True)]
     tifffile.imwrite(buffer, picture(), photometric="rgb", extratags=tags, metadata=None, description="kept")
     decoded = read(buffer.getvalue())
-    assert (decoded.xmp, decoded.warnings) == (None, ("XMP could not be read and was dropped",))
+    assert (decoded.xmp, decoded.lost) == (None, ("XMP could not be read and was dropped",))
     assert b"kept" in decoded.exif
     np.testing.assert_array_equal(decoded.pixels, picture())
 
@@ -443,3 +443,27 @@ def test_exif_too_large_for_jpeg_is_dropped_with_a_warning():
     decoded = read(file_bytes(Image.fromarray(picture()), "PNG", exif=exif))
     encoded = encode(decoded, decoded.pixels, format="jpeg", quality=95)
     assert "EXIF was dropped" in encoded.warnings[0]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+def test_what_lies_behind_a_jpeg_is_not_lost_without_a_word(format):
+    whole = file_bytes(Image.fromarray(picture()), format, exif=exif_block("<", [], []))
+    assert read(whole + b"SEFT" + bytes(9000)).lost == ()
+    video = b"ftyp" + bytes(range(1, 251)) * 20
+    decoded = read(whole + video + bytes(9))
+    (note,) = decoded.lost
+    assert note.startswith("5,004 bytes behind the picture were dropped")
+    assert encode(decoded, decoded.pixels, format="same", quality=95).warnings == decoded.lost
+    assert decoded.warnings == (), "of a photograph that is kept it would not be true"
+
+
+def test_channels_and_places_that_a_tiff_loses_are_noted():
+    def lost(channels, **options):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, picture(channels=channels), photometric="rgb", metadata=None, **options)
+        return read(buffer.getvalue()).lost
+
+    assert lost(3) == lost(4, extrasamples=["unassalpha"]) == ()
+    assert lost(4, extrasamples=["unspecified"]) == ("channels beside the colours were dropped: 1",)
+    scale = [(33550, "d", 3, (10.0, 10.0, 0.0), True)]
+    assert lost(3, extratags=scale) == ("the georeference (GeoTIFF) was dropped",)
