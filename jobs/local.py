@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jobs.dispatcher import Assignment, Dispatcher, Ending
 from jobs.errors import InterruptedBySignalError
-from jobs.runner import log_to, note_traceback, stop_deadline, work_off, workers_per_gpu
+from jobs.runner import begin_stopping, log_to, note_traceback, work_off, workers_per_gpu
 from jobs.signals import OF_DRIVER, StopRequest, kept_from_children, stop_on_signals
 from pipeline.records import OnOutcomes, Outcome, Shard
 from pipeline.run_config import RunContext
@@ -213,7 +213,7 @@ def _wind_up(children: dict[int, _Child], dispatcher: Dispatcher, request: StopR
     for child in children.values():
         if child.assignment is not None:
             child.stop()
-    deadline = stop_deadline()
+    deadline = begin_stopping()
     while _busy(children) and time.monotonic() < deadline:
         _step(children, dispatcher, give=False)
     assert request.signal_number is not None

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.dispatcher import Assignment, Dispatcher, Ending
 from jobs.errors import InterruptedBySignalError, RunError
 from jobs.ray_cluster import Needs, all_nodes, code_digest, connected, gpu_bytes, measure_room, require_code
-from jobs.runner import log_to, stop_deadline, work_off
+from jobs.runner import begin_stopping, log_to, work_off
 from jobs.signals import StopRequest, stop_on_signals
 from pipeline.faults import fault_environment
 from pipeline.records import OnOutcomes, Outcome, Shard
@@ -374,7 +374,7 @@ class _Crew:
         for member in self._members.values():
             if member.assignment is not None:
                 member.actor.stop.remote()
-        deadline = stop_deadline()
+        deadline = begin_stopping()
         while self._busy() and time.monotonic() < deadline:
             self._step()
         assert request.signal_number is not None

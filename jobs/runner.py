@@ -36,8 +36,8 @@ def workers_per_gpu(cpus: int, gpu_bytes: int, *, least_bytes: int) -> int:
     return max(1, min(MOST_WORKERS_PER_GPU, cpus // CPUS_PER_WORKER, gpu_bytes // max(1, least_bytes)))
 
 
-def stop_deadline() -> float:
-    """Until when workers may finish, on the monotonic clock; tells who waits for it."""
+def begin_stopping() -> float:
+    """Tells who waits that workers finish what they have in hand, and returns until when, on the monotonic clock."""
     messages.print("dfpir: stopping as soon as what is in hand is done; a second signal ends at once", soft_wrap=True)
     return time.monotonic() + STOP_GRACE_S
 
