@@ -67,6 +67,7 @@ def train_on_ray(
     elif config.progress(state["step"], state["seconds"]) >= 1:
         train(config, out)  # which says that it is over
         return
+    del state  # workers load it themselves; here it would be held until they end
     options = {
         "started_in": str(Path.cwd()),
         "config": config,

@@ -1,8 +1,10 @@
 """Training on Ray: the loop is that of `jobs.train_restorer`, whose tests hold here too."""
 
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from jobs.ray_train import train_on_ray
 from jobs.train_restorer import Training, train
 from jobs.training_config import ConfigError, Data, Phase
 from jobs.training_group import Group
+from jobs.training_state import found_state
 
 __all__ = ["photographs"]
 
@@ -83,6 +86,32 @@ def test_prompts_of_a_checkpoint_count_whatever_becomes_of_their_file(
     monkeypatch.setattr("jobs.ray_train.connected", reached)
     with pytest.raises(RuntimeError, match="Ray"):
         train_on_ray(config, tmp_path / "out", workers=2, device="cpu", max_minutes=60.0)
+
+
+def test_a_checkpoint_is_not_held_while_workers_train(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its optimiser it is four times the network."""
+    config = tiny(photographs)
+    Training(config, tmp_path, torch.device("cpu")).save()
+
+    class State(dict[str, Any]):
+        pass
+
+    held: list[weakref.ref[State]] = []
+
+    def found(*given: Any) -> State:
+        state = State(found_state(*given) or {})
+        held.append(weakref.ref(state))
+        return state
+
+    def reached(*_: object, **__: object) -> None:
+        raise RuntimeError("held" if held[0]() is not None else "let go")
+
+    monkeypatch.setattr("jobs.ray_train.found_state", found)
+    monkeypatch.setattr("jobs.ray_train.connected", reached)
+    with pytest.raises(RuntimeError, match="let go"):
+        train_on_ray(config, tmp_path, workers=2, device="cpu", max_minutes=60.0)
 
 
 def test_a_training_that_is_over_starts_no_ray(
