@@ -16,11 +16,11 @@ def completed(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
     seen = alpha > 0
     if seen.all() or not seen.any():
         return pixels
-    filled = np.empty_like(pixels)
+    filled = pixels.copy()
     rows: NDArray[np.bool_] = np.any(seen, axis=1)
-    for row in np.flatnonzero(rows):
+    for row in np.flatnonzero(rows & ~np.all(seen, axis=1)):
         filled[row] = pixels[row, _shown(seen[row])]
-    return filled[_shown(rows)]
+    return filled if rows.all() else filled[_shown(rows)]
 
 
 def _shown(seen: NDArray[np.bool_]) -> NDArray[np.intp]:
