@@ -3,6 +3,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -465,6 +466,7 @@ def test_a_run_whose_folders_are_gone_begins_anew(photographs: Path, tmp_path: P
     assert prepare(photographs, tmp_path / "out", options).left
 
 
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="`unshare` is of Linux")
 @pytest.mark.parametrize(
     ("mounted_at", "out", "said"),
     [("same", "same/out", "inside SRC"), ("out/images", "out", "SRC itself"), ("around", "around", "inside OUT")],
