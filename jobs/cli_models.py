@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,20 @@ import typer
 
 from jobs.cli_options import Address, ClassifierName, Device, Dtype, Model, named
 from jobs.errors import UsageError
-from jobs.terminal import faults_explained, left_as_found, messages, results, watched
+from jobs.terminal import faults_explained, messages, results, watched
+
+
+@contextmanager
+def _left_as_found(out: Path) -> Iterator[None]:
+    """Removes a folder that was made before wrong usage was found, if it is empty."""
+    was_there = out.exists()
+    try:
+        yield
+    except UsageError:
+        if not was_there:
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def evaluate(
@@ -89,7 +104,7 @@ def figures(
 
     Confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after.
     """
-    with faults_explained(), left_as_found(out):
+    with faults_explained(), _left_as_found(out):
         from jobs import figures as drawing
         from jobs.config import read_options
         from jobs.display import tell_if_uncalibrated
@@ -149,7 +164,7 @@ def train_restorer(
     address: Address = None,
 ) -> None:
     """Trains a restorer, or goes on where the last call stopped."""
-    with faults_explained(), left_as_found(out):
+    with faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.networks import resolve_device
         from jobs.train_restorer import train as run
@@ -183,7 +198,7 @@ def train_classifier(
     licence: Annotated[str, typer.Option(metavar="SPDX", help="With --export: the weights' licence.")] = "",
 ) -> None:
     """Trains a classifier, or goes on where the last call stopped."""
-    with faults_explained(), left_as_found(out):
+    with faults_explained(), _left_as_found(out):
         from jobs.config import read_options
         from jobs.export_classifier import export as write_weights
         from jobs.export_classifier import require_exportable

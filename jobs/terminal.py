@@ -1,8 +1,7 @@
 """What commands show in a terminal, faults among it."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 from unicodedata import category
 
@@ -65,16 +64,3 @@ def waiting(what: str) -> Iterator[None]:
     """Says on a terminal what is being done, for as long as it takes: of a million images a minute."""
     with messages.status(what) if messages.is_terminal else nullcontext():
         yield
-
-
-@contextmanager
-def left_as_found(out: Path) -> Iterator[None]:
-    """Removes a folder that was made before wrong usage was found, if it is empty."""
-    was_there = out.exists()
-    try:
-        yield
-    except UsageError:
-        if not was_there:
-            with suppress(OSError):
-                out.rmdir()
-        raise
