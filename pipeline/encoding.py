@@ -49,7 +49,8 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
 
     What the format cannot hold is named in the warnings: JPEG has no alpha (composed over white); JPEG, WebP
     and BMP have eight bits; Pillow writes 16 bits for greyscale without alpha only. WebP holds greyscale
-    in three equal channels. What alpha hides altogether keeps its colours.
+    in three equal channels. What alpha hides altogether keeps its colours, but in a lossy WebP, whose encoder puts its
+    own there.
 
     Args:
         source: the decoded image that was restored.
