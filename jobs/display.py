@@ -18,7 +18,7 @@ from classifier.files import SHIPPED as CLASSIFIERS_DIR
 from jobs.audit import Audit
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
-from jobs.terminal import harmless
+from jobs.text import harmless
 from models.precision import fastest_dtype
 from models.registry import list_models
 from pipeline.estimate import Estimate

@@ -22,7 +22,7 @@ from classifier.labels import LABELS, Degradation
 from jobs.classifier_samples import as_filed, draw_damaged
 from jobs.datasets import read_rgb
 from jobs.errors import UsageError
-from jobs.terminal import harmless
+from jobs.text import harmless
 from jobs.training_data import Photographs, photographs_in
 from models import Restorer
 from models.weights import Checkpoint

@@ -12,7 +12,7 @@ from jobs.errors import UsageError
 from jobs.networks import load_networks
 from jobs.places import require_writable
 from jobs.sheets import Pixels, side_by_side
-from jobs.terminal import harmless
+from jobs.text import harmless
 from pipeline.images import ImageFault, as_grey_as, decode, over_white, to_uint8
 from pipeline.metrics import is_flat
 from pipeline.prompting import decide, decide_forced, parse_label

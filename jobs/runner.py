@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.dispatcher import Assignment, Ending
-from jobs.terminal import harmless, messages
+from jobs.text import harmless
 from pipeline.records import OnOutcomes, Shard
 from pipeline.run_config import RunContext
 from pipeline.sink import ShardBusyError
@@ -38,7 +38,8 @@ def workers_per_gpu(cpus: int, gpu_bytes: int, *, least_bytes: int) -> int:
 
 def begin_stopping() -> float:
     """Tells who waits that workers finish what they have in hand, and returns until when, on the monotonic clock."""
-    messages.print("dfpir: stopping as soon as what is in hand is done; a second signal ends at once", soft_wrap=True)
+    with suppress(OSError):  # nobody reads it any more
+        print("dfpir: stopping as soon as what is in hand is done; a second signal ends at once", file=sys.stderr)
     return time.monotonic() + STOP_GRACE_S
 
 

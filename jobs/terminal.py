@@ -3,30 +3,16 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
-from unicodedata import category
 
 import typer
 from rich.console import Console
 
 from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
+from jobs.text import harmless
 
 messages = Console(stderr=True, highlight=False, emoji=False)
 results = Console(highlight=False, emoji=False)
 T = TypeVar("T")
-
-_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of the text after them."""
-
-
-def harmless(text: str) -> str:
-    """Text whose control characters, which a terminal would obey and a file's name may have, are written out."""
-
-    def written(character: str) -> str:
-        if category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS:
-            return character.encode("unicode_escape").decode()
-        return character
-
-    return "".join(map(written, text))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from classifier.labels import Degradation
 from jobs.datasets import PARTNERS, is_photograph, partnered, read_rgb
 from jobs.errors import UsageError
-from jobs.terminal import harmless
+from jobs.text import harmless
 from pipeline.degradations import log_uniform
 from pipeline.metadata import lies
 

@@ -35,7 +35,7 @@ from jobs.places import sole_driver
 from jobs.restore import _absolute, prepare
 from jobs.runner import WHOLE_PIXELS
 from jobs.sheets import CAPTION_PX, GAP_PX
-from jobs.terminal import harmless
+from jobs.text import harmless
 from models import orthogonal_bank
 from models.dfpir import DFPIR
 from models.memory import bytes_needed
