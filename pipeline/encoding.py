@@ -137,12 +137,13 @@ def over_white(channels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[np.uint8]
 def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str]) -> dict[str, object]:
     """Pillow's keyword arguments for saving; adds a note for metadata that does not fit."""
     options: dict[str, object] = {}
+    exif = rewritable_exif(source.exif) if name == "TIFF" and source.exif is not None else source.exif
     match name:
         case "JPEG":
             options |= {"quality": quality, "subsampling": 0}
         case "WEBP":
             options |= {"quality": quality, "method": 4}
-        case "TIFF" if source.exif is None or not set(SUB_DIRECTORIES) & set(rewritable_exif(source.exif)):
+        case "TIFF" if not (isinstance(exif, Image.Exif) and set(SUB_DIRECTORIES) & set(exif)):
             # libtiff, which compresses, cannot write the directories of a camera's EXIF.
             options["compression"] = "tiff_adobe_deflate"
     if name in _WRITES_METADATA:
@@ -155,11 +156,10 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
             notes.append("the colour profile was dropped: it is for greyscale, which WebP does not hold")
         elif source.icc is not None:
             options["icc_profile"] = source.icc
-        if source.exif is not None:
-            if name == "JPEG" and len(source.exif) > _JPEG_EXIF_BYTES:
-                notes.append("EXIF was dropped: it is larger than JPEG can hold")
-            else:
-                options["exif"] = rewritable_exif(source.exif) if name == "TIFF" else source.exif
+        if name == "JPEG" and len(source.exif or b"") > _JPEG_EXIF_BYTES:
+            notes.append("EXIF was dropped: it is larger than JPEG can hold")
+        elif exif is not None:
+            options["exif"] = exif
         if source.xmp is not None:
             if name == "JPEG" and len(source.xmp) > _JPEG_XMP_BYTES:
                 notes.append("XMP was dropped: it is larger than JPEG can hold")

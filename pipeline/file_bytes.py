@@ -56,13 +56,18 @@ def is_cut_short(data: bytes, name: str) -> bool:
 def unfinished_end(data: bytes) -> int:
     """How many zeros a JPEG ends in that its decoder would take for pixels; 0: its end was written."""
     zeros = len(data) - len(data.rstrip(b"\0"))
-    return zeros if zeros >= 16 and data.find(b"\xff\xd9", _first_scan(data)) < 0 else 0
+    return zeros if zeros >= 16 and _end_of_picture(data) < 0 else 0
 
 
 def bytes_behind_jpeg(data: bytes) -> int:
     """How many bytes follow the end of a JPEG's picture, without the zeros that they end in; 0 if it has no end."""
-    end = data.find(b"\xff\xd9", _first_scan(data))
+    end = _end_of_picture(data)
     return len(data[end + 2 :].rstrip(b"\0")) if end >= 0 else 0
+
+
+def _end_of_picture(data: bytes) -> int:
+    """Where a JPEG's marker of the end stands that comes after its first scan; -1 if there is none."""
+    return data.find(b"\xff\xd9", _first_scan(data))
 
 
 def shortened_webp(data: bytes) -> bytes | None:
