@@ -72,15 +72,15 @@ def evaluate(
         networks = load_networks(options)
         evaluation.check_prompts(examples, networks[0])
         tell_if_uncalibrated(messages, options.classifier)
-        rows = evaluation.run(
+        evaluation.run(
             dataset,
             examples,
             *networks,
             target,
             watch=lambda found: watched(found, dataset, len(examples)),
+            show=lambda rows: results.print(evaluation.table(dataset, rows)),
             tell=lambda text: results.print(text, markup=False, soft_wrap=True),
         )
-        results.print(evaluation.table(dataset, rows))
         results.print(f"one row per image: {out or target.name}", markup=False, soft_wrap=True)
 
 

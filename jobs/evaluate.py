@@ -177,9 +177,10 @@ def run(
     target: Path,
     *,
     watch: Callable[[Iterator[Result]], Iterable[Result]],
+    show: Callable[[list[Result]], None],
     tell: Callable[[str], None],
-) -> list[Result]:
-    """Evaluates the examples into `target`, a Parquet file with a row for each, and returns the rows.
+) -> None:
+    """Evaluates the examples into `target`, a Parquet file with a row for each, and shows them before it is written.
 
     A file that cannot be read, or a signal, costs no result before it: those go into a `.partial.parquet` beside
     `target`, which `tell` is called with a word about. Results are taken from what `watch` makes of them.
@@ -205,9 +206,9 @@ def run(
             write(rows, partial, told | {"rows": done})
             tell(f"{done}: {partial.name}")
         raise
+    show(rows)
     write(rows, target, told)
     partial.unlink(missing_ok=True)
-    return rows
 
 
 def evaluate(examples: Sequence[Example], restorer: Restorer, classifier: Classifier) -> Iterator[Result]:

@@ -1,3 +1,4 @@
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -338,6 +339,17 @@ def test_an_evaluation_that_breaks_off_leaves_no_file(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "different sizes" in result.stderr
     assert not out.exists()
+
+
+def test_rows_that_no_disk_takes_are_shown_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hazy_pairs(tmp_path, 2)
+    monkeypatch.setattr(evaluation, "write", refuse)
+    result, _ = evaluated(tmp_path)
+    assert result.exit_code == 2
+    assert "PSNR" in result.stdout
 
 
 def test_only_the_same_evaluation_replaces_its_rows(tmp_path: Path) -> None:
