@@ -167,7 +167,7 @@ def plan(
 
         options = read_options(config, given)
         return_freed_memory()
-        with sole_driver(src, out), waiting("listing SRC"):
+        with sole_driver(src, out), waiting("listing SRC, reading plan and manifest"):
             job = prepare(src, out, options)
         record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories
         options = options.model_copy(update={"dtype": job.context.config.dtype})
