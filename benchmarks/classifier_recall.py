@@ -85,10 +85,13 @@ def cases(test: Path) -> Iterator[Case]:
 
 
 def small_cases(test: Path) -> Iterator[Case]:
-    """Clean photographs with few pixels, which would sway the time per megapixel."""
+    """Photographs with few pixels, clean and noisy, which would sway the time per megapixel."""
     for side in SMALL_SIDES_PX:
-        for name, image in read(test / "cbsd68"):
-            yield Case(f"cbsd68, clean, {side} px", name, Degradation.CLEAN, reduced(image, side))
+        smaller = [(name, reduced(image, side)) for name, image in read(test / "cbsd68")]
+        for name, image in smaller:
+            yield Case(f"cbsd68, clean, {side} px", name, Degradation.CLEAN, image)
+        for seed, (name, image) in enumerate(smaller):
+            yield Case(f"cbsd68, noise 25, {side} px", name, Degradation.NOISE, with_noise(image, 25, seed=seed))
 
 
 def table(decided: Iterable[tuple[Case, Prediction]]) -> Iterator[str]:

@@ -100,7 +100,11 @@ class DegradationNetwork(nn.Module):
     """Called as `net(crops, thumbnails)`; the crops of an image are pooled by their mean and their maximum.
 
     `crop_px`, the side of the crops, fixes the number of frequencies that the head sees.
+
+    Small images, which look otherwise (`Views.small`), may have a last layer of their own: `small_output`.
     """
+
+    small_output: nn.Linear | None
 
     def __init__(self, architecture: Architecture, *, crop_px: int) -> None:
         super().__init__()
@@ -133,21 +137,31 @@ class DegradationNetwork(nn.Module):
         features += architecture.spectrum_channels[-1] * frequencies
         output = nn.Linear(architecture.hidden, len(LABELS))
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(features, architecture.hidden), nn.ReLU(), output)
+        self.register_module("small_output", None)
 
     @property
-    def output_bias(self) -> Tensor:
-        """What is added to each label's logit, in the order of `LABELS`."""
-        bias = self.head[-1].bias
-        assert isinstance(bias, Tensor)
-        return bias
+    def output(self) -> nn.Linear:
+        """The last layer, from what `hidden` gives to logits in the order of `LABELS`."""
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
-    def forward(self, crops: Tensor, thumbnails: Tensor) -> Tensor:
+    def forward(self, crops: Tensor, thumbnails: Tensor, small: Tensor | None = None) -> Tensor:
         """Logits, B x labels in the order of `LABELS`.
 
         Args:
             crops: B x N x 3 x P x P, RGB on the 0..255 scale, P = `crop_px`, even.
             thumbnails: B x 3 x T x T, RGB on the 0..255 scale, T even; T = P without a backbone of their own.
+            small: B, bool: which go through `small_output`, if there is one; none by default.
         """
+        hidden = self.hidden(crops, thumbnails)
+        logits: Tensor = self.output(hidden)
+        if small is None or self.small_output is None:
+            return logits
+        return torch.where(small[:, None], self.small_output(hidden), logits)
+
+    def hidden(self, crops: Tensor, thumbnails: Tensor) -> Tensor:
+        """What the last layer sees, B x `Architecture.hidden`."""
         batch, count = crops.shape[:2]
         dtype = next(self.crop_backbone.parameters()).dtype
         views = [crops.flatten(0, 1), thumbnails]
@@ -159,8 +173,8 @@ class DegradationNetwork(nn.Module):
             seen, whole = (net(self.front(view).to(dtype)) for net, view in zip(backbones, views, strict=True))
         seen = seen.view(batch, count, -1)
         spectrum: Tensor = self.spectrum_backbone(self.power_spectrum(crops))
-        logits: Tensor = self.head(torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
-        return logits
+        found: Tensor = self.head[:-1](torch.cat([seen.mean(dim=1), seen.amax(dim=1), whole, spectrum], dim=1))
+        return found
 
 
 def inference_form(network: DegradationNetwork, dtype: torch.dtype) -> DegradationNetwork:

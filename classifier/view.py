@@ -38,6 +38,8 @@ class Views:
 
     crops: NDArray[np.uint8]
     thumbnail: NDArray[np.uint8]
+    small: bool = False
+    """A side of the image is shorter than a crop, so that crops are mirrored and the thumbnail may be enlarged."""
 
 
 def _starts(length: int, window: int) -> NDArray[np.intp]:
@@ -94,4 +96,5 @@ def take_views(image: NDArray[np.uint8], settings: ViewSettings) -> Views:
         raise ValueError(f"expected a NumPy array, found {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"expected an H x W x 3 uint8 image, found {image.shape} {image.dtype}")
-    return Views(native_crops(image, settings), thumbnail(image, settings.thumbnail_px))
+    small = min(image.shape[:2]) < settings.crop_px
+    return Views(native_crops(image, settings), thumbnail(image, settings.thumbnail_px), small)

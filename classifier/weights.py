@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from classifier.architecture import Architecture
 from classifier.errors import ClassifierWeightsError
@@ -99,6 +99,8 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         if not architecture.thumbnail_channels and file.view.thumbnail_px != file.view.crop_px:
             raise ValueError("crops and thumbnail go through one backbone, but differ in size")
         network = DegradationNetwork(architecture, crop_px=file.view.crop_px)
+        if "small_output.weight" in tensors:
+            network.small_output = nn.Linear(architecture.hidden, len(LABELS))
     except SafetensorError as error:
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:

@@ -133,7 +133,9 @@ def draw_wide_recipe(label: Degradation, rng: np.random.Generator, height: int, 
         case Degradation.HAZE:
             return Haze.draw(rng, height, width, tint=float(rng.choice([0.04, 0.12])))
         case Degradation.BLUR:
-            return MotionBlur.draw(rng, longest_px=60, wander=float(rng.choice([1.0, 4.0])))
+            return MotionBlur.draw(
+                rng, longest_px=min(60, max(height, width) / 2.5), wander=float(rng.choice([1.0, 4.0]))
+            )
         case Degradation.LOWLIGHT:
             return DeepShadow.draw(rng) if rng.random() < 0.55 else LowLight.draw(rng, lowest_gain=0.05)
         case _:
@@ -161,26 +163,40 @@ def draw_training_scene(photographs: Photographs, label: Degradation, rng: np.ra
     return vary_tone(scene, rng) if rng.random() < 0.6 else scene
 
 
+def made_small(scene: FloatImage, rng: np.random.Generator, *, below_px: int) -> FloatImage:
+    """The scene with a shorter side of 24 px to less than `below_px`, as thumbnails and cut-outs have it."""
+    height, width = scene.shape[:2]
+    scale = log_uniform(rng, 24, below_px - 1) / min(height, width)
+    return resize(scene, round(scale * height), round(scale * width))
+
+
 def draw_damaged(
-    photographs: Photographs, label: Degradation, rng: np.random.Generator, *, training: bool = False
+    photographs: Photographs,
+    label: Degradation,
+    rng: np.random.Generator,
+    *,
+    training: bool = False,
+    below_px: int | None = None,
 ) -> FloatImage:
     """A scene under a label, drawn again where the damage is too faint to be seen (`FAINTEST`).
 
     Half of those to be damaged are first varied within what counts as clean, so that softness or grain alone says
     nothing. For a `training` the scene is one of `draw_training_scene`, else as its photographer took it: calibration
-    has to see what is met in use, as often as it is met.
+    has to see what is met in use, as often as it is met. With `below_px` it is `made_small` before it is damaged.
 
     Raises:
         ValueError: the damage stays too faint on a thousand scenes, as on photographs that are blank.
     """
     for _ in range(1000):
         scene = draw_training_scene(photographs, label, rng) if training else draw_scene(photographs, rng)
+        if below_px is not None:
+            scene = made_small(scene, rng, below_px=below_px)
         if label is not Degradation.CLEAN and rng.random() < 0.5:
             scene = vary_clean(scene, rng)
         seen = damage(scene, label, rng)
         if float(np.abs(seen - scene).mean()) < FAINTEST.get(label, 0.0):
             continue
-        if label in SHRINKABLE and rng.random() < 0.3:
+        if label in SHRINKABLE and below_px is None and rng.random() < 0.3:
             scale = rng.uniform(0.6, 1)
             seen = resize(seen, *(max(160, round(side * scale)) for side in seen.shape[:2]))
         return seen
@@ -232,7 +248,8 @@ class Synthesis(Dataset[Samples]):
     """Samples by their numbers: each is the same whenever and wherever it is made.
 
     Those for `training` and those for validation have their scenes as `draw_damaged` says. Of what is `labelled` as
-    clean each image is drawn as often as a photograph, of other labels as `LABELLED_WEIGHT` says.
+    clean each image is drawn as often as a photograph, of other labels as `LABELLED_WEIGHT` says. With `small` all are
+    small enough for `Views.small`, and synthesised.
     """
 
     def __init__(
@@ -243,9 +260,11 @@ class Synthesis(Dataset[Samples]):
         seed: int,
         view: ViewSettings,
         training: bool,
+        small: bool = False,
     ) -> None:
         self.photographs, self.labelled = photographs, labelled
         self.seed, self.view, self.training = seed, view, training
+        self.below_px = view.crop_px if small else None
 
     def _image(self, label: Degradation, rng: np.random.Generator) -> FloatImage:
         if (labelled := self.labelled.get(label)) is not None:
@@ -253,7 +272,7 @@ class Synthesis(Dataset[Samples]):
             others = len(self.photographs.names) if label is Degradation.CLEAN else LABELLED_WEIGHT
             if rng.random() < count / (count + others):
                 return draw_labelled(labelled, label, rng, training=self.training)
-        return draw_damaged(self.photographs, label, rng, training=self.training)
+        return draw_damaged(self.photographs, label, rng, training=self.training, below_px=self.below_px)
 
     def __getitem__(self, numbers: Sequence[int]) -> Samples:
         samples = np.zeros(len(numbers), sample_type(self.view))

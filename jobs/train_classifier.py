@@ -341,6 +341,8 @@ def train(
         known, other_known = (parts(labelled, validation=validation) for validation in (False, True))
         training = Training(config, out, used)
         validation_set = Synthesis(others, other_known, seed=HELD_OUT_SEED, view=VIEW, training=False)
+        small = Synthesis(photographs, seed=config.seed, view=VIEW, training=True, small=True)
+        small_held_out = Synthesis(others, seed=HELD_OUT_SEED, view=VIEW, training=False, small=True)
         held_out = validation_set[range(1, config.validation_samples + 1)]
         if training.progress < 1:
             log.info("training: %d photographs, validation: %d", len(photographs.names), len(others.names))
@@ -356,6 +358,8 @@ def train(
         network=copy.deepcopy(training.average).cpu(),
         view=VIEW,
         held_out=held_out,
+        small=small,
+        small_held_out=small_held_out,
         photographs=len(photographs.names),
         labelled={label: len(images.names) for label, images in known.items()},
         step=training.step,

@@ -139,6 +139,31 @@ def test_a_thumbnail_goes_through_the_crops_backbone_or_its_own():
         assert (rounded.thumbnail_backbone is None) == (not own)
 
 
+def test_small_images_have_a_last_layer_of_their_own(tiny, tmp_path):
+    """All but the shapes beside it stay as they were, to the last digit."""
+    plain = load_weights(tiny)
+    network = plain.network
+    network.small_output = torch.nn.Linear(TINY.hidden, len(LABELS))
+    path = tmp_path / "two.safetensors"
+    save_classifier(
+        path, network, view=TINY_VIEW, temperature=1.0, thresholds=plain.thresholds, licence="", provenance={}
+    )
+    before, after = (load_classifier(each) for each in (tiny, path))
+    images = random_images()
+    for image, old, new in zip(images, before.predict(images), after.predict(images), strict=True):
+        small = min(image.shape[:2]) < TINY_VIEW.crop_px
+        assert (old.probabilities != new.probabilities) == small
+        if small:
+            views = after.take_views(image)
+            hidden = network.hidden(
+                *(to_input(torch.from_numpy(each)[None]) for each in (views.crops, views.thumbnail))
+            )
+            expected = network.small_output(hidden)[0].softmax(dim=0).tolist()
+            assert [new.probabilities[label] for label in LABELS] == pytest.approx(expected, abs=2e-3)
+    assert {min(image.shape[:2]) < TINY_VIEW.crop_px for image in images} == {True, False}
+    assert after.predict(images[1:2])[0] == after.predict(images)[1]
+
+
 @pytest.mark.parametrize("thumbnail_channels", [(), (8, 8, 8, 8)])
 def test_bottlenecks_may_be_wider_than_their_channels(thumbnail_channels):
     shape = replace(TINY, backbone="resnet26d", thumbnail_channels=thumbnail_channels)
@@ -361,6 +386,7 @@ def test_the_shipped_file_is_small_and_described():
     assert card["size_bytes"] == SHIPPED.stat().st_size
     assert card["licence"]
     assert load_classifier("degradation-small").name == "degradation-small"
+    assert load_weights(SHIPPED).network.small_output is not None
 
 
 @pytest.mark.parametrize("label", [label for label in LABELS if label is not Degradation.OTHER])
@@ -435,7 +461,7 @@ def test_a_gpu_says_what_a_cpu_says_and_of_many_what_it_says_of_one(tmp_path):
 def test_a_network_that_mixes_images_is_asked_about_one_at_a_time(tiny):
     weights = load_weights(tiny)
     forward = weights.network.forward
-    weights.network.forward = lambda crops, thumbnails: forward(crops, thumbnails) + thumbnails.mean()
+    weights.network.forward = lambda crops, thumbnails, small: forward(crops, thumbnails, small) + thumbnails.mean()
     views = [TimmClassifier(load_weights(tiny)).take_views(image) for image in random_images()]
     with pytest.warns(UserWarning, match="one by one"):
         classifier = TimmClassifier(weights)

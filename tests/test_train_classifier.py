@@ -15,7 +15,9 @@ from PIL import Image
 from synthetic_classifier import TINY
 
 from classifier import load_classifier
+from classifier.calibration import prior_weights
 from classifier.labels import LABELS, Degradation
+from classifier.network import DegradationNetwork
 from classifier.view import ViewSettings
 from jobs import classifier_samples, train_classifier, training_diary
 from jobs.classifier_samples import (
@@ -32,7 +34,7 @@ from jobs.classifier_samples import (
     vary_tone,
 )
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
-from jobs.export_classifier import all_logits, export
+from jobs.export_classifier import all_hidden, all_logits, export, fit_small_output
 from jobs.train_classifier import Training, blended, main, train
 from jobs.training_config import ClassifierTraining, ConfigError, Data
 from jobs.training_data import Photographs, is_validation
@@ -230,6 +232,37 @@ def test_a_sample_depends_on_seed_and_number_alone(folder):
     assert labels.tolist() == three["label"].tolist()
 
 
+def test_small_samples_are_small_and_as_damaged_as_large_ones(folder):
+    photographs = Photographs.clean([folder]).part(validation=False)
+    for label in LABELS:
+        for seed in range(8):
+            drawn = draw_damaged(photographs, label, np.random.default_rng(seed), training=True, below_px=48)
+            assert 23 <= min(drawn.shape[:2]) < 48
+            assert max(drawn.shape[:2]) < 4 * 48
+
+
+def test_the_layer_for_small_images_learns_from_them_and_nothing_else_moves(folder):
+    photographs = Photographs.clean([folder]).part(validation=False)
+    samples = Synthesis(photographs, seed=3, view=SMALL_VIEW, training=True, small=True)[range(1, 81)]
+    torch.manual_seed(0)
+    network = DegradationNetwork(TINY, crop_px=SMALL_VIEW.crop_px).requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fit_small_output(network, samples, temperature=1.5)
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
+    hidden, labels = all_hidden(network, samples)
+    weights = torch.from_numpy(prior_weights(SHARES)).float()[labels]
+
+    def cost(logits):
+        return float((weights * torch.nn.functional.cross_entropy(logits / 1.5, labels, reduction="none")).mean())
+
+    fitted = cost(network.small_output(hidden))
+    assert fitted < cost(network.output(hidden)) - 0.05
+    network.small_output.bias[0] += 0.3  # at an optimum every way leads up
+    assert cost(network.small_output(hidden)) > fitted
+    network.small_output.bias[0] -= 0.6
+    assert cost(network.small_output(hidden)) > fitted
+
+
 def test_the_pool_holds_the_newest_and_knows_what_it_lacks(folder, tmp_path):
     synthesis = Synthesis(Photographs.clean([folder]).part(validation=False), seed=0, view=SMALL_VIEW, training=True)
     pool = Pool(tmp_path / "pool", 4, SMALL_VIEW)
@@ -349,8 +382,10 @@ def test_a_training_writes_a_diary_and_exports_what_can_be_loaded(folder, tmp_pa
     classifier = load_classifier(weights)
     assert classifier.weights.provenance["steps"] == 5
     average = torch.load(stopped / CHECKPOINT, weights_only=True)["average"]
-    assert classifier.weights.network.state_dict().keys() == average.keys()
-    for key, value in classifier.weights.network.state_dict().items():
+    exported = classifier.weights.network.state_dict()
+    assert {exported.pop(f"small_output.{name}").shape[0] for name in ("weight", "bias")} == {len(LABELS)}
+    assert exported.keys() == average.keys()
+    for key, value in exported.items():
         if key != "head.3.bias":  # holds the shares expected in use as well
             torch.testing.assert_close(value, average[key], rtol=2e-3, atol=1e-3)
     assert len(classifier.predict([np.zeros((20, 30, 3), np.uint8)])) == 1

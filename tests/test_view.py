@@ -52,6 +52,9 @@ def test_small_images_are_mirrored_up():
     image = random_image(5, 40)
     crop = native_crops(image, ViewSettings(32, 1, 24))[0]
     np.testing.assert_array_equal(crop[5:10], crop[:5][::-1])
+    view = ViewSettings(32, 1, 24)
+    smalls = [take_views(random_image(*size), view).small for size in ((31, 32), (32, 31), (5, 400), (32, 32))]
+    assert smalls == [True, True, True, False]
 
 
 def test_thumbnail_keeps_the_mean_of_the_whole_image():
