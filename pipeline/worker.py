@@ -88,10 +88,10 @@ class Ledger:
             self.commit()
 
     def commit(self) -> None:
-        """Makes the rows taken so far count."""
-        if self._rows:
-            self._directory.commit_part(self._shard_id, self._rows)
-            self._rows = []
+        """Makes the rows taken so far count. If that fails their images are done again, but for those that do count."""
+        rows, self._rows = self._rows, []  # a part may be there although an error is told, and no row may count twice
+        if rows:
+            self._directory.commit_part(self._shard_id, rows)
         self._last_commit = time.monotonic()
 
     def require_certainty(self) -> None:

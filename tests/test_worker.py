@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from synthetic_weights import tiny_network
-from tiny_runs import TinyRun, config_of, lasting, plan_run, rows_of, write_pictures
+from tiny_runs import TinyRun, check_complete, config_of, lasting, plan_run, rows_of, write_pictures
 
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
@@ -23,6 +23,7 @@ from classifier.view import Views
 from models.memory import bytes_per_pixel
 from models.prompts import orthogonal_bank
 from models.restorer import Restorer
+from pipeline import sink
 from pipeline import worker as worker_module
 from pipeline.faults import FAULT
 from pipeline.images import to_uint8
@@ -685,6 +686,28 @@ def test_a_failing_manifest_is_an_error_of_the_shard_and_no_image_is_blamed(tmp_
     with pytest.raises(OSError, match="manifest"):
         worker(run.shards[0], attempt=2, on_outcomes=lambda rows: None)
     assert not Journal(run.directory.journal_dir, run.shards[0].shard_id).has_in_flight
+
+
+def test_no_row_is_committed_twice_where_a_part_is_there_although_an_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+    object.__setattr__(run.context, "commit_every_s", 0.0)
+    sync_folder, folders = sink.sync_folder, [run.directory.manifest_dir]
+
+    def sync(folder: Path) -> None:
+        if folder in folders:
+            folders.remove(folder)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync_folder(folder)
+
+    monkeypatch.setattr(sink, "sync_folder", sync)
+    with pytest.raises(OSError, match="Input/output error"):
+        work(run)
+    work(run, attempt=2)
+    check_complete(run)
 
 
 def test_two_workers_never_have_one_shard(tmp_path: Path) -> None:
