@@ -18,13 +18,17 @@ from pipeline.images import DecodedImage, ImageFault, Pixels, to_uint8
 from pipeline.records import ImageRef, Outcome, Stage, Status, printable
 from pipeline.sink import OtherRunError
 
-NOT_WRITABLE = frozenset(
+OF_ITS_NAME = frozenset(
     {
-        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
-        errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+        errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY,
+        errno.ELOOP, errno.ENOENT, errno.EFBIG,
     }
 )  # fmt: skip
-"""What a folder of results is full, read-only, closed or gone for, whichever image is to be written there."""
+"""What one result alone cannot be written for: its name or size, or what stands in its place.
+
+For anything else (a folder that is full, read-only, closed or gone, a process with too many open files) no other
+result can be written either.
+"""
 
 
 FIGURES_OF_RESULT = frozenset(
@@ -40,7 +44,7 @@ def is_of_machine(error: Exception, stage: Stage) -> bool:
     """Whether the next image would fare no better: results cannot be written, the source or the GPU is gone."""
     if isinstance(error, SourceGoneError | OtherRunError) or is_device_lost(error):
         return True
-    return stage is Stage.WRITE and isinstance(error, OSError) and error.errno in NOT_WRITABLE
+    return stage is Stage.WRITE and isinstance(error, OSError) and error.errno not in OF_ITS_NAME
 
 
 @dataclass(eq=False)

@@ -753,7 +753,7 @@ def test_a_full_disk_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {row["status"] for row in work(run, attempt=2).values()} == {"restored"}
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENOTCONN])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.EMFILE, errno.ENOMEM])
 def test_a_folder_of_results_that_is_closed_fails_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
