@@ -237,7 +237,11 @@ def _child_main(
 ) -> None:
     """The life of a child: load the weights, then shard after shard until the pipe is closed."""
     _die_with(driver_pid)
-    log_to(Path(log))
+    try:
+        log_to(Path(log))
+    except OSError as error:
+        connection.send(_Message("start_failed", fault=f"{error.strerror}: {log}"))
+        return
     # A terminal's signals reach the whole process group; only the driver decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -241,3 +241,11 @@ def test_workers_that_hang_while_they_load_end_the_run(
     with pytest.raises(RunError, match="3 workers in a row ended before they could take an image"):
         drive(LocalRunner(), run.context, run.shards)
     assert children() == []
+
+
+def test_a_log_that_cannot_be_written_is_told_in_words(make_run: MakeRun) -> None:
+    run = make_run(NAMES)
+    log = run.directory.logs_dir / "worker-0.log"
+    log.mkdir(parents=True)
+    with pytest.raises(RunError, match=f"Is a directory: {log}"):
+        LocalRunner(max_workers=1).run(run.shards, run.context, on_outcomes=lambda rows: None)
