@@ -310,6 +310,7 @@ def main() -> None:
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, and an exit function may be in an import
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more

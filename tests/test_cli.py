@@ -183,6 +183,13 @@ def test_a_library_that_aborts_at_the_end_changes_no_exit_code(option: str, code
     assert done.stdout.endswith("the end\n")
 
 
+def test_a_ctrl_c_that_comes_when_all_is_done_is_no_traceback() -> None:
+    late = "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    script = f"import atexit, os, signal; {late}; from jobs.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_folder_is_restored_and_its_summary_is_one_json_object(
     photographs: Path, tmp_path: Path, weights: list[str]
 ) -> None:
