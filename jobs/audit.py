@@ -106,7 +106,7 @@ def audit(
 
     Args:
         run_dir: of `dfpir restore`.
-        contents: whether files are read and hashed, or only their sizes compared.
+        contents: whether files are read and hashed, and rows with all their columns, or only sizes compared.
         sources: whether the inputs are looked at, too.
         watch: takes the checks of files as they are done, and their number, and gives them on: a progress bar.
 
@@ -132,7 +132,7 @@ def _audit(
 ) -> Audit:
     run_dir = directory.root
     try:
-        ever_planned, rows = read_plan(run_dir), read_rows(run_dir, columns=COLUMNS)
+        ever_planned, rows = read_plan(run_dir), read_rows(run_dir, columns=COLUMNS, whole=contents)
     except (PlanError, ManifestError) as error:
         raise UsageError(str(error)) from error
     planned = latest_revisions(ever_planned)

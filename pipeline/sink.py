@@ -329,13 +329,14 @@ def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHE
     return table.take(pa.array(first_rows(table["image_id"]))).select(list(columns))
 
 
-def read_rows(run_dir: Path | str, *, columns: Collection[str]) -> pa.Table:
+def read_rows(run_dir: Path | str, *, columns: Collection[str], whole: bool = False) -> pa.Table:
     """Every row that was ever committed, those of superseded revisions included, in no order.
 
-    Raises ManifestError naming a part that is damaged or of another schema.
+    `whole`: the other columns are read, too, to find damage in them. Raises ManifestError naming a part that is damaged
+    or of another schema.
     """
     needed = [name for name in MANIFEST_SCHEMA.names if name in columns]
-    return _read_parts(RunDirectory(run_dir).parts(), needed)
+    return _read_parts(RunDirectory(run_dir).parts(), needed, whole=whole)
 
 
 def done(run_dir: Path | str) -> pa.Table:
@@ -357,12 +358,12 @@ def done(run_dir: Path | str) -> pa.Table:
     return pa.concat_tables([empty, *map(shortened, directory.parts())])
 
 
-def _read_parts(parts: Sequence[Path], columns: list[str]) -> pa.Table:
+def _read_parts(parts: Sequence[Path], columns: list[str], *, whole: bool = False) -> pa.Table:
     empty = MANIFEST_SCHEMA.empty_table().select(columns)
-    return pa.concat_tables([empty, *(_read_part(part, columns) for part in parts)])
+    return pa.concat_tables([empty, *(_read_part(part, columns, whole=whole) for part in parts)])
 
 
-def _read_part(path: Path, columns: list[str]) -> pa.Table:
+def _read_part(path: Path, columns: list[str], *, whole: bool = False) -> pa.Table:
     try:
         # pyarrow takes no path that is not UTF-8
         with path.open("rb") as data, pq.ParquetFile(data, page_checksum_verification=True) as part:
@@ -374,7 +375,7 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
                     f"{path} is not of manifest schema version {SCHEMA_VERSION}; differing columns: "
                     f"{', '.join(differing) or 'their order'}. Read it with the version that wrote it."
                 )
-            rows = part.read(columns=columns).replace_schema_metadata(None)
+            rows = part.read(columns=None if whole else columns).select(columns).replace_schema_metadata(None)
             if "image_id" in columns and rows["image_id"].null_count:
                 raise ManifestError(f"{path} has rows without image_id; restore it from a copy, or remove it")
             return rows

@@ -310,6 +310,21 @@ def test_a_flipped_bit_of_a_part_changes_no_row_unnoticed(run: Run) -> None:
     assert refused > 50
 
 
+def test_a_flipped_bit_of_a_column_that_is_not_looked_at_is_found(run: Run) -> None:
+    part = RunDirectory(run.out).parts()[0]
+    data = part.read_bytes()
+    columns = pq.ParquetFile(part).metadata.row_group(0)
+    reasons = columns.column(
+        MANIFEST_SCHEMA.names.index("decision_reason") + len(MANIFEST_SCHEMA.field("probabilities").type) - 1
+    )
+    assert reasons.path_in_schema == "decision_reason"
+    last = reasons.dictionary_page_offset + reasons.total_compressed_size - 1
+    part.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
+    result = runner.invoke(app, ["audit", str(run.out)])
+    assert (result.exit_code, part.name in result.stderr) == (2, True), result.output
+    assert run.audit("--quick")[0] == 0
+
+
 def test_a_damaged_name_of_a_column_is_told(run: Run) -> None:
     for part in (RunDirectory(run.out).parts()[0], run.out / "plan" / "00000.parquet"):
         data = part.read_bytes()
