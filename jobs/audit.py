@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -321,7 +322,7 @@ def _checked(files: Iterator[_File], *, contents: bool) -> Iterator[Finding | No
 
 def _fault(file: _File, *, contents: bool) -> Finding | None:
     try:
-        with file.path.open("rb") as data:
+        with open(file.path, "rb", opener=_open_now) as data:
             size = data.seek(0, 2)
             data.seek(0)
             if size != file.size_bytes:
@@ -334,3 +335,8 @@ def _fault(file: _File, *, contents: bool) -> Finding | None:
         reason = getattr(error, "strerror", None) or error
         return Finding(file.missing, file.subject, f"{file.path} cannot be read ({reason})")
     return None
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Opens a file; a pipe in its place is told by `seek`, instead of waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)

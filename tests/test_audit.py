@@ -166,6 +166,13 @@ def test_a_cut_and_a_missing_result_are_found_by_sizes(run: Run) -> None:
     assert "output_differs: a.png:" in shown.stdout
 
 
+def test_a_pipe_in_the_place_of_a_result_is_not_waited_for(run: Run) -> None:
+    result = run.out / "images" / "a.png"
+    result.unlink()
+    os.mkfifo(result)
+    assert run.kinds() == [("output_missing", "a.png")]
+
+
 def test_a_file_that_no_row_names_is_found(run: Run) -> None:
     (run.out / "images" / "folder" / "stranger.png").write_bytes(b"x")
     (run.out / "images" / f".a.png.{'0' * 16}.partial").write_bytes(b"what a killed worker leaves")
