@@ -1,6 +1,7 @@
-"""The configuration of a released DFPIR checkpoint, read from its tensors' shapes."""
+"""What a released DFPIR checkpoint holds beside its network, and the configuration that its tensors' shapes tell."""
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
 
 _LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+_UNUSED = re.compile(r"_shuffle_channel[123]?\.select_attn\.attn[123]$")
 
 
 def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
@@ -60,6 +62,15 @@ def infer_config(path: Path, state: Mapping[str, Tensor]) -> DFPIRConfig:
         )
     except (ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: the shapes of its tensors fit no DFPIR: {error}") from error
+
+
+def without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without three numbers in each perturbation's attention that no network has any more.
+
+    Released checkpoints have kept them from an attention of four masks, each with a weight of its own, of which one is
+    left (`attn4`); the authors' scripts drop whatever their network does not have.
+    """
+    return {key: value for key, value in state.items() if not (_UNUSED.search(key) and value.numel() == 1)}
 
 
 def wrapped_prefix(keys: Collection[str]) -> str:

@@ -37,7 +37,7 @@ from models.container import (
 from models.dfpir import DFPIR, DFPIRConfig
 from models.errors import WeightsError
 from models.prompts import PromptBank, prompt_guidance, prompt_permutations
-from models.released import infer_config, wrapped_prefix
+from models.released import infer_config, without_unused, wrapped_prefix
 from models.tiling import SMALLEST_TILE_PX
 
 FORMAT = "dfpir-weights"
@@ -242,6 +242,7 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
             f"{path}: all keys of state_dict begin with {prefix!r}; save its tensors under the names behind that, as "
             '{"state_dict": tensors by name}'
         )
+    state = without_unused(state)
     network = _build(path, infer_config(path, state), state)
     if prompts is None:
         beside = bank_beside(path)

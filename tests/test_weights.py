@@ -247,6 +247,16 @@ def test_a_released_checkpoint_gives_the_same_network(released):
     assert set(checkpoint.prompts.permutations) == set(prompt_permutations(network, prompts))
 
 
+def test_numbers_that_released_checkpoints_keep_of_an_earlier_attention_are_left_out(released):
+    expected = load_checkpoint(released).network.state_dict()
+    blocks = [f"encoder_shuffle_channel{level}" for level in (1, 2, 3)] + ["latent_shuffle_channel"]
+    kept = {f"module.{block}.select_attn.attn{i}": torch.rand(1) for block in blocks for i in (1, 2, 3)}
+    resave(released, lambda content: content["state_dict"].update(kept))
+    found = load_checkpoint(released).network.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_another_bank_beside_a_released_checkpoint_is_another_model(released):
     first = load_checkpoint(released).sha256
     assert first == load_checkpoint(released).sha256 == load_checkpoint(released, orthogonal_bank()).sha256
@@ -307,6 +317,10 @@ def wrapped(checkpoint, prefix):
         (lambda c: c["state_dict"].pop("module.output.weight"), r"missing keys: output\.weight$"),
         (lambda c: c["state_dict"].pop("module.patch_embed.proj.weight"), r"missing keys: patch_embed\.proj\.weight$"),
         (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "unexpected keys: extra$"),
+        (
+            lambda c: c["state_dict"].update({"module.latent_shuffle_channel.select_attn.attn5": torch.zeros(1)}),
+            r"unexpected keys: latent_shuffle_channel\.select_attn\.attn5$",
+        ),
         (lambda c: c["state_dict"].update({"module.output.weight": torch.zeros(1)}), r"output\.weight is \(1,\), not"),
         (lambda c: c["state_dict"]["module.output.weight"].fill_(torch.nan), r"not finite: output\.weight"),
         (lambda c: c["state_dict"].update(note="text"), "no tensors: note"),
