@@ -20,8 +20,19 @@ PUBLISHED_SENTENCES: dict[str, str] = {
 }
 """The seven prompts of the paper's five-task setting, by key."""
 
-THREE_TASKS = ("noise15", "noise25", "noise50", "rain", "haze")
+THREE_TASKS: dict[str, str] = {
+    key: PUBLISHED_SENTENCES[key] for key in ("noise15", "noise25", "noise50", "rain", "haze")
+}
 """Those of the paper's three-task setting."""
+
+THREE_TASKS_SIMPLE: dict[str, str] = {
+    "noise15": "Noise",
+    "noise25": "Noise",
+    "noise50": "Noise",
+    "rain": "Rain",
+    "haze": "Haze",
+}
+"""Those of the three-task checkpoint that was released as trained under simple prompts."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import torch
 from synthetic_clip import as_archive, small_clip
 
 from models.errors import WeightsError
-from models.prompts import PUBLISHED_SENTENCES, THREE_TASKS
+from models.prompts import PUBLISHED_SENTENCES, THREE_TASKS, THREE_TASKS_SIMPLE
 from pipeline.clip_prompts import clip_bank
 
 
@@ -19,10 +19,18 @@ def test_a_bank_from_clip_weights_holds_what_clip_encodes(tmp_path):
 
 def test_a_bank_of_three_tasks_offers_neither_blur_nor_low_light(tmp_path):
     _, _, path = small_clip(tmp_path)
-    whole, part = clip_bank(path, model="small-clip"), clip_bank(path, model="small-clip", keys=THREE_TASKS)
+    whole, part = clip_bank(path, model="small-clip"), clip_bank(path, THREE_TASKS, model="small-clip")
     assert part.keys == ("noise15", "noise25", "noise50", "rain", "haze")
     assert part.sentences == whole.sentences[:5]
     assert torch.allclose(part.embeddings, whole.embeddings[:5], atol=1e-5)
+
+
+def test_a_bank_of_other_sentences_has_their_embeddings(tmp_path):
+    open_clip, network, path = small_clip(tmp_path)
+    bank = clip_bank(path, THREE_TASKS_SIMPLE, model="small-clip")
+    assert (bank.keys, bank.sentences) == (tuple(THREE_TASKS), ("Noise", "Noise", "Noise", "Rain", "Haze"))
+    with torch.no_grad():
+        assert torch.allclose(bank.embeddings[3], network.encode_text(open_clip.tokenize(["Rain"]))[0], atol=1e-5)
 
 
 def test_an_archive_as_openai_publishes_them_gives_the_same_bank(tmp_path):
