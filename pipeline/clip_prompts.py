@@ -17,8 +17,8 @@ def clip_bank(
 ) -> PromptBank:
     """Sentences as CLIP's text tower encodes them: float32, not normalised; nothing is downloaded.
 
-    The authors' scripts encode in half precision on a GPU, whereby some channels change places with their neighbours.
-    Which do hangs on the GPU, and half precision on another device is as far from theirs as float32 is.
+    The authors' three-task scripts encode in half precision on a GPU, whereby some channels change places with their
+    neighbours. Which do hangs on the GPU, and half precision on another device is as far from theirs as float32 is.
 
     Args:
         checkpoint_path: weights of a CLIP model, tensors or a TorchScript archive as OpenAI publishes them
