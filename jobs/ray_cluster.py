@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from jobs.cpus import available_cpus
 from jobs.errors import InterruptedBySignalError, RunError, UsageError
 from jobs.runner import workers_per_gpu
 
@@ -97,7 +98,7 @@ def measure_room(
         found = ", ".join(f"{cpu} CPUs and {gpu} GPUs" for cpu, gpu in zip(cpus, gpus, strict=True)) or "no node"
         raise UsageError(
             f"a worker needs {needs} on one node, but the Ray cluster has: {found}. "
-            "Start the cluster with more, choose another --device, or use --engine local."
+            "Start the cluster with more, lower OMP_NUM_THREADS, choose another --device, or use --engine local."
         )
     return needs, room
 
@@ -162,7 +163,7 @@ def connected(address: str | None, *, threads: int) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     try:
         if address is None:
-            start_local(cpus=max(os.cpu_count() or 1, threads))
+            start_local(cpus=max(available_cpus(), threads))
         else:
             _join(address)
     except SystemExit as end:  # Ray's own handler, until it is replaced below

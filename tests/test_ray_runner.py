@@ -566,6 +566,21 @@ def test_a_ray_client_without_an_answer_is_told_of_tokens(monkeypatch: pytest.Mo
             pass
 
 
+@pytest.mark.parametrize(("threads", "cpus"), [(1, 2), (4, 4)])
+def test_a_cluster_started_here_has_the_cpus_that_this_process_is_bound_to(
+    monkeypatch: pytest.MonkeyPatch, threads: int, cpus: int
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 6})
+    monkeypatch.setattr(ray_cluster_module, "start_local", lambda *, cpus: started.append(cpus))
+    for name in ("is_initialized", "shutdown"):
+        monkeypatch.setattr(ray_cluster_module.ray, name, lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connected(None, threads=threads):
+        assert started == [cpus]
+
+
 def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: None) -> None:
     niceness = ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()
     assert ray.get(niceness) == os.nice(0)
