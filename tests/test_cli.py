@@ -38,6 +38,7 @@ from jobs.sheets import CAPTION_PX, GAP_PX
 from jobs.text import harmless
 from models import orthogonal_bank
 from models.dfpir import DFPIR
+from models.graphs import Forward, Recorded
 from models.memory import bytes_needed
 from models.weights import load_checkpoint, save_checkpoint
 from pipeline.faults import FAULT
@@ -419,6 +420,28 @@ def test_a_plan_counts_the_classifiers_time_by_images_and_the_networks_by_pixels
     assert worker_seconds(options, images=10, megapixels=3) == pytest.approx(10 * 0.5 + 3)
     assert worker_seconds(RestoreOptions(), images=10, megapixels=3) == pytest.approx(10 * 1.0 + 3)
     assert worker_seconds(RestoreOptions(label="rain"), images=10, megapixels=3) == pytest.approx(3)
+
+
+def test_a_plan_times_a_gpus_network_once_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, recordings = [0.0], []
+
+    def forward(image: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        clock[0] += 1.0
+        return image
+
+    def record(*_: object) -> Forward:
+        recordings.append(clock[0])
+        return lambda image, prompts: image  # a replay, which takes no time
+
+    recorded = Recorded(forward, record=record)
+    fake = SimpleNamespace(
+        device=torch.device("cuda"), prompts=SimpleNamespace(keys=["rain"]),
+        restore=lambda images, _: recorded(torch.zeros(len(images), 3, 256, 256), torch.zeros(1)),
+    )  # fmt: skip
+    monkeypatch.setattr(networks, "_load_restorer", lambda _: fake)
+    monkeypatch.setattr(networks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert worker_seconds(RestoreOptions(label="rain"), images=1, megapixels=1) == 0
+    assert len(recordings) == 1
 
 
 def test_a_plan_with_nothing_left_loads_no_network() -> None:
