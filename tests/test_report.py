@@ -25,10 +25,12 @@ def summary(outcomes: list[Outcome], fresh: set[str], elapsed_s: float = 2.0) ->
 ROWS = [
     outcome(
         "a", Status.RESTORED, label="noise", width=1000, height=1000,
-        psnr_input_db=20.0, psnr_db=30.0, restore_ms=500.0,
+        psnr_input_db=20.0, psnr_db=30.0, ssim_input=0.5, ssim=0.9, restore_ms=500.0,
     ),
     outcome("b", Status.COPIED, label="clean", width=1000, height=500, psnr_input_db=40.0, psnr_db=40.0),
-    outcome("c", Status.FAILED, stage=Stage.RESTORE, error_class="E", error_message="m", psnr_input_db=10.0),
+    outcome(
+        "c", Status.FAILED, stage=Stage.RESTORE, error_class="E", error_message="m", psnr_input_db=10.0, ssim_input=0.1
+    ),
     outcome("d", Status.RESTORED, label="noise"),
 ]  # fmt: skip
 
@@ -47,7 +49,8 @@ def test_means_count_every_reference_and_a_failure_as_its_input() -> None:
     result = summary(ROWS, set())
     assert result.psnr_input_db == pytest.approx((20 + 40 + 10) / 3)
     assert result.psnr_db == pytest.approx((30 + 40 + 10) / 3)
-    assert result.ssim is None
+    assert result.ssim_input == pytest.approx((0.5 + 0.1) / 2)
+    assert result.ssim == pytest.approx((0.9 + 0.1) / 2)
 
 
 def test_rates_are_those_of_this_call() -> None:
@@ -59,4 +62,4 @@ def test_rates_are_those_of_this_call() -> None:
 
 def test_an_empty_manifest_gives_zeros_and_nulls() -> None:
     result = summary([], set(), elapsed_s=0.0)
-    assert (result.images_per_s, result.failed_fraction, result.psnr_db) == (0.0, 0.0, None)
+    assert (result.images_per_s, result.failed_fraction, result.psnr_db, result.ssim) == (0.0, 0.0, None, None)
