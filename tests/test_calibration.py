@@ -119,22 +119,23 @@ def test_prior_weights_turn_training_shares_into_expected_ones():
 
 
 def test_quality_counts_labels_as_often_as_they_are_expected():
-    """Of four samples of rain three are right, two of them surely; that of noise is right and unsure."""
-    p = np.full((5, len(LABELS)), 0.01)
+    """Of four samples of rain three are right, two of them surely; those of noise are right, one of them surely."""
+    p = np.full((6, len(LABELS)), 0.01)
     rain, noise = LABELS.index(Degradation.RAIN), LABELS.index(Degradation.NOISE)
-    labels = np.array([rain, rain, rain, rain, noise])
-    for row, (predicted, confidence) in enumerate([(rain, 0.9), (rain, 0.9), (rain, 0.5), (noise, 0.9), (noise, 0.5)]):
+    labels = np.array([rain, rain, rain, rain, noise, noise])
+    found = [(rain, 0.9), (rain, 0.9), (rain, 0.5), (noise, 0.9), (noise, 0.5), (noise, 0.9)]
+    for row, (predicted, confidence) in enumerate(found):
         p[row, predicted] = confidence
     weights = np.where(np.arange(len(LABELS)) == noise, 4.0, 1.0)
     quality = measured_quality(p, labels, weights=weights, thresholds=dict.fromkeys(LABELS, 0.8))
     error = calibration_error(p, labels, weights=weights[labels])
     assert quality == {
-        "samples": 5,
-        "accuracy": 7 / 8,
-        "confident": 3 / 8,
-        "right_if_confident": 0.6667,
+        "samples": 6,
+        "accuracy": round(11 / 12, 4),
+        "confident": round(7 / 12, 4),
+        "right_if_confident": round(6 / 7, 4),
         "calibration_error": round(error, 4),
-        "confident_recall": {"noise": 0.0, "rain": 0.5},
+        "confident_recall": {"noise": 0.5, "rain": 0.5},
     }
 
 
