@@ -17,14 +17,8 @@ PATCH_PX = 5
 MOST_PATCHES = 2_000
 """About so many patches, half as many again at most, are taken from larger images, evenly spread."""
 
-CLIPPED_SIGMAS = 1.0
-"""Patches closer to black or white than this many standard deviations are left out where others suffice."""
-
-FEWEST_PATCHES = 1000
-"""A covariance from fewer patches has eigenvalues that scatter too much."""
-
 ROUGH_PATCHES = 500
-"""About so many give the first estimate, which only says which patches clipping spares."""
+"""About so many give the first estimate, from which clipping is reckoned with."""
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 """Of red, green and blue in brightness (ITU-R BT.601), as JPEG has it."""
@@ -87,13 +81,6 @@ def _kept_by_clipping(levels: NDArray[np.intp], sigma_255: float) -> float:
     return max(float(kept) / sigma_255**2, 0.05)
 
 
-def _spared_by_clipping(means: Tensor, sigma_255: float) -> Tensor:
-    """Which patches, of these mean colours, N x 3, noise rarely takes to black or white: enough of them in any case."""
-    room = torch.minimum(means, 255 - means).amin(dim=1)
-    enough = float(room.topk(min(FEWEST_PATCHES, len(room)), sorted=False).values.min())
-    return room >= min(CLIPPED_SIGMAS * sigma_255, enough)
-
-
 def _sigma(patches: Tensor, means: Tensor, rough_255: float) -> float:
     """Standard deviation of noise that is white over all of the patches' dimensions."""
     variance = _noise_variance(patches)
@@ -123,8 +110,6 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     if rough < FAINTEST_255:
         return float(np.sqrt(_noise_variance(patches)))
     means = patches @ _SUM_OF_PATCH / PATCH_PX**2
-    spared = _spared_by_clipping(means, rough).nonzero()[:, 0]
-    patches, means = patches.index_select(0, spared), means.index_select(0, spared)
     colour = _sigma(patches, means, rough)
     if colour > COLOURLESS * STRONGEST_255:
         return colour

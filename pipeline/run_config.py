@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ALGORITHM_VERSION = 15
+ALGORITHM_VERSION = 16
 """Raised when the same options come to give different pixels or decisions."""
 
 

@@ -88,9 +88,9 @@ def test_a_large_image_agrees_with_its_part():
 
 
 @pytest.mark.parametrize("sigma_255", [15, 25, 50])
-def test_cbsd68_within_a_tenth_for_nine_of_ten(sigma_255):
+def test_cbsd68_within_a_tenth(sigma_255):
     if not CBSD68.is_dir():
         pytest.skip("../shared/data is not there")
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(CBSD68.iterdir())[::3]]
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(CBSD68.iterdir())]
     estimates = np.array([estimate_sigma(noisy(image, sigma_255, seed)) for seed, image in enumerate(images)])
-    assert np.mean(np.abs(estimates / sigma_255 - 1) <= 0.1) >= 0.9
+    assert np.abs(estimates / sigma_255 - 1).max() <= 0.1
