@@ -110,6 +110,15 @@ def test_a_finished_run_holds_wherever_it_lies(run: Run) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
+def test_rows_to_review_are_counted(run: Run) -> None:
+    run.set("a.png", warnings=["one"], suspicious=True)
+    run.set("b.png", warnings=["one", "two"], suspicious=False)
+    run.set("folder/c.jpg", warnings=[], suspicious=True)
+    run.set("folder/d.png", warnings=[], suspicious=None)
+    code, found = run.audit()
+    assert (code, found["with_warnings"], found["suspicious"]) == (0, 2, 2)
+
+
 def test_what_rows_and_job_say_is_shown_as_it_is(run: Run) -> None:
     """Markup of rich ended in a traceback."""
     run.set("a.png", status="[/]", label="[/b]\x1b[31m")

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data
 
 from benchmarks import quality, windows
-from benchmarks.record import hardware, write_csv
+from benchmarks.record import hardware, spread, write_csv
 from classifier.labels import Degradation
 from pipeline.synthesis import damaged, draw_recipe, from_uint8, to_uint8
 
@@ -45,6 +45,21 @@ def test_what_a_processor_did_is_not_put_down_to_a_gpu(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
     assert hardware("cuda") == "H100"
     assert "H100" not in hardware("cpu")
+
+
+def test_rounds_are_told_by_their_median_lowest_and_highest_ratio() -> None:
+    assert spread([3.0, 1.0, 1.5, 9.0, 1.25]) == {"ratio": 1.5, "ratio_low": 1.0, "ratio_high": 9.0}
+
+
+def test_quality_counts_as_recognised_what_is_right_and_sure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"a": ("rain", "restored"), "b": ("rain", "abstained"), "c": ("clean", "copied"), "d": ("rain", "failed")}
+    empty = dict.fromkeys(quality.IMAGE_COLUMNS)
+    rows = {path: empty | {"label": label, "status": status} for path, (label, status) in found.items()}
+    means = dict.fromkeys(("psnr_input_db", "psnr_db", "ssim_input", "ssim"))
+    monkeypatch.setattr(quality, "restore", lambda *_: (means, rows))
+    summary, images = quality.measure(quality.Set("rain", tmp_path, Degradation.RAIN, None), tmp_path, [])
+    assert summary["recognised"] == 1 / 4
+    assert len(images) == 4
 
 
 def test_quality_says_why_a_run_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

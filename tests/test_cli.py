@@ -422,6 +422,19 @@ def test_a_plan_counts_the_classifiers_time_by_images_and_the_networks_by_pixels
     assert worker_seconds(RestoreOptions(label="rain"), images=10, megapixels=3) == pytest.approx(3)
 
 
+def test_a_plan_takes_the_classifiers_time_for_one_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def predict(images: list[object]) -> None:
+        clock[0] += 0.25 * len(images)
+
+    monkeypatch.setattr(networks, "_load_classifier", lambda _: SimpleNamespace(predict=predict))
+    monkeypatch.setattr(networks, "_seconds_to_restore", lambda *_: 0.0)
+    monkeypatch.setattr(networks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    options = RestoreOptions(device="cpu", second_look=False)
+    assert worker_seconds(options, images=8, megapixels=3) == pytest.approx(8 * 0.25)
+
+
 def test_a_plan_times_a_gpus_network_once_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, recordings = [0.0], []
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from classifier.labels import Degradation
-from jobs.datasets import TEST_SETS, find_examples, is_photograph, read_rgb
+from jobs.datasets import TEST_SETS, find_examples, is_photograph, read_rgb, with_noise
 from jobs.errors import UsageError
 
 
@@ -282,3 +282,9 @@ def test_a_picture_stands_the_way_up_that_exif_tells(tmp_path, mode):
     exif[ExifTags.Base.Orientation] = 6
     picture.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(read_rgb(tmp_path / "turned.png")[:, :, 0], upright >> 8)
+
+
+def test_noise_is_rounded_so_that_it_has_no_bias_and_the_strength_that_is_said() -> None:
+    noise = with_noise(np.full((300, 300, 3), 128, np.uint8), 25, seed=0).astype(float) - 128
+    assert abs(noise.mean()) < 0.2
+    assert noise.std() == pytest.approx(25, rel=0.01)

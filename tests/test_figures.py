@@ -66,6 +66,13 @@ def test_a_reliability_diagram_shows_shares_of_right_ones_by_confidence() -> Non
     assert axes.get_title() == "expected calibration error 0.200, all labels alike"
 
 
+def test_a_bar_stands_where_its_predictions_are_as_confident() -> None:
+    predictions = [surely(Degradation.NOISE, confidence) for confidence in (0.34, 0.36, 0.75, 1.0)]
+    (axes,) = figures.reliability([Degradation.NOISE] * 4, predictions).axes
+    assert [bar.get_x() for bar in axes.patches] == pytest.approx([0.3, 0.7, 0.9])
+    assert [text.get_text() for text in axes.texts] == ["2", "1", "1"]
+
+
 def test_labels_count_alike_in_a_reliability_diagram_however_many_pictures_they_have() -> None:
     truth = [Degradation.NOISE] * 6 + [Degradation.HAZE] * 2
     predictions = [surely(Degradation.NOISE, 0.95)] * 6 + [surely(Degradation.RAIN, 0.95)] * 2

@@ -24,13 +24,17 @@ from models.memory import bytes_per_pixel
 from models.prompts import orthogonal_bank
 from models.restorer import Restorer
 from pipeline import sink
+from pipeline import item as item_module
+from pipeline import judge as judge_module
+from pipeline import restoring as restoring_module
+from pipeline import stages as stages_module
 from pipeline import worker as worker_module
 from pipeline.faults import FAULT
-from pipeline.images import to_uint8
+from pipeline.images import ImageFault, to_uint8
 from pipeline.item import Item, SourceGoneError
 from pipeline.journal import Journal
 from pipeline.metrics import psnr_db
-from pipeline.records import ImageRef, Outcome, Shard, Status
+from pipeline.records import ImageRef, Outcome, Shard, Stage, Status
 from pipeline.sink import OtherRunError, RunDirectory, done
 from pipeline.worker import DoubtfulShardError, ReadAhead, Worker, codec_threads
 
@@ -799,6 +803,23 @@ def test_failures_that_may_be_the_machines_are_no_rows_until_one_image_is_done_o
     assert [row["error_class"] for row in rows_of(run).values()] == ["out_of_memory"] * 3
 
 
+def test_what_a_machine_may_not_read_is_no_row_until_another_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path)
+
+    def refuse(ref: ImageRef) -> bytes:
+        raise ImageFault(Stage.FETCH, "permission_denied", "no right to read this file")
+
+    monkeypatch.setattr(stages_module, "fetch", refuse)
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    with pytest.raises(DoubtfulShardError, match="2 images failed, the last one with: no right to read this file"):
+        worker(run.shards[0], attempt=1, on_outcomes=lambda rows: None, is_final=False)
+    assert rows_of(run) == {}
+
+
 def test_a_failure_beside_successes_that_may_be_the_machines_is_looked_at_again_alone(tmp_path: Path) -> None:
     for number in range(3):
         marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
@@ -827,6 +848,31 @@ def test_a_folder_that_is_deleted_fails_alone_when_it_is_looked_at_again(tmp_pat
         worker(run.shards[0], attempt=1, on_outcomes=lambda rows: None, is_final=False)
     worker(run.shards[0], attempt=1, on_outcomes=lambda rows: None)
     assert {name: row["status"] for name, row in rows_of(run).items()} == {"a/0.png": "restored", "b/1.png": "failed"}
+
+
+def test_the_time_of_a_batch_is_shared_out_among_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class SlowReader(Reader):
+        def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
+            clock[0] += 3.0
+            return super().probabilities(views)
+
+    class SlowBrightener(Brightener):
+        def restore(self, *arguments: Any, **options: Any) -> list[NDArray[Any]]:
+            clock[0] += 5.0
+            return super().restore(*arguments, **options)
+
+    for module in (item_module, judge_module, restoring_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for number in range(4):
+        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    run = plan(tmp_path, second_look=False)
+    restorer = SlowBrightener()
+    rows = work(run, worker=Worker(run.context, restorer=restorer, classifier=SlowReader(), worker_id="w"))
+    assert [len(batch) for batch in restorer.batches] == [4]
+    assert [row["classify_ms"] for row in rows.values()] == [750.0] * 4
+    assert [row["restore_ms"] for row in rows.values()] == [1250.0] * 4
 
 
 def test_a_source_that_is_gone_as_a_whole_fails_no_image(tmp_path: Path) -> None:
