@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from benchmarks.record import add_csv_option, spread, write_csv
+from benchmarks.record import RESULTS, spread, write_csv
 from jobs.datasets import is_photograph
 from pipeline.metrics import ssim
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--most", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    add_csv_option(parser, "similarity.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "similarity.csv", help="rows are added")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.photographs.iterdir() if is_photograph(path))
     if not paths:

@@ -54,3 +54,17 @@ def test_the_readme_has_the_figures_of_the_quality_benchmark() -> None:
             f"| {title} | {row['images']} | {float(row['recognised']):.0%} | {before:.2f} dB | {after:.2f} dB "
             f"| {after - before:+.2f} | {given:.2f} dB | {float(row['ssim_input']):.3f} | {float(row['ssim']):.3f} |"
         ) in readme
+
+
+def test_the_readme_has_the_speed_that_the_worker_benchmark_found_on_cpus() -> None:
+    """Of default runs: with a second look, in the precision that is fastest there."""
+    with (ROOT / "benchmarks" / "results" / "worker.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    speeds = [
+        float(row["worker_megapixels_per_s"])
+        for row in rows
+        if (row["device"], row["model"], row["second_look"]) == ("cpu", "dfpir-compact", "True")
+        and (row["dtype"] == "bfloat16" or "avx512" in row["hardware"])
+    ]
+    told = f"AVX-512 or AMX restored {min(speeds):.1f} to {max(speeds):.1f} megapixels per second"
+    assert told in (ROOT / "README.md").read_text(encoding="utf-8")
