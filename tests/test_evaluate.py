@@ -23,6 +23,8 @@ from typer.testing import CliRunner
 from classifier.base import Prediction
 from classifier.labels import LABELS, Degradation
 from classifier.view import Views
+from classifier.weights import load_weights as classifier_weights
+from classifier.weights import save_classifier
 from jobs import evaluate as evaluation
 from jobs.cli import app
 from jobs.datasets import TEST_SETS, find_examples
@@ -359,9 +361,16 @@ def test_only_the_same_evaluation_replaces_its_rows(tmp_path: Path) -> None:
         result, out = evaluated(tmp_path, *weights)
         assert result.exit_code == 0, result.output
     before = out.read_bytes()
+    other = tmp_path / "other.safetensors"
+    found = classifier_weights(str(tmp_path / "c.safetensors"))
+    save_classifier(
+        other, found.network, view=found.view, temperature=2.0, thresholds=found.thresholds, licence="CC0-1.0",
+        provenance={},
+    )  # fmt: skip
     for more, seed, what in (
         ([*weights, "--limit", "1"], 0, "images, files_sha256"),
         (weights, 1, "weights_sha256"),
+        ([*weights, "--classifier", str(other)], 0, "classifier_sha256"),
         (["--dtype", "bfloat16"], 0, "dtype"),
     ):
         result, _ = evaluated(tmp_path, *more, seed=seed)

@@ -57,6 +57,7 @@ def test_dtypes_agree_with_each_other(restorer):
     )
     assert levels_apart(as_uint8, np.rint(as_float * 255)) <= 1
     assert levels_apart(as_uint16, np.rint(as_float * 65535)) <= 257
+    assert np.mean(as_uint8 == np.rint(as_float * 255)) > 0.99, "integers are rounded, not cut off"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
