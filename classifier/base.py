@@ -51,7 +51,7 @@ class Classifier(ABC):
     def probabilities(self, views: Sequence[Views]) -> list[dict[Degradation, float]]:
         """Calibrated probabilities of each image; never depend, not even in the last digit, on those beside it.
 
-        Called from one thread at a time.
+        May be called from many threads; on a GPU they take turns.
         """
 
     def take_views(self, image: NDArray[np.uint8]) -> Views:
@@ -75,7 +75,7 @@ class Classifier(ABC):
         )
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
-        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself.
+        """Classifies H x W x 3 uint8 RGB images of any size from 1 x 1 up, each by itself; from any thread.
 
         Raises:
             ValueError: one of them is no array, or has another shape or type.

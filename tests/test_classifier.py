@@ -1,5 +1,7 @@
 import json
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +57,22 @@ def rewritten(path, tensors, metadata):
 
 
 # Predictions
+
+
+def test_threads_that_predict_at_once_get_each_its_own(tiny, monkeypatch):
+    classifier = load_classifier(tiny)
+    images = random_images()
+    alone = [classifier.predict([image]) for image in images]
+    both = threading.Barrier(2, timeout=60)
+
+    def to_input_once_both_are_here(pixels):
+        both.wait()
+        return to_input(pixels)
+
+    monkeypatch.setattr("classifier.grouped.to_input", to_input_once_both_are_here)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda image: classifier.predict([image]), images))
+    assert found == alone
 
 
 def test_a_prediction_is_consistent(tiny):
