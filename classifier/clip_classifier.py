@@ -157,7 +157,8 @@ class ClipClassifier(Classifier):
         """Likeness to each label's sentences, in the order of `LABELS`: half the whole picture, half the crops."""
         pixels = torch.from_numpy(np.concatenate([views.thumbnail[None], views.crops])).permute(0, 3, 1, 2)
         normal = (pixels.float() / 255 - self._mean) / self._std
-        found: Tensor | tuple[Tensor, Tensor] = self._tower(normal.to(self.device, self.dtype))
+        with torch.autocast(self.device.type, enabled=False):
+            found: Tensor | tuple[Tensor, Tensor] = self._tower(normal.to(self.device, self.dtype))
         features = found[0] if isinstance(found, tuple) else found  # CoCa's tower gives what its captions need as well
         whole, *crops = F.normalize(features.float().cpu(), dim=1) @ self._directions.T
         likeness: NDArray[np.float64] = ((whole + torch.stack(crops).mean(dim=0)) / 2).double().numpy()

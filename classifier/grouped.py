@@ -49,9 +49,9 @@ class GroupedNetwork:
         """Room for the views of a group, on the CPU."""
         together, view = self._together, self._view
         return [
-            torch.zeros(together, view.crops, view.crop_px, view.crop_px, 3, dtype=torch.uint8),
-            torch.zeros(together, view.thumbnail_px, view.thumbnail_px, 3, dtype=torch.uint8),
-            torch.zeros(together, dtype=torch.bool),
+            torch.zeros(together, view.crops, view.crop_px, view.crop_px, 3, dtype=torch.uint8, device="cpu"),
+            torch.zeros(together, view.thumbnail_px, view.thumbnail_px, 3, dtype=torch.uint8, device="cpu"),
+            torch.zeros(together, dtype=torch.bool, device="cpu"),
         ]
 
     def _recorded(self) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ class GroupedNetwork:
 
     @torch.inference_mode()
     def _logits(self, views: Sequence[Views]) -> NDArray[np.float64]:
-        with self._turn:
+        with self._turn, torch.autocast(self._device.type, enabled=False):
             logits: Tensor = self._run(*_as_inputs(*self._placed(views)))[: len(views)].double()
             if logits.device.type == "cuda":
                 # Asleep: a copy would keep a core busy while it waits for the GPU, which other workers use too.

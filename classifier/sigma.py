@@ -6,6 +6,8 @@ patches' covariance are the noise's variance. Added here: the share of noise tha
 second estimate for brightness alone: of noise without colour most dimensions of a colour patch hold nothing.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,13 +22,16 @@ MOST_PATCHES = 2_000
 ROUGH_PATCHES = 500
 """About so many give the first estimate, from which clipping is reckoned with."""
 
-LUMA = torch.tensor([0.299, 0.587, 0.114])
+_PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever the program around has set for its own tensors."""
+
+LUMA = torch.tensor([0.299, 0.587, 0.114], **_PLAIN)
 """Of red, green and blue in brightness (ITU-R BT.601), as JPEG has it."""
 
-_SUM_OF_PATCH = torch.eye(3).repeat(PATCH_PX**2, 1)
+_SUM_OF_PATCH = torch.eye(3, **_PLAIN).repeat(PATCH_PX**2, 1)
 """Makes a patch the exact sum of its colours, as a product: a sum over pixels takes over twice as long."""
 
-_LUMA_OF_PATCH = torch.kron(torch.eye(PATCH_PX**2), LUMA[:, None])
+_LUMA_OF_PATCH = torch.kron(torch.eye(PATCH_PX**2, **_PLAIN), LUMA[:, None])
 """Makes a patch the brightness of its pixels."""
 
 LUMA_NORM = float(LUMA.norm())
@@ -103,7 +108,11 @@ def estimate_sigma(image: NDArray[np.uint8]) -> float:
     """
     if min(image.shape[:2]) < PATCH_PX:
         return 0.0
-    patches = _patches(image)
+    with torch.autocast("cpu", enabled=False):
+        return _estimated(_patches(image))
+
+
+def _estimated(patches: Tensor) -> float:
     # A first look at the brightness of some, whose covariance is small, says how far noise reaches.
     some = patches[:: max(1, len(patches) // ROUGH_PATCHES)]
     rough = float(np.sqrt(_noise_variance(some @ _LUMA_OF_PATCH))) / LUMA_NORM

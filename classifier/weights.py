@@ -98,9 +98,12 @@ def load_weights(name_or_path: str | Path, *, check_card: bool = True) -> Classi
         architecture = Architecture(**file.architecture)
         if not architecture.thumbnail_channels and file.view.thumbnail_px != file.view.crop_px:
             raise ValueError("crops and thumbnail go through one backbone, but differ in size")
-        network = DegradationNetwork(architecture, crop_px=file.view.crop_px)
-        if "small_output.weight" in tensors:
-            network.small_output = nn.Linear(architecture.hidden, len(LABELS))
+        # Its random start is not to be noticed, and the program around may have set another device or dtype.
+        with torch.random.fork_rng(devices=()), torch.device("cpu"):
+            network = DegradationNetwork(architecture, crop_px=file.view.crop_px)
+            if "small_output.weight" in tensors:
+                network.small_output = nn.Linear(architecture.hidden, len(LABELS))
+            network.float()
     except SafetensorError as error:
         raise ClassifierWeightsError(f"{file.path} is not a readable .safetensors file: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:

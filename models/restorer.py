@@ -112,7 +112,8 @@ class Restorer:
         self.dtype = dtype
         self._tile: Tile = tile
         self.windows_px = dict(windows_px or {}) if tile == "auto" else {}
-        form: Forward = InferenceDFPIR(network, prompts, dtype=dtype, device=self.device)
+        with torch.device("cpu"):
+            form: Forward = InferenceDFPIR(network, prompts, dtype=dtype, device=self.device)
         self._forward = Recorded(form) if self.device.type == "cuda" else form
         self._bytes_per_pixel = bytes_per_pixel(network.config, dtype, self.device)
         # Read once: a choice that depended on the moment would tile one of two equal images.
@@ -227,8 +228,9 @@ class Restorer:
     def _run(self, batch: Tensor, prompts: list[int]) -> Tensor:
         """One pass of the network: B x 3 x H x W float32 on its device, in and out."""
         index = torch.tensor(prompts, device=self.device)
-        # TF32 is float32 in name only: its rounding changes which attention logits survive.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), on_device(self.device):
+        # TF32 is float32 in name only: its rounding changes which attention logits survive. So would autocast's.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with exact, torch.autocast(self.device.type, enabled=False), on_device(self.device):
             return self._forward(batch, index)
 
     def _run_tiles(self, image: Tensor, prompt: int, side: int, limit: int) -> Tensor:
@@ -257,7 +259,8 @@ def load_restorer(
         ValueError: as `Restorer`.
     """
     found = resolve(name_or_path)
-    checkpoint = found.load()
+    with torch.device("cpu"):
+        checkpoint = found.load()
     return Restorer(
         checkpoint.network,
         checkpoint.prompts,

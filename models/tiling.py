@@ -46,15 +46,15 @@ def spans(length: int, *, tile_px: int, overlap_px: int, multiple: int) -> list[
         multiple: starts are multiples of it.
     """
     if length <= tile_px:
-        return [Span(0, length, torch.ones(length))]
+        return [Span(0, length, torch.ones(length, device="cpu"))]
     count = -(-(length - overlap_px) // (tile_px - overlap_px))
     tile_px = -(-(length + (count - 1) * overlap_px) // (count * multiple)) * multiple
     last = (length - tile_px) // multiple
     starts = [i * last // (count - 1) * multiple for i in range(count)]
     # Rising and falling straight lines that never reach 0, so that the sum can always be divided by.
-    ramp = torch.arange(1, tile_px + 1, dtype=torch.float64)
+    ramp = torch.arange(1, tile_px + 1, dtype=torch.float64, device="cpu")
     hat = torch.minimum(ramp, ramp.flip(0)).clamp(max=overlap_px)
-    total = torch.zeros(length, dtype=torch.float64)
+    total = torch.zeros(length, dtype=torch.float64, device="cpu")
     for start in starts:
         total[start : start + tile_px] += hat
     return [Span(start, tile_px, (hat / total[start : start + tile_px]).float()) for start in starts]

@@ -15,12 +15,12 @@ from models.padding import pad_into
 def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that a GPU reads and writes by itself; plain memory for a CPU, and where there is no more of it."""
     if device.type != "cuda":
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     try:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
     except RuntimeError as error:  # a GPU that is lost will say so when it copies
         warnings.warn(f"models: no page-locked memory, copies are slower: {error}", stacklevel=3)
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def upload(images: Sequence[NDArray[Any]], height: int, width: int, device: torch.device) -> Tensor:
