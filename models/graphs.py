@@ -6,6 +6,7 @@ A network of many small kernels waits for Python to launch them; how much that i
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def parts(count: int, *, most: int) -> list[int]:
 
 
 class Recorded:
-    """Called like the network.
+    """Called like the network; threads take turns, since a recording has one place for its input.
 
     Batches are cut in `parts`, and those of a shape that comes often are recorded; a batch of which no part is or may
     be recorded runs as it is.
@@ -92,9 +93,14 @@ class Recorded:
         self._seen: Counter[torch.Size] = Counter()
         self._room = MOST_PIXELS
         self._works = True
+        self._turn = Lock()
 
     def __call__(self, image: Tensor, prompts: Tensor) -> Tensor:
         """The network's output; raises what it raises."""
+        with self._turn:
+            return self._found(image, prompts)
+
+    def _found(self, image: Tensor, prompts: Tensor) -> Tensor:
         pixels = image.shape[2] * image.shape[3]
         sizes = parts(len(image), most=LARGEST_PIXELS // pixels)
         if not any((size, *image.shape[1:]) in self._recordings or self._has_room(size * pixels) for size in sizes):
@@ -149,6 +155,6 @@ class Recorded:
             self._give_up(f"a replay is off by {difference:.1e}")
 
     def _give_up(self, why: str) -> None:
-        warnings.warn(f"models: CUDA graphs are not used, which is slower for small images: {why}", stacklevel=4)
+        warnings.warn(f"models: CUDA graphs are not used, which is slower for small images: {why}", stacklevel=5)
         self._works = False
         self._recordings.clear()

@@ -51,8 +51,8 @@ def parse_tile(option: str) -> Tile:
 class Restorer:
     """Restores images with one DFPIR network and its bank of prompts.
 
-    The batch that an image was in changes none of its pixels by more than one level of 255 in float32. One call at a
-    time: on a GPU calls share memory.
+    The batch that an image was in changes none of its pixels by more than one level of 255 in float32. May be called
+    from many threads, each of which takes memory for itself; on a GPU their batches take turns.
 
     Attributes:
         name: of the model, for records; may be empty.

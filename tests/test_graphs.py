@@ -1,6 +1,7 @@
 """Which calls are recorded and replayed; the recording itself needs a GPU."""
 
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -157,6 +158,22 @@ def test_no_room_for_a_recording_is_no_fault(fault):
     for _ in range(graphs.RUNS_BEFORE + 3):
         recorded(image(8), PROMPT)
     assert counted.calls == graphs.RUNS_BEFORE + 3
+
+
+def test_threads_take_turns():
+    inside = threading.Lock()
+
+    def alone(image, prompts):
+        assert inside.acquire(blocking=False)
+        time.sleep(0.005)
+        inside.release()
+        return told(image, prompts)
+
+    recorded = Recorded(alone, record=lambda *_: alone)
+    given = [image(8) for _ in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda each: recorded(each, PROMPT), given))
+    assert all(torch.equal(each, 2 * image) for each, image in zip(found, given, strict=True))
 
 
 @pytest.mark.gpu
