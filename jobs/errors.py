@@ -20,6 +20,10 @@ class InterruptedBySignalError(Exception):
 
     def __init__(self, signal_number: int, *, goes_on: bool = True) -> None:
         """`goes_on`: whether the same command does not begin anew."""
-        then = "; the same command goes on from here" if goes_on else ""
-        super().__init__(f"ended by {signal.Signals(signal_number).name}{then}")
+        super().__init__(signal_number)  # with which another process makes it anew
         self.signal_number = signal_number
+        self.goes_on = goes_on
+
+    def __str__(self) -> str:
+        then = "; the same command goes on from here" if self.goes_on else ""
+        return f"ended by {signal.Signals(self.signal_number).name}{then}"
