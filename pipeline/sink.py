@@ -319,8 +319,10 @@ def parquet_files(folder: Path, *, beginning: str = "") -> list[Path]:
 def read_manifest(run_dir: Path | str, *, columns: Sequence[str] = MANIFEST_SCHEMA.names) -> pa.Table:
     """All rows of a run, one per image: that of the highest revision, in the order of the relative paths.
 
-    Raises ManifestError naming a part that is damaged or of another schema.
+    Raises ManifestError if the folder holds no run, or naming a part that is damaged or of another schema.
     """
+    if not RunDirectory(run_dir).manifest_dir.is_dir():
+        raise ManifestError(f"{run_dir} holds no run: it has no folder manifest")
     order = [
         ("relative_path", "ascending"), ("image_id", "ascending"), ("revision", "descending"),
         ("finished_at", "ascending"),

@@ -127,6 +127,12 @@ def test_the_images_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     assert names(tmp_path / "disk") == ["a/b.png"]
 
 
+def test_a_folder_without_a_run_has_no_manifest(directory: RunDirectory) -> None:
+    for folder in (directory.manifest_dir, directory.root / "no-such-folder"):
+        with pytest.raises(ManifestError, match="holds no run"):
+            read_manifest(folder)
+
+
 def test_a_failed_write_leaves_no_file(directory: RunDirectory) -> None:
     (directory.images_dir / "a.png").mkdir()
     with pytest.raises(OSError, match="directory"):
