@@ -35,7 +35,7 @@ THREE_TASKS_SIMPLE: dict[str, str] = {
 """Those of the three-task checkpoint that was released as trained under simple prompts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptBank:
     """The prompts a network was trained with: `keys[i]` has `sentences[i]` and row i of `embeddings`.
 
@@ -44,8 +44,8 @@ class PromptBank:
 
     keys: tuple[str, ...]
     sentences: tuple[str, ...]
-    embeddings: Tensor
-    permutations: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Tensor = field(repr=False)
+    permutations: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """For the network that the bank belongs to: block name to K x (expansion C) int64, the channel order of each
     prompt. Empty for a bank that belongs to no network yet.
     """

@@ -43,3 +43,11 @@ def test_a_bank_that_does_not_fit_together_is_refused():
         PromptBank(("a", "a"), ("A", "B"), embeddings)
     with pytest.raises(ValueError, match="float32"):
         PromptBank(("a", "b"), ("A", "B"), embeddings.double())
+
+
+def test_banks_are_told_apart_as_objects_and_described_in_a_line():
+    bank = orthogonal_bank()
+    assert bank != orthogonal_bank()
+    assert {bank: "a key"}[bank]
+    assert "Rain degradation" in repr(bank)
+    assert "tensor" not in repr(bank)
