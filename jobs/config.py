@@ -24,20 +24,20 @@ class RestoreOptions(BaseModel):
     label: str = "auto"
     reference: Path | None = None
     format: Literal["same", "png", "jpeg", "webp"] = "same"
-    quality: int = Field(95, ge=1, le=100)
+    quality: int = Field(default=95, ge=1, le=100)
     clean: Literal["copy", "link", "skip"] = "copy"
     engine: Literal["ray", "local"] = "ray"
     address: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    max_workers: int | None = Field(None, ge=1)
+    max_workers: int | None = Field(default=None, ge=1)
     tile: str = "auto"
-    min_confidence: float | None = Field(None, ge=0, le=1)
+    min_confidence: float | None = Field(default=None, ge=0, le=1)
     second_look: bool = True
-    max_failed_fraction: float = Field(0.05, ge=0, le=1)
-    limit: int | None = Field(None, ge=1)
+    max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
+    limit: int | None = Field(default=None, ge=1)
     retry_failed: bool = False
-    max_pixels: int = Field(400_000_000, ge=1)
+    max_pixels: int = Field(default=400_000_000, ge=1)
 
     @field_validator("reference", mode="before")
     @classmethod

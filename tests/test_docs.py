@@ -1,5 +1,6 @@
 import csv
 import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +30,13 @@ def test_the_lock_file_holds_no_addresses() -> None:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     assert lines
     assert [line for line in lines if "://" in line or line.startswith("-")] == []
+
+
+def test_the_packages_say_that_they_are_typed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    for package in settings["packages"]:
+        assert "py.typed" in settings["package-data"][package]
+        assert (ROOT / package / "py.typed").is_file()
 
 
 QUALITY_SETS = {
