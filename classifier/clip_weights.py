@@ -100,11 +100,12 @@ def _is_readable(path: Path) -> bool:
 
 def _untold(make: Callable[[], Any]) -> Any:
     """What is made, without open_clip's warning that its weights are random: they are not for long."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         return make()
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _said(error: Exception) -> str:
