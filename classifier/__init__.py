@@ -39,11 +39,14 @@ def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: tor
 
     Raises:
         ClassifierWeightsError: the file is not there, is none that can be used, or is damaged.
-        ValueError: an unknown dtype, or CUDA asked for where there is none.
+        ValueError: another device or dtype, or CUDA asked for where there is none.
     """
     import torch
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, not {device}")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("CUDA was asked for, but torch finds no CUDA device here; use device='cpu'")
     dtype = dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16):

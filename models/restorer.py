@@ -94,11 +94,14 @@ class Restorer:
             name: of the model, for records.
 
         Raises:
-            ValueError: an unknown dtype, a tile of less than two size multiples, or CUDA asked for where there is none.
+            ValueError: another device or dtype, a tile of less than two size multiples, or CUDA asked for where there
+                is none.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
         self.device = torch.device(device)
+        if self.device.type not in MEMORY_SHARE:
+            raise ValueError(f"device must be cpu or cuda, not {device}")
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("CUDA was asked for, but torch finds no CUDA device here; use device='cpu'")
         self.size_multiple = network.config.size_multiple

@@ -455,6 +455,11 @@ def test_bfloat16_moves_probabilities_little():
     assert rounded.network.head[-1].weight.dtype == torch.float32
 
 
+def test_a_device_for_which_there_is_no_code_is_refused(tiny):
+    with pytest.raises(ValueError, match="device must be cpu or cuda, not mps"):
+        load_classifier(tiny, device="mps")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["degradation-small", "clip:none.pt"])
 def test_a_gpu_that_is_not_there_is_told_with_advice(name):

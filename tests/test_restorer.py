@@ -252,6 +252,7 @@ def test_no_images_give_no_images(restorer):
     ("options", "message"),
     [
         ({"dtype": torch.float16}, "float32 or bfloat16"),
+        ({"device": "mps"}, "device must be cpu or cuda, not mps"),
         ({"tile": 16}, "at least 32 pixels"),
         ({"tile": "always"}, "auto, off or a number"),
     ],
