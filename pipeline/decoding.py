@@ -131,6 +131,8 @@ def _open(file: BinaryIO, beginning: bytes) -> Image.Image:
         return Image.open(file, formats=READ_FORMATS)
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:
+        raise _fault("too_many_pixels", f"{error}: of Pillow's own, which this program has set again") from error
     except UnidentifiedImageError as error:
         likely = format_by_beginning(beginning)
         if likely is None:

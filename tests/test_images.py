@@ -637,6 +637,14 @@ def test_pillow_has_no_limit_of_its_own(recwarn):
     assert not list(recwarn)
 
 
+def test_a_limit_that_the_program_has_set_in_pillow_counts_too(monkeypatch):
+    data = file_bytes(Image.new("1", (100, 100)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    fault = fault_of(data)
+    assert fault.error_class == "too_many_pixels"
+    assert "exceeds limit of 2000 pixels" in str(fault)
+
+
 def test_jpeg_is_encoded_where_the_system_has_no_files_in_memory_too(monkeypatch):
     source = read(file_bytes(Image.new("RGB", (7, 9), (99, 80, 70)), "JPEG"))
     expected = encode(source, source.pixels, format="jpeg", quality=90)
