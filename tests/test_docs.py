@@ -1,8 +1,15 @@
 import csv
 import re
+import subprocess
+import sys
+import textwrap
 import tomllib
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from jobs.audit import Kind
 from pipeline.records import MANIFEST_SCHEMA
@@ -30,6 +37,23 @@ def test_the_lock_file_holds_no_addresses() -> None:
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     assert lines
     assert [line for line in lines if "://" in line or line.startswith("-")] == []
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("From Python, for an `image`")[2]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n)+", readme, flags=re.MULTILINE)]
+    one, whole = [block for block in blocks if block.strip()][:2]
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    names: dict[str, Any] = {"image": image}
+    exec(one, names)
+    assert names["decision"].prompt == "noise50"
+    assert names["restored"].shape == image.shape
+    (tmp_path / "PHOTOGRAPHS").mkdir()
+    Image.fromarray(image).save(tmp_path / "PHOTOGRAPHS" / "a.png")
+    (tmp_path / "whole.py").write_text(whole)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    told = subprocess.run([sys.executable, "whole.py"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "'restored': 1" in told
 
 
 def test_the_packages_say_that_they_are_typed() -> None:
