@@ -34,7 +34,7 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class Views:
-    """`crops` is N x P x P x 3, `thumbnail` T x T x 3; both uint8 RGB."""
+    """`crops` is N x P x P x 3, `thumbnail` T x T x 3; both uint8 RGB. N is 1 where all crops would be the same."""
 
     crops: NDArray[np.uint8]
     thumbnail: NDArray[np.uint8]
@@ -64,13 +64,15 @@ def _contrasts(
 def native_crops(image: NDArray[np.uint8], settings: ViewSettings) -> NDArray[np.uint8]:
     """Crops of native pixels, N x P x P x 3, from the most textured place to an almost flat one.
 
-    The choice depends on the pixels alone. An image smaller than a crop is mirrored up; one with fewer
-    places than crops gives some of them twice.
+    The choice depends on the pixels alone. An image smaller than a crop is mirrored up; one no larger than a crop gives
+    one, another one with fewer places than crops some of them twice.
     """
     px = settings.crop_px
     height, width = image.shape[:2]
     if height < px or width < px:
         image = np.pad(image, ((0, max(0, px - height)), (0, max(0, px - width)), (0, 0)), mode="symmetric")
+    if image.shape[:2] == (px, px):
+        return image[None]
     tops, lefts = _starts(image.shape[0], px), _starts(image.shape[1], px)
     order = np.argsort(_contrasts(image, tops, lefts, px), kind="stable")
     ranks = np.rint(np.linspace(1, FLATTEST_QUANTILE, settings.crops) * (len(order) - 1)).astype(int)

@@ -29,7 +29,7 @@ from classifier.network import (
     to_input,
 )
 from classifier.timm_classifier import TimmClassifier
-from classifier.view import ViewSettings
+from classifier.view import Views, ViewSettings
 from classifier.weights import load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
@@ -481,6 +481,19 @@ def test_a_gpu_says_what_a_cpu_says_and_of_many_what_it_says_of_one(tmp_path):
     assert [there.probabilities([each])[0] for each in views] == found
 
 
+def test_a_picture_no_larger_than_a_crop_is_seen_once_and_judged_as_by_equal_crops():
+    classifier = load_classifier("degradation-small")
+    rng = np.random.default_rng(0)
+    small, large = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in (48, 200))
+    views = [classifier.take_views(image) for image in (small, large, small)]
+    assert [len(each.crops) for each in views] == [1, 4, 1]
+    found = classifier.probabilities(views)
+    repeated = [Views(np.repeat(each.crops, 4 // len(each.crops), axis=0), each.thumbnail) for each in views]
+    for probabilities, expected in zip(found, classifier.probabilities(repeated), strict=True):
+        assert probabilities == pytest.approx(expected, abs=1e-5)
+    assert [classifier.probabilities([each])[0] for each in views] == found
+
+
 def test_a_network_that_mixes_images_is_asked_about_one_at_a_time(tiny):
     weights = load_weights(tiny)
     forward = weights.network.forward
@@ -488,4 +501,6 @@ def test_a_network_that_mixes_images_is_asked_about_one_at_a_time(tiny):
     views = [TimmClassifier(load_weights(tiny)).take_views(image) for image in random_images()]
     with pytest.warns(UserWarning, match="one by one"):
         classifier = TimmClassifier(weights)
-    assert classifier.probabilities(views) == [classifier.probabilities([each])[0] for each in views]
+    with pytest.warns(UserWarning, match="one by one"):  # those of a single crop are asked about apart
+        found = classifier.probabilities(views)
+    assert found == [classifier.probabilities([each])[0] for each in views]
