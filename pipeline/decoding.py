@@ -5,9 +5,8 @@ All functions are pure and may run in many threads at once; Pillow's codecs rele
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from pipeline.file_bytes import (
     states_no_pixels,
     unfinished_end,
 )
-from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels
+from pipeline.image_records import DecodedImage, Header, ImageFault, Pixels, upright
 from pipeline.jpeg import read_jpeg
 from pipeline.metadata import Metadata, read_metadata
 from pipeline.records import Stage
@@ -37,17 +36,6 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
 """Bytes of one text or profile and of all texts in a PNG; Pillow refuses a profile above 1 MiB, which others hold."""
-
-_TURNED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
-}
-"""What turns pixels of each EXIF orientation upright; 1 already are."""
 
 _PNG_BITS = re.compile(r";(\d+)")
 """Bits per channel in Pillow's name of how a PNG's pixels are stored, for instance `L;4` or `RGB;16B`."""
@@ -305,10 +293,9 @@ def _to_decoded(
         if mode == "P" and icc is None:
             greyscale = bool((pixels == pixels[:, :, :1]).all())
     # Pillow turns TIFF upright while it loads; every other format is left to its reader.
-    turn = _TURNED.get(metadata.orientation or 1) if source_format != "TIFF" else None
-    if turn is not None:
-        pixels = np.ascontiguousarray(turn(pixels))
-        alpha = None if alpha is None else np.ascontiguousarray(turn(alpha))
+    turn = metadata.orientation if source_format != "TIFF" else None
+    pixels = upright(pixels, turn)
+    alpha = None if alpha is None else upright(alpha, turn)
     return DecodedImage(
         pixels=pixels,
         alpha=alpha,

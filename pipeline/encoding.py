@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
-from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, mean_channel, to_uint8
+from pipeline.image_records import DecodedImage, EncodedImage, ImageFault, Pixels, as_stored, mean_channel, to_uint8
 from pipeline.metadata import SUB_DIRECTORIES, rewritable_exif
 from pipeline.png import encode_png
 from pipeline.records import Stage
@@ -50,7 +50,8 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
     What the format cannot hold is named in the warnings: JPEG has no alpha (composed over white); JPEG, WebP
     and BMP have eight bits; Pillow writes 16 bits for greyscale without alpha only. WebP holds greyscale
     in three equal channels. What alpha hides altogether keeps its colours, but in a lossy WebP, whose encoder puts its
-    own there.
+    own there. Rows are stored as the source's are, and the file states the same orientation: places in pixels that were
+    noted of the source, such as boxes around what it shows, hold for the result.
 
     Args:
         source: the decoded image that was restored.
@@ -69,6 +70,7 @@ def encode(source: DecodedImage, pixels: Pixels, *, format: str, quality: int) -
         )
     name = encoded_format(source.source_format, format)
     channels, notes = _compose(source, pixels, name)
+    channels = as_stored(channels, source.exif_orientation)
     height, width = channels.shape[:2]
     if format == "same" and name != source.source_format:
         notes.append(f"{source.source_format} was written as {name}")
@@ -167,12 +169,22 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
                 notes.append("XMP was dropped: it is not UTF-8, as PNG holds it")
             else:
                 _add_xmp(options, name, source.xmp)
+    if source.exif_orientation not in (None, 1):
+        _state_orientation(options, source.exif_orientation)
     if source.dpi is not None:
         options["dpi"] = source.dpi
     if name != "PNG" and _means_another_colour(dict(source.png_colour), has_profile=source.icc is not None):
         kinds = ", ".join(kind.decode() for kind, _ in source.png_colour)
         notes.append(f"what the PNG says of its colours beside a profile ({kinds}) was dropped")
     return options
+
+
+def _state_orientation(options: dict[str, object], orientation: int | None) -> None:
+    """Puts it into EXIF that lacks it: what said it, XMP or other EXIF, may have been dropped."""
+    exif = rewritable_exif(cast(Image.Exif | bytes, options.get("exif", b"")))
+    if ExifTags.Base.Orientation not in exif:
+        exif[ExifTags.Base.Orientation] = orientation
+        options["exif"] = exif
 
 
 def _means_another_colour(chunks: Mapping[bytes, bytes], *, has_profile: bool) -> bool:

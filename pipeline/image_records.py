@@ -1,5 +1,6 @@
 """What decoding and encoding hand on: images as records, and what may be wrong with one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -47,8 +48,8 @@ class DecodedImage:
 
     `pixels` is H x W x 3 RGB, uint8 or uint16 (greyscale replicated to three channels); `alpha` is H x W of
     the same dtype, or None. `mode` and `bit_depth` (bits per channel) are those of the file, which may be
-    deeper than `pixels`: a warning then says so. `exif` and `xmp` have their orientation set to 1; `icc` describes
-    `pixels`; `dpi` is across and down, pixels per inch.
+    deeper than `pixels`: a warning then says so. `icc` describes `pixels`. All else is as stored: `exif` and `xmp` with
+    the orientation in which the file's rows are, `dpi` along them and across, pixels per inch.
     """
 
     pixels: Pixels
@@ -95,6 +96,29 @@ class EncodedImage:
     width: int
     height: int
     warnings: tuple[str, ...] = ()
+
+
+_TURNED: dict[int | None, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
+"""What turns pixels of each EXIF orientation upright; 1 already are."""
+
+
+def upright(pixels: Pixels, orientation: int | None) -> Pixels:
+    """Pixels, H x W or H x W x C, that are stored in an EXIF orientation, as they are to be seen."""
+    turn = _TURNED.get(orientation)
+    return pixels if turn is None else cast(Pixels, np.ascontiguousarray(turn(pixels)))
+
+
+def as_stored(pixels: Pixels, orientation: int | None) -> Pixels:
+    """What `upright` undoes; the quarter turns are each other's inverse, the rest their own."""
+    return upright(pixels, {6: 8, 8: 6}.get(orientation or 1, orientation))
 
 
 def to_uint8(pixels: Pixels) -> NDArray[np.uint8]:

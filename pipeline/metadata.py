@@ -1,23 +1,16 @@
-"""What an image file has beside its pixels, as it holds for the upright result: EXIF, XMP, profile, resolution."""
+"""What an image file has beside its pixels, as it holds for its result: EXIF, XMP, profile, resolution."""
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from PIL import ExifTags, Image
 
-from pipeline.exif_bytes import upright_exif
 from pipeline.file_bytes import bytes_behind_jpeg, is_lossless_webp, png_colour
 from pipeline.tiff import tiff_tags
 
-_XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|\s*>\s*))[2-8](?=\s*["'<])""")
-
 _XMP_OF_MORE = re.compile(rb"Container:Directory|:MicroVideo|:MotionPhoto|hdrgm:")
 """Of motion photos and Ultra HDR, whose further parts are not kept."""
-
-_XMP_ACROSS_AND_DOWN = re.compile(
-    rb"\b(tiff:Image)(Width|Length)\b|\b(tiff:|exif:FocalPlane)([XY])(Resolution)\b|\b(exif:Pixel)([XY])(Dimension)\b"
-)
-_XMP_OTHER_DIRECTION = {b"Width": b"Length", b"Length": b"Width", b"X": b"Y", b"Y": b"X"}
 
 _XMP_THUMBNAILS = re.compile(rb"<(xmp|xap):Thumbnails>.*?</\1:Thumbnails>", re.DOTALL)
 """Which would show the photograph unrestored."""
@@ -26,6 +19,8 @@ _XMP_EXTENDED = re.compile(
     rb"""\s+xmpNote:HasExtendedXMP\s*=\s*("[^"]*"|'[^']*')|<xmpNote:HasExtendedXMP>[^<]*</xmpNote:HasExtendedXMP>"""
 )
 """The pointer to segments of their own, which are not kept."""
+
+_EXIF_MARKER = b"Exif\0\0"
 
 _MOST_DPI = 65_535
 """That JPEG holds."""
@@ -88,7 +83,7 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
     orientation, exif = None, None
     try:
         orientation = _stated_orientation(image.getexif())
-        exif = _tiff_exif(image, notes) if image.format == "TIFF" else _stored_exif(image, orientation)
+        exif = _tiff_exif(image, notes) if image.format == "TIFF" else _stored_exif(image)
     except Exception:
         # Cameras and editors write all kinds of EXIF; the picture counts for more.
         notes.append("EXIF could not be read and was dropped")
@@ -100,13 +95,13 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
         xmp, extended = _XMP_EXTENDED.subn(b"", xmp)
         if extended:
             notes.append("extended XMP was dropped")
-        xmp = _upright_xmp(xmp, orientation)
+        xmp = _XMP_THUMBNAILS.sub(b"", xmp)
     return Metadata(
         orientation=orientation,
         exif=exif,
         icc=image.info.get("icc_profile") or None,
         xmp=xmp,
-        dpi=_upright_dpi(image, orientation),
+        dpi=_dpi(image),
         png_colour=png_colour(data) if image.format == "PNG" else (),
         lossless_webp=image.format == "WEBP" and is_lossless_webp(data),
         lost=(*notes, *_lost_beside(image, data)),
@@ -139,8 +134,8 @@ def lies(orientation: object) -> bool:
     return orientation in (5, 6, 7, 8)
 
 
-def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, float] | None:
-    """Pixels per inch across and down the upright image; None if the file says nothing that could be."""
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    """Pixels per inch along the file's rows and columns; None if it says nothing that could be."""
     if image.format == "TIFF" and not {ExifTags.Base.XResolution, ExifTags.Base.YResolution} <= set(tiff_tags(image)):
         return None  # where Pillow says 1
     try:
@@ -149,49 +144,45 @@ def _upright_dpi(image: Image.Image, orientation: int | None) -> tuple[float, fl
         return None
     if not (1 <= across <= _MOST_DPI and 1 <= down <= _MOST_DPI):
         return None
-    return (down, across) if lies(orientation) else (across, down)
+    return across, down
 
 
-def _upright_xmp(xmp: bytes, orientation: int | None) -> bytes:
-    xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", _XMP_THUMBNAILS.sub(b"", xmp))
-    if not lies(orientation):
-        return xmp
-
-    def other(name: re.Match[bytes]) -> bytes:
-        return b"".join(_XMP_OTHER_DIRECTION.get(part, part) for part in name.groups(b""))
-
-    return _XMP_ACROSS_AND_DOWN.sub(other, xmp)
-
-
-def _stored_exif(image: Image.Image, orientation: int | None) -> bytes | None:
-    """The EXIF of a file other than TIFF as of the upright picture, with the marker that JPEG wants before it."""
+def _stored_exif(image: Image.Image) -> bytes | None:
+    """The EXIF of a file other than TIFF, with the marker that JPEG wants before it."""
     stored = image.info.get("exif")
     if not stored and isinstance(text := image.info.get("Raw profile type exif"), str):
         stored = bytes.fromhex("".join(text.split("\n")[3:]))  # as ImageMagick writes it into a PNG
-    if not stored:
-        return None
-    stated = image.getexif().get(ExifTags.Base.Orientation)
-    return upright_exif(stored, is_turned=stated not in (None, 1), lies=lies(orientation))
+    return _without_thumbnail(stored) if stored else None
+
+
+def _without_thumbnail(exif: bytes) -> bytes:
+    """EXIF, with or without its marker: with it, and without the thumbnail, which would show the photograph unrestored.
+
+    Nothing else changes, and nothing moves, since makers' notes may hold offsets of their own.
+    """
+    tiff = bytearray(exif.removeprefix(_EXIF_MARKER))
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
+    first = int.from_bytes(tiff[4:8], order)
+    following = first + 2 + 12 * int.from_bytes(tiff[first : first + 2], order)
+    if following + 4 <= len(tiff):
+        tiff[following : following + 4] = bytes(4)
+    return _EXIF_MARKER + bytes(tiff)
 
 
 def _tiff_exif(image: Image.Image, notes: list[str]) -> bytes | None:
-    """The EXIF among a TIFF's tags as of the upright picture; adds a note where Pillow loses letters."""
+    """The EXIF among a TIFF's tags; adds a note where Pillow loses letters."""
     exif = image.getexif()
     for tag in set(exif) - _DESCRIPTIVE_TIFF_TAGS:
         del exif[tag]
     if not exif:
         return None
     exif.bigtiff = False  # of a BigTIFF; no other format holds such EXIF
-    kept = rewritable_exif(rewritable_exif(exif).tobytes())
+    written = rewritable_exif(exif).tobytes()
     if any(
         isinstance(text, str) and not text.isascii() for tag in SUB_DIRECTORIES for text in exif.get_ifd(tag).values()
     ):
         notes.append("letters beyond ASCII in EXIF's details were replaced by ?")
-    value = exif.get(ExifTags.Base.Orientation)
-    if value is not None:
-        kept[ExifTags.Base.Orientation] = 1
-    written = kept.tobytes()
-    return upright_exif(written, is_turned=False, lies=lies(value))
+    return _without_thumbnail(written)
 
 
 def rewritable_exif(exif: Image.Exif | bytes) -> Image.Exif:

@@ -989,18 +989,22 @@ def test_clean_images_in_folders_are_kept_there(tmp_path: Path, clean: str) -> N
     assert (tmp_path / "out" / "images" / "deep" / "er" / "a.png").is_file()
 
 
-def test_the_size_of_a_kept_file_is_its_own_though_it_is_seen_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", [Degradation.CLEAN, Degradation.RAIN])
+def test_rows_are_stored_as_the_sources_are_though_it_is_seen_upright(tmp_path: Path, label: Degradation) -> None:
+    """Boxes that somebody has drawn on the stored rows hold for what is kept and for what is restored."""
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    pixels = np.full((16, 24, 3), 128, np.uint8)
-    pixels[-1, 0] = red(Degradation.CLEAN)  # upright, the top left pixel
+    pixels = np.random.default_rng(0).integers(100, 156, (16, 24, 3), np.uint8)
+    pixels[-1, 0] = red(label)  # upright, the top left pixel
     path = tmp_path / "src" / "a.png"
     path.parent.mkdir()
     Image.fromarray(pixels).save(path, exif=exif)
     row = work(plan(tmp_path))["a.png"]
-    assert row["status"] == "copied"
+    assert row["status"] == ("copied" if label is Degradation.CLEAN else "restored")
     assert (row["width"], row["height"]) == (16, 24)
     assert (row["output_width"], row["output_height"]) == (24, 16)
+    with Image.open(tmp_path / "out" / "images" / "a.png") as written:
+        assert (written.size, written.getexif()[0x0112]) == ((24, 16), 6)
 
 
 def test_large_images_are_read_ahead_one_for_each_reader(monkeypatch: pytest.MonkeyPatch) -> None:
