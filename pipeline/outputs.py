@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.source import IMAGE_EXTENSIONS
 
 EXTENSIONS_BY_FORMAT: dict[str, tuple[str, ...]] = {
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),

@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from pipeline.images import ImageFault
 from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, Stage, first_rows, image_id, printable, to_refs
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"})
+IMAGE_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
+)
 """In lower case; a file with one of them, in any case, is a candidate."""
 
 

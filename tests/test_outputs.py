@@ -22,6 +22,7 @@ def test_another_format_appends_its_extension():
     assert name("a/b.jpg") == "a/b.jpg.png"
     assert name("b.png", option="jpeg", source="PNG", output="JPEG") == "b.png.jpg"
     assert name("b.PNG", source="PNG") == "b.PNG"
+    assert name("b.jfif", option="jpeg", output="JPEG") == "b.jfif"
     assert name("b.tif", option="webp", source="TIFF", output="WEBP") == "b.tif.webp"
 
 

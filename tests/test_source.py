@@ -36,9 +36,10 @@ def test_candidates_are_found_by_extension_at_any_depth(tmp_path):
         ".hidden/p.png",
         "noextension",
         "g.gif",
+        "saved by a browser.jfif",
     )
     listing = list_source(tmp_path)
-    assert paths(listing) == [".hidden/p.png", "a/deep/er/x.webp", "a/z.tiff", "b.JPG"]
+    assert paths(listing) == [".hidden/p.png", "a/deep/er/x.webp", "a/z.tiff", "b.JPG", "saved by a browser.jfif"]
     assert listing.ignored == 4
     assert listing.unreadable_directories == ()
 
