@@ -256,5 +256,6 @@ def start_local(*, cpus: int) -> None:
             if attempt == START_TRIES:
                 raise RunError(
                     f"Ray could not be started on this machine in {START_TRIES} tries ({error}); "
-                    "end other work on it, give --address of a running cluster, or use --engine local"
+                    "end other work on it, make room where it keeps its files (TMPDIR, else /tmp), give --address of a "
+                    "running cluster, or use --engine local"
                 ) from error

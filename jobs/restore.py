@@ -109,10 +109,11 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         options = options.model_copy(update={"dtype": begun["dtype"]})  # wherever it was begun
     config, network = _resolve(options, device)
     if begun is not None and (differences := config.differences(begun)):
+        version = " and the version of dfpir" * (begun.get("algorithm_version") != config.algorithm_version)
         raise UsageError(
             f"{out} holds a run of another configuration:\n  "
             + "\n  ".join(differences)
-            + "\nUse another OUT, or the options of the first call to go on with that run."
+            + f"\nUse another OUT, or the options{version} of the first call to go on with that run."
         )
     if job is None and out.exists() and any(p != directory.lock_path and not is_partial(p) for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no run; give an empty or new folder as OUT")

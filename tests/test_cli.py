@@ -283,6 +283,20 @@ def test_another_configuration_is_refused_naming_the_fields(
     assert after == before
 
 
+def test_a_run_of_a_version_that_computes_otherwise_is_not_said_to_differ_in_options(
+    photographs: Path, tmp_path: Path, weights: list[str]
+) -> None:
+    out = tmp_path / "out"
+    assert restore(photographs, out, weights, "--label", "rain")[0] == 0
+    job = json.loads((out / "job.json").read_text())
+    job["config"]["algorithm_version"] = 1
+    (out / "job.json").write_text(json.dumps(job))
+    code, _, stderr = restore(photographs, out, weights, "--label", "rain")
+    assert code == 2
+    assert "algorithm_version: was 1, is now" in stderr
+    assert "the options and the version of dfpir of the first call" in stderr
+
+
 def test_bad_images_become_failed_rows_and_decide_the_exit_code(
     photographs: Path, tmp_path: Path, weights: list[str]
 ) -> None:

@@ -38,12 +38,14 @@ def test_a_terminals_signal_ends_no_local_worker_with_work_in_hand(
     try:
         worker = stalled_process(tmp_path / "marker")
         os.killpg(driver.pid, number)
+        assert driver.stderr is not None
+        told = next((line for line in driver.stderr if b"stopping" in line), b"")
         with pytest.raises(subprocess.TimeoutExpired):
             driver.wait(timeout=2)  # for the worker to commit what it has in hand
         os.kill(worker, 0)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
-        told = driver.communicate()[1]
+        driver.communicate()
     assert b"stopping as soon as what is in hand is done" in told
 
 

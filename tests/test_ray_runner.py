@@ -581,6 +581,20 @@ def test_a_cluster_started_here_has_the_cpus_that_this_process_is_bound_to(
         assert started == [cpus]
 
 
+def test_a_ray_that_does_not_start_is_said_to_need_room_for_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a full /tmp it waits in vain for a file there, and says no more than that."""
+
+    def wait_in_vain(**_: object) -> None:
+        raise RuntimeError("Timed out waiting for file /tmp/ray/session/gcs_server_port")
+
+    monkeypatch.setattr(ray_cluster_module.ray, "init", wait_in_vain)
+    monkeypatch.setattr(ray_cluster_module.ray, "shutdown", lambda: None)
+    with pytest.raises(
+        RunError, match=r"gcs_server_port\); .* make room where it keeps its files \(TMPDIR, else /tmp\)"
+    ):
+        ray_cluster_module.start_local(cpus=1)
+
+
 def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: None) -> None:
     niceness = ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()
     assert ray.get(niceness) == os.nice(0)

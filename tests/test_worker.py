@@ -23,10 +23,10 @@ from classifier.view import Views
 from models.memory import bytes_per_pixel
 from models.prompts import orthogonal_bank
 from models.restorer import Restorer
-from pipeline import sink
 from pipeline import item as item_module
 from pipeline import judge as judge_module
 from pipeline import restoring as restoring_module
+from pipeline import sink
 from pipeline import stages as stages_module
 from pipeline import worker as worker_module
 from pipeline.faults import FAULT
