@@ -29,7 +29,7 @@ from classifier.network import (
     to_input,
 )
 from classifier.timm_classifier import TimmClassifier
-from classifier.view import Views, ViewSettings
+from classifier.view import ViewSettings
 from classifier.weights import load_weights, save_classifier, write_card
 
 SHIPPED = Path(__file__).parents[1] / "classifier" / "shipped" / "degradation-small.safetensors"
@@ -488,7 +488,7 @@ def test_a_picture_no_larger_than_a_crop_is_seen_once_and_judged_as_by_equal_cro
     views = [classifier.take_views(image) for image in (small, large, small)]
     assert [len(each.crops) for each in views] == [1, 4, 1]
     found = classifier.probabilities(views)
-    repeated = [Views(np.repeat(each.crops, 4 // len(each.crops), axis=0), each.thumbnail) for each in views]
+    repeated = [replace(each, crops=np.repeat(each.crops, 4 // len(each.crops), axis=0)) for each in views]
     for probabilities, expected in zip(found, classifier.probabilities(repeated), strict=True):
         assert probabilities == pytest.approx(expected, abs=1e-5)
     assert [classifier.probabilities([each])[0] for each in views] == found
