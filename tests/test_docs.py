@@ -39,9 +39,9 @@ def test_the_lock_file_holds_no_addresses() -> None:
     assert [line for line in lines if "://" in line or line.startswith("-")] == []
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("From Python, for an `image`")[2]
-    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n)+", readme, flags=re.MULTILINE)]
+def test_the_python_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n)+", text, flags=re.MULTILINE)]
     one, whole = [block for block in blocks if block.strip()][:2]
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     names: dict[str, Any] = {"image": image}
