@@ -28,6 +28,8 @@ class TimmClassifier(Classifier):
         self.network = inference_form(weights.network, dtype).to(self.device)
         self.weights = weights
         self._several = GroupedNetwork(self.network, weights.view, self.device)
+        if self.device.type == "cuda":
+            _ = self._single  # while a CUDA graph is recorded no other thread may use the GPU, which one may later
 
     @cached_property
     def _single(self) -> GroupedNetwork:
