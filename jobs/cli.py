@@ -99,7 +99,7 @@ def restore(
 ) -> None:
     """Restores the photographs in SRC into OUT.
 
-    The same command again goes on where it stopped.
+    If it stops before its end, run the same command again to go on.
 
     Exit code: 0 done; 1 more images failed than allowed, or the run broke off; 2 wrong use, or a place that cannot be
     used; 128 + N ended by signal N.
@@ -154,7 +154,7 @@ def plan(
 ) -> None:
     """Estimates time and disk; restores nothing.
 
-    Lists SRC, samples image headers, and writes the plan and job.json, but no image.
+    Lists SRC, reads a sample of image headers, times this machine, and writes the plan and job.json, but no image.
     """
     given = given_options(locals())
     with faults_explained():
@@ -272,7 +272,7 @@ app.command()(cli_models.figures)
 def models(as_json: AsJson = False) -> None:
     """Lists shipped and known weights.
 
-    With size, licence, hash and measured quality.
+    With their size, licence, hash and measured quality.
     """
     from jobs import display
 

@@ -35,7 +35,9 @@ def evaluate(
     root: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", parser=named, help="Folder of the set as downloaded; pairs: degraded/, reference/."
+            metavar="DIR",
+            parser=named,
+            help="Folder of the set as downloaded; with pairs, one that holds degraded/ and reference/.",
         ),
     ],
     label: Annotated[str | None, typer.Option(help="With pairs: noise, rain, haze, blur or lowlight.")] = None,
@@ -100,7 +102,7 @@ def figures(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Draws what model and classifier make of photographs.
+    """Draws how well model and classifier do on photographs.
 
     Confusion matrix, reliability diagram, t-SNE of latent features, and examples of before and after.
     """
@@ -135,7 +137,7 @@ ClassifierConfig = Annotated[
 TrainingFolder = Annotated[
     Path, typer.Argument(metavar="OUT", parser=named, help="Folder: checkpoints, logs, samples.")
 ]
-Threads = Annotated[int, typer.Option(min=0, help="Threads of torch; 0: its own choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads that torch uses; 0: it chooses.")]
 Loaders = Annotated[int, typer.Option(min=0, help="Processes that make samples ahead.")]
 LoadersOfEach = Annotated[
     int, typer.Option(min=0, help="Processes that make samples ahead; of each worker, if there are several.")
@@ -144,7 +146,7 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Faster steps after minutes of compiling; needs a C++ compiler.")
 ]
 MaxMinutes = Annotated[
-    float, typer.Option(min=0, help="Stop at the first step after so long; the same command goes on.")
+    float, typer.Option(min=0, help="Stop at the first step after so many minutes; the same command goes on.")
 ]
 
 
@@ -159,7 +161,9 @@ def train_restorer(
     max_minutes: MaxMinutes = math.inf,
     workers: Annotated[
         int,
-        typer.Option(min=1, help="GPUs, or CPU workers, that share every batch; with several, or --address, on Ray."),
+        typer.Option(
+            min=1, help="GPUs, or CPU workers, that share every batch; several, or one with --address, run on Ray."
+        ),
     ] = 1,
     address: Address = None,
 ) -> None:

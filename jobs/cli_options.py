@@ -54,15 +54,17 @@ Address = Annotated[
     str | None,
     typer.Option(help="Address of a running Ray cluster; default: RAY_ADDRESS, else one is started here."),
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: auto.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; default: auto.")]
+Device = Annotated[str | None, typer.Option(help="Where networks run: auto, cpu or cuda; default: auto.")]
+Dtype = Annotated[str | None, typer.Option(help="Precision: auto, float32 or bfloat16; default: auto.")]
 MaxWorkers = Annotated[
     int | None,
     typer.Option(
         help="At most this many workers; default: on Ray what there is room for, else up to eight per GPU, or one."
     ),
 ]
-Tile = Annotated[str | None, typer.Option(help="auto, off, or the side of a tile in pixels; default: auto.")]
+Tile = Annotated[
+    str | None, typer.Option(help="Restore in tiles: auto, off, or the side of a tile in pixels; default: auto.")
+]
 MinConfidence = Annotated[
     float | None, typer.Option(help="Abstain below this probability, 0 to 1; default: the classifier's thresholds.")
 ]
@@ -75,14 +77,14 @@ SecondLook = Annotated[
 ]
 MaxFailedFraction = Annotated[
     float | None,
-    typer.Option(help="More failures than this share make the exit code 1; the run never stops for it; default: 0.05."),
+    typer.Option(help="A larger share of failures makes the exit code 1; the run never stops for it; default: 0.05."),
 ]
 Limit = Annotated[
     int | None,
     typer.Option(help="Plan no more than the first N images of SRC; what an earlier call planned is done as well."),
 ]
 RetryFailed = Annotated[
-    bool | None, typer.Option("--retry-failed", help="Do images again that failed or were quarantined.")
+    bool | None, typer.Option("--retry-failed", help="Try images again that failed or were quarantined.")
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -90,7 +92,7 @@ ConfigFile = Annotated[
         "--config",
         metavar="FILE",
         parser=named,
-        help="TOML file with options of `restore`, and max-pixels; what the command line says wins.",
+        help="TOML file with options of `restore`, and max-pixels; the command line wins.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
