@@ -233,19 +233,20 @@ class PerturbationBlock(nn.Module):
         self.select_attn = PerturbedAttention(channels, heads, config.kept_fraction)
         self.ffn = GatedFeedForward(channels, config.ffn_expansion_factor)
 
-    def _guidance(self, text_embedding: Tensor) -> Tensor:
+    def guidance(self, text_embedding: Tensor) -> Tensor:
+        """The vectors whose descending order each prompt stands for: B x 512 -> B x (expansion C) float32."""
         with torch.autocast(text_embedding.device.type, enabled=False):
             guidance: Tensor = self.linear_layer3(self.linear_layer1(text_embedding.float()))
         return guidance
 
     def permutations(self, text_embedding: Tensor) -> Tensor:
         """The channel order that each prompt stands for: B x 512 float32 -> B x (expansion C) int64."""
-        return channel_order(self._guidance(text_embedding))
+        return channel_order(self.guidance(text_embedding))
 
     def shuffle(self, x: Tensor, text_embedding: Tensor) -> Tensor:
         """DGCPM: widen, reorder the channels, narrow. B C H W in and out; the embedding is B x 512 float32."""
         wide = self.conv1x1(x)
-        guidance = self._guidance(text_embedding)
+        guidance = self.guidance(text_embedding)
         order = channel_order(guidance)
         if self.config.trained_guidance:
             # A factor of 1 whose gradient is the guidance's: a channel that should be stronger moves forward.

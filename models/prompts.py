@@ -83,12 +83,8 @@ def prompt_guidance(network: DFPIR, embeddings: Tensor) -> dict[str, Tensor]:
     Returns:
         K x (expansion C) float32 for each block.
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return {
-            name: block.linear_layer3(block.linear_layer1(embeddings))
-            for name, block in network.named_modules()
-            if isinstance(block, PerturbationBlock)
-        }
+    blocks = {name: block for name, block in network.named_modules() if isinstance(block, PerturbationBlock)}
+    return {name: block.guidance(embeddings) for name, block in blocks.items()}
 
 
 def prompt_permutations(network: DFPIR, embeddings: Tensor) -> dict[str, Tensor]:
