@@ -17,9 +17,8 @@ BYTES_PER_PIXEL = {"JPEG": 0.7, "PNG": 1.9, "WEBP": 0.5, "TIFF": 2.0, "BMP": 3.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is likely to take, extrapolated from the headers of `sampled` of its `images`."""
+    """What a run is likely to take, extrapolated from the headers of `sampled` of its images."""
 
-    images: int
     sampled: int
     unreadable: int
     megapixels: float
@@ -56,7 +55,6 @@ def estimate(uris: pa.ChunkedArray, *, output_format: str = "same") -> Estimate:
         for size, header in zip(megapixels, headers, strict=True)
     )
     return Estimate(
-        images=len(uris),
         sampled=sampled,
         unreadable=sampled - len(headers),
         megapixels=sum(megapixels) * scale,
