@@ -78,8 +78,8 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise WeightsError(f"{path}: weights that are not finite: {listed(bad)}")
 
 
-def listed(names: Iterable[object], limit: int = 8) -> str:
-    """Names in one line, the first `limit` of them."""
+def listed(names: Iterable[object]) -> str:
+    """Names in one line, the first eight of them."""
     texts = [str(name) for name in names]
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more if texts else "none"
+    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+    return ", ".join(texts[:8]) + more if texts else "none"

@@ -59,7 +59,6 @@ class Checkpoint:
     provenance: Mapping[str, Any]
     sha256: str
     """Of the file, in hexadecimal; of a released checkpoint and its prompt bank together."""
-    path: Path
     windows_px: Mapping[str, int] = field(default_factory=dict)
     """By prompt, the side in pixels of the tiles in which an image larger than that is best restored.
 
@@ -202,7 +201,6 @@ def _load_own(path: Path, sha256: str) -> Checkpoint:
         licence=metadata_entry(path, metadata, "licence"),
         provenance=metadata_json(path, metadata, "provenance", dict),
         sha256=sha256,
-        path=path,
         windows_px=windows_px,
     )
 
@@ -259,7 +257,6 @@ def _load_released(path: Path, sha256: str, prompts: PromptBank | None) -> Check
         licence="unknown: see where the checkpoint was released",
         provenance={"origin": "released checkpoint"},
         sha256=_with_bank(sha256, prompts),
-        path=path,
     )
 
 
