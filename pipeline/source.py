@@ -17,7 +17,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from pipeline.images import ImageFault
-from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, Stage, first_rows, image_id, printable, to_refs
+from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, Stage, first_rows, image_id, printable
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
@@ -54,11 +54,6 @@ class Listing:
     table: pa.Table
     ignored: int
     unreadable_directories: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> list[ImageRef]:
-        """All candidates as objects."""
-        return to_refs(self.table)
 
 
 def list_source(src: Path) -> Listing:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import plan
 from pipeline.plan import PLAN_SCHEMA, PlanChanges, PlanError, Shards, cut_shards, load_plan, update_plan
-from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, image_id
+from pipeline.records import IMAGE_REF_SCHEMA, ImageRef, image_id, to_refs
 from pipeline.source import LISTING_SCHEMA, Listing, list_source
 
 NOON = datetime(2026, 1, 2, 12, 0, 0, 123456, tzinfo=UTC)
@@ -69,7 +69,7 @@ def test_plan_is_read_back_as_it_was_written(tmp_path):
     changes = update_plan(tmp_path, listing(*refs))
     assert (changes.new, changes.changed, changes.vanished) == (3, 0, 0)
     assert list(load_plan(tmp_path)) == list(added(tmp_path))
-    assert images(load_plan(tmp_path)) == listing(*refs).images
+    assert images(load_plan(tmp_path)) == to_refs(listing(*refs).table)
     (path,) = (tmp_path / "plan").iterdir()
     assert path.name == "00000.parquet"
     assert pq.read_schema(path).equals(PLAN_SCHEMA)

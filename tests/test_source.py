@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import source
 from pipeline.images import ImageFault
-from pipeline.records import Stage, image_id
+from pipeline.records import Stage, image_id, to_refs
 from pipeline.source import SourceError, fetch, list_source, local_path
 
 
@@ -22,7 +22,7 @@ def fill(root, *names):
 
 
 def paths(listing):
-    return [image.relative_path for image in listing.images]
+    return [image.relative_path for image in to_refs(listing.table)]
 
 
 def test_candidates_are_found_by_extension_at_any_depth(tmp_path):
@@ -47,7 +47,7 @@ def test_candidates_are_found_by_extension_at_any_depth(tmp_path):
 def test_refs_hold_id_size_and_time(tmp_path):
     fill(tmp_path, "a/photo.png")
     os.utime(tmp_path / "a/photo.png", ns=(0, 1_700_000_000_123_456_789))
-    (ref,) = list_source(tmp_path).images
+    (ref,) = to_refs(list_source(tmp_path).table)
     assert ref.image_id == image_id("a/photo.png")
     assert ref.size_bytes == len("a/photo.png")
     assert ref.modified == datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC)
@@ -61,7 +61,7 @@ def test_order_is_that_of_relative_paths_and_does_not_depend_on_the_source_place
         fill(tmp_path / place, *(names if place == "one" else names[::-1]))
     one, two = list_source(tmp_path / "one"), list_source(tmp_path / "two")
     assert paths(one) == paths(two) == sorted(names)
-    assert [i.image_id for i in one.images] == [i.image_id for i in two.images]
+    assert [i.image_id for i in to_refs(one.table)] == [i.image_id for i in to_refs(two.table)]
 
 
 def test_links_to_files_count_and_links_to_folders_are_not_followed(tmp_path):
@@ -73,7 +73,7 @@ def test_links_to_files_count_and_links_to_folders_are_not_followed(tmp_path):
     listing = list_source(tmp_path / "src")
     assert paths(listing) == ["link.png", "real/a.png"]
     assert listing.ignored == 2
-    assert fetch(listing.images[0]) == b"elsewhere/b.png"
+    assert fetch(to_refs(listing.table)[0]) == b"elsewhere/b.png"
 
 
 def test_what_is_no_regular_file_is_ignored(tmp_path):
@@ -86,7 +86,7 @@ def test_what_is_no_regular_file_is_ignored(tmp_path):
 
 def test_broken_link_stays_a_candidate_and_fails_when_fetched(tmp_path):
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    (ref,) = list_source(tmp_path).images
+    (ref,) = to_refs(list_source(tmp_path).table)
     assert (ref.size_bytes, ref.modified) == (0, None)
     with pytest.raises(ImageFault) as caught:
         fetch(ref)
@@ -95,7 +95,7 @@ def test_broken_link_stays_a_candidate_and_fails_when_fetched(tmp_path):
 
 def test_file_that_cannot_be_read_is_a_fault_with_its_cause(tmp_path):
     fill(tmp_path, "a.png")
-    (ref,) = list_source(tmp_path).images
+    (ref,) = to_refs(list_source(tmp_path).table)
     (tmp_path / "a.png").unlink()
     (tmp_path / "a.png").mkdir()
     with pytest.raises(ImageFault, match="not a regular file") as caught:
@@ -110,7 +110,7 @@ def test_any_name_is_listed_in_valid_utf8_and_can_be_fetched(tmp_path, name):
             file.write(b"content")
     except OSError:
         pytest.skip("this file system refuses the name")
-    (ref,) = list_source(tmp_path).images
+    (ref,) = to_refs(list_source(tmp_path).table)
     assert ref.relative_path == ("caf%E9.png" if name == b"caf\xe9.png" else name.decode())
     assert ref.image_id == image_id(os.fsdecode(name))
     assert os.fsencode(local_path(ref.uri).name) == name
@@ -127,7 +127,7 @@ def test_replaced_bytes_do_not_take_the_name_of_another_file(tmp_path):
             pytest.skip("this file system refuses the name")
     listing = list_source(tmp_path)
     assert len(set(paths(listing))) == 2
-    by_path = {image.relative_path: fetch(image) for image in listing.images}
+    by_path = {image.relative_path: fetch(image) for image in to_refs(listing.table)}
     assert by_path.pop("caf%E9.png") == b"caf%E9.png"
     assert list(by_path.values()) == [b"caf\xe9.png"]
 
@@ -182,12 +182,12 @@ def test_a_list_names_files_wherever_they_are(tmp_path, suffix):
     outside = str(tmp_path / "elsewhere/c, d.png").lstrip("/")
     assert paths(listing) == ["deep/b.odd", "a.png", "gone.png", outside, "deep"]
     assert listing.ignored == 1
-    assert [i.size_bytes for i in listing.images] == [16, 11, 0, 18, 0]
-    assert [i.modified is None for i in listing.images] == [False, False, True, False, True]
-    assert [fetch(listing.images[i]) for i in (0, 3)] == [b"lists/deep/b.odd", b"elsewhere/c, d.png"]
+    assert [i.size_bytes for i in to_refs(listing.table)] == [16, 11, 0, 18, 0]
+    assert [i.modified is None for i in to_refs(listing.table)] == [False, False, True, False, True]
+    assert [fetch(to_refs(listing.table)[i]) for i in (0, 3)] == [b"lists/deep/b.odd", b"elsewhere/c, d.png"]
     for index, fault in ((2, "missing"), (4, "unreadable")):
         with pytest.raises(ImageFault) as caught:
-            fetch(listing.images[index])
+            fetch(to_refs(listing.table)[index])
         assert caught.value.error_class == fault
 
 
@@ -202,7 +202,7 @@ def test_a_list_may_name_files_by_way_of_a_link(tmp_path):
     )
     listing = list_source(path)
     assert paths(listing) == ["photos/a.png", "x.png", "photos/b..png"]
-    assert fetch(listing.images[1]) == b"real/x.png"
+    assert fetch(to_refs(listing.table)[1]) == b"real/x.png"
     assert listing.ignored == 2
 
 
@@ -222,7 +222,7 @@ def test_companions_of_macos_are_ignored(tmp_path):
 def test_a_time_that_python_has_no_date_for_is_cut(tmp_path, monkeypatch):
     fill(tmp_path, "a.png")
     monkeypatch.setattr(source, "_LATEST", 1_000_000)
-    assert list_source(tmp_path).images[0].modified == datetime.fromtimestamp(1, UTC)
+    assert to_refs(list_source(tmp_path).table)[0].modified == datetime.fromtimestamp(1, UTC)
     monkeypatch.undo()
     for limit, year in ((source._EARLIEST, 1), (source._LATEST, 9999)):
         assert (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=limit)).year == year
@@ -231,7 +231,7 @@ def test_a_time_that_python_has_no_date_for_is_cut(tmp_path, monkeypatch):
 def test_a_listed_pipe_is_a_fault_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "list.txt").write_text("pipe.png\n")
-    (ref,) = list_source(tmp_path / "list.txt").images
+    (ref,) = to_refs(list_source(tmp_path / "list.txt").table)
     with pytest.raises(ImageFault, match="not a regular file"):
         fetch(ref)
 

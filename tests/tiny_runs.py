@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.records import ImageRef, Outcome, Shard, Status
+from pipeline.records import ImageRef, Outcome, Shard, Status, to_refs
 from pipeline.run_config import RunConfig, RunContext
 from pipeline.sink import RunDirectory, read_manifest
 from pipeline.source import list_source
@@ -76,7 +76,7 @@ def config_of(weights: TinyWeights | None = None, **changes: object) -> RunConfi
 
 def plan_run(source: Path, out: Path, config: RunConfig, *, per_shard: int = 3) -> TinyRun:
     """Cuts the images under `source` into shards of so many, without a plan on disk."""
-    refs = list_source(source).images
+    refs = to_refs(list_source(source).table)
     shards = tuple(
         Shard(f"s{start // per_shard:03d}", refs[start : start + per_shard]) for start in range(0, len(refs), per_shard)
     )
