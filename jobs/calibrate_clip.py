@@ -53,7 +53,7 @@ def fit_scaling(logits: FloatArray, labels: NDArray[np.int64]) -> tuple[float, F
     return temperature, temperature * bias.detach().numpy()
 
 
-def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: int, seed: int = 0) -> ClipCalibration:
+def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: int) -> ClipCalibration:
     """Fits on the even samples and measures on the odd ones, each label counted as often as it is expected in use.
 
     Raises UsageError if CLIP tells the labels apart no better than one that always says the commonest of them.
@@ -62,7 +62,7 @@ def calibrate(classifier: ClipClassifier, photographs: Photographs, *, samples: 
     labels = np.arange(samples) // 2 % len(LABELS)
     shown = track(labels, "calibration", console=Console(stderr=True), transient=True)
     for number, label in enumerate(shown):
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([0, number])
         image = as_filed(draw_damaged(photographs, LABELS[label], rng), rng)
         logits[number] = classifier.logits(classifier.take_views(image))
     temperature, bias = fit_scaling(logits[::2], labels[::2])

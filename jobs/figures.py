@@ -45,14 +45,13 @@ class Labelled:
     label: Degradation
 
 
-def pictures(folder: Path, *, per_label: int, seed: int = 0) -> Iterator[Labelled]:
+def pictures(folder: Path, *, per_label: int) -> Iterator[Labelled]:
     """Pictures of known labels, each read or made when it is asked for.
 
     Args:
         folder: with a folder for each label, whose pictures are taken as they are; or clean photographs, which are
             degraded as for training.
         per_label: at most so many of each label.
-        seed: of the synthesis.
 
     Raises:
         UsageError: there is no picture in it, or one cannot be read.
@@ -73,7 +72,7 @@ def pictures(folder: Path, *, per_label: int, seed: int = 0) -> Iterator[Labelle
             yield Labelled(read_rgb(path), label)
         return
     photographs = Photographs.clean([folder])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for label in LABELS:
         for _ in range(per_label):
             yield Labelled(as_filed(draw_damaged(photographs, label, rng), rng), label)
@@ -85,7 +84,7 @@ def confusion(truth: Sequence[Degradation], predictions: Sequence[Prediction]) -
     counts = np.zeros((len(rows), len(LABELS)), dtype=int)
     for label, prediction in zip(truth, predictions, strict=True):
         counts[rows.index(label), LABELS.index(prediction.label)] += 1
-    figure, axes = _figure(6, 5)
+    figure, axes = _figure(6)
     shares = counts / counts.sum(axis=1, keepdims=True)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(LABELS)), LABELS, rotation=45, ha="right")
@@ -113,7 +112,7 @@ def reliability(truth: Sequence[Degradation], predictions: Sequence[Prediction])
     weights = 1 / np.bincount(indices)[indices]
     edges = np.linspace(0, 1, RELIABILITY_BINS + 1)
     bins = np.clip(np.digitize(confidence, edges) - 1, 0, RELIABILITY_BINS - 1)
-    figure, axes = _figure(5, 5)
+    figure, axes = _figure(5)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     for number in np.unique(bins):
         inside = bins == number
@@ -249,6 +248,6 @@ def save(figures: Mapping[str, Figure], out: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(width: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 5), layout="constrained")
     return figure, figure.subplots()
