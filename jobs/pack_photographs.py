@@ -68,7 +68,7 @@ def pack(
     def place(name: str) -> str:
         return name if folders is None else f"{folders.get(name, OTHERS)}/{name}"
 
-    if odd := [path.name for path in paths if not _is_text(path.name)]:
+    if odd := [path.name for path in paths if path.name.encode(errors="ignore").decode() != path.name]:
         raise UsageError(f"a zip file holds no such name: {odd[0]!r} is not UTF-8")
     pictures = {place(path.name): shrunk(path, longest_px) for path in paths}
     for quality in QUALITIES:
@@ -84,14 +84,6 @@ def pack(
             raise UsageError(f"{target} cannot be written: {error.strerror}") from error
         return quality
     raise UsageError(f"{len(pictures)} photographs do not fit into {megabytes} MB; make --longest-px smaller")
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def main(argv: Sequence[str] | None = None) -> None:
