@@ -125,9 +125,11 @@ def blended(crops: Tensor, thumbnails: Tensor, rng: np.random.Generator) -> tupl
 
 
 class Training(TrainingRun):
-    """A network in training with its moving average and optimiser, in a folder."""
+    """A classifier's training."""
 
     config: ClassifierTraining
+    network: DegradationNetwork
+    average: DegradationNetwork
 
     def __init__(self, config: ClassifierTraining, out: Path, device: torch.device) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins."""
@@ -150,11 +152,7 @@ class Training(TrainingRun):
         )
         if state is not None:
             with resuming(out):
-                self.network.load_state_dict(state["network"])
-                self.average.load_state_dict(state["average"])
-                if "optimiser" in state:
-                    self.optimiser.load_state_dict(state["optimiser"])
-                self.take_place(state)
+                self.take_up(state)
                 taught_by = state["teacher"]
             if taught_by != self.taught_by:
                 raise UsageError(f"teacher {config.teacher} has other weights than this training began under")

@@ -122,9 +122,10 @@ def initialise(network: DFPIR) -> None:
 
 
 class Training(TrainingRun):
-    """A network in training with its moving average and optimiser, in a folder."""
+    """A restorer's training."""
 
     config: RestorerTraining
+    network: DFPIR
 
     def __init__(self, config: RestorerTraining, out: Path, device: torch.device, *, compiled: bool = False) -> None:
         """Takes up the folder's checkpoint, or a portable one, or begins; `compiled` makes steps faster."""
@@ -160,14 +161,7 @@ class Training(TrainingRun):
         )
         if state is not None:
             with resuming(out):
-                self._resume(state)
-
-    def _resume(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        if "optimiser" in state:  # a portable one has none
-            self.optimiser.load_state_dict(state["optimiser"])
-        self.take_place(state)
+                self.take_up(state)
 
     def save(self) -> None:
         """See `TrainingRun.save`.

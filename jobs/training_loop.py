@@ -84,8 +84,10 @@ def prefetch(samples: Dataset[Sample], places: Iterable[Any], *, loaders: int, *
 
 
 class TrainingRun(ABC):
-    """A training in progress, in a folder."""
+    """A training in progress, in a folder: a network with its moving average and optimiser."""
 
+    network: nn.Module
+    average: nn.Module
     optimiser: torch.optim.Optimizer
 
     def __init__(self, config: TrainingConfig, out: Path, device: torch.device) -> None:
@@ -109,8 +111,12 @@ class TrainingRun(ABC):
             "inventory": self.inventory,
         }
 
-    def take_place(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where a checkpoint stood."""
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        if "optimiser" in state:  # a portable one has none
+            self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.inventory = state["step"], state["seconds"], state["inventory"]
 
     @abstractmethod
