@@ -114,10 +114,27 @@ def _metadata(path: Path) -> str:
 def found_state(out: Path, config: TrainingConfig) -> dict[str, Any] | None:
     """What a training in this folder goes on from: its checkpoint, or else a portable one; None if there is neither.
 
-    Raises UsageError as `load_state` does.
+    Fields that are newer than it count as their defaults.
+
+    Raises:
+        ConfigError: it belongs to another configuration; the fields that differ are named.
+        UsageError: it cannot be read, or is no checkpoint of a training.
     """
     path = _found(out)
-    return load_state(path, config) if path is not None else None
+    if path is None:
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        stored, _ = state["config"], [state[name] for name in ("network", "average", "step", "seconds")]
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
+        raise _unusable(path, error) from error
+    with suppress(ValueError):  # a field that is no more: the differences name it
+        stored = as_plain(from_plain(type(config), stored))
+    if lines := differences(stored, as_plain(config)):
+        raise ConfigError(f"{path} belongs to another training; choose another folder, or set back {'; '.join(lines)}")
+    return state
 
 
 def _found(out: Path) -> Path | None:
@@ -139,27 +156,6 @@ def resuming(out: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise _unusable(_found(out) or out, error) from error
-
-
-def load_state(path: Path, config: TrainingConfig) -> dict[str, Any]:
-    """A checkpoint of this configuration; fields that are newer than it count as their defaults.
-
-    Raises:
-        ConfigError: it belongs to another configuration; the fields that differ are named.
-        UsageError: it cannot be read, or is no checkpoint of a training.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        stored, _ = state["config"], [state[name] for name in ("network", "average", "step", "seconds")]
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
-        raise _unusable(path, error) from error
-    with suppress(ValueError):  # a field that is no more: the differences name it
-        stored = as_plain(from_plain(type(config), stored))
-    if lines := differences(stored, as_plain(config)):
-        raise ConfigError(f"{path} belongs to another training; choose another folder, or set back {'; '.join(lines)}")
-    return state
 
 
 def to_float16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
