@@ -162,15 +162,18 @@ def plan(
         from jobs.config import read_options
         from jobs.networks import worker_seconds
         from jobs.places import sole_driver
-        from jobs.restore import estimate_job, prepare
+        from jobs.restore import prepare
         from models.memory import return_freed_memory
+        from pipeline.estimate import estimate
 
         options = read_options(config, given)
         return_freed_memory()
         with sole_driver(src, out), waiting("listing SRC, reading plan and manifest"):
             job = prepare(src, out, options)
-        record, unreadable = display.plan_record(job, estimate_job(job)), job.unreadable_directories
-        options = options.model_copy(update={"dtype": job.context.config.dtype})
+        resolved = job.context.config
+        estimated = estimate(job.left.table["uri"], output_format=resolved.output_format)
+        record, unreadable = display.plan_record(job, estimated), job.unreadable_directories
+        options = options.model_copy(update={"dtype": resolved.dtype})
         del job  # the networks need as much memory as the plan of a million images
         readable = record["left"] * (1 - record["unreadable_fraction"])
         record["worker_seconds"] = worker_seconds(options, images=readable, megapixels=record["megapixels"])

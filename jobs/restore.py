@@ -29,7 +29,6 @@ from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
 from models.memory import bytes_needed
 from models.registry import list_models, resolve
-from pipeline.estimate import Estimate, estimate
 from pipeline.outputs import ReferenceIndex, reserved_names, source_names
 from pipeline.plan import PlanChanges, PlanError, Shards, load_plan, update_plan
 from pipeline.prompting import parse_label, prompts_for
@@ -160,11 +159,6 @@ def prepare(src: Path, out: Path, options: RestoreOptions) -> Job:
         ignored=ignored,
         unreadable_directories=unreadable_directories,
     )
-
-
-def estimate_job(job: Job) -> Estimate:
-    """Pixels of the images left and disk for their results, from a sample of their headers."""
-    return estimate(job.left.table["uri"], output_format=job.context.config.output_format)
 
 
 def find_references(job: Job) -> tuple[int, int] | None:
