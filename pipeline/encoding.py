@@ -165,7 +165,7 @@ def _save_options(source: DecodedImage, name: str, quality: int, notes: list[str
         if source.xmp is not None:
             if name == "JPEG" and len(source.xmp) > _JPEG_XMP_BYTES:
                 notes.append("XMP was dropped: it is larger than JPEG can hold")
-            elif name == "PNG" and not _is_utf8(source.xmp):
+            elif name == "PNG" and source.xmp.decode(errors="ignore").encode() != source.xmp:
                 notes.append("XMP was dropped: it is not UTF-8, as PNG holds it")
             else:
                 _add_xmp(options, name, source.xmp)
@@ -199,14 +199,6 @@ def _means_another_colour(chunks: Mapping[bytes, bytes], *, has_profile: bool) -
 def _differs(content: bytes, expected: Sequence[int]) -> bool:
     values = [int.from_bytes(content[place : place + 4], "big") for place in range(0, len(content), 4)]
     return len(values) != len(expected) or any(abs(a - b) > 1000 for a, b in zip(values, expected, strict=True))
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _add_xmp(options: dict[str, object], name: str, xmp: bytes) -> None:
