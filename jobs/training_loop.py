@@ -146,8 +146,8 @@ def run(
         preparations: come before the first step, as far as time and signals allow, and are no time of the training.
 
     Raises:
-        InterruptedBySignalError: the first SIGINT or SIGTERM ended it, after a checkpoint and without a validation; a
-            second one acts at once.
+        InterruptedBySignalError: the first SIGINT, SIGTERM or SIGHUP ended it, after a checkpoint and without a
+            validation; a second one acts at once.
         TrainingError: memory is full, a process that makes samples ended; or a photograph that is read again and again
             cannot be read any more. The first of several processes writes a checkpoint before the latter, if the
             photograph is one of its own.

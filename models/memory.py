@@ -25,8 +25,8 @@ def bytes_per_pixel(config: DFPIRConfig, dtype: torch.dtype, device: str | torch
     The peak lies in the blocks of the last level: two maps of 2 dim channels at the stem's resolution, of which a
     fifth more is asked for what the allocator keeps, on a GPU seven tenths (docs/decisions/0017). The image itself is
     held as float32 up to five times. The bands add some 100 MB whatever the size of the image, on a GPU some 1.3 GB.
-    Where bfloat16 is emulated, the last convolution writes out the
-    neighbours of every pixel. Measured by `benchmarks/engine.py`.
+    Where bfloat16 is emulated, the last convolution writes out the neighbours of every pixel. Measured by
+    `benchmarks/engine.py`.
     """
     kept = 1.7 if torch.device(device).type == "cuda" else 1.2
     maps = kept * 4 * config.dim * dtype.itemsize / config.unshuffle_factor**2

@@ -17,9 +17,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 class ImageFault(Exception):  # noqa: N818 - a fault of one image, not of the program
     """What is wrong with one image: it becomes a `failed` row and the run goes on.
 
-    The message is for people; `error_class` is for queries: `missing`, `permission_denied`, `unreadable`,
-    `empty_file`, `truncated`, `not_an_image`, `zero_size`, `too_many_pixels`, `unsupported_mode`,
-    `not_encodable`.
+    The message is for people; `error_class` is for queries, and `docs/manifest.md` says which there are.
     """
 
     def __init__(self, stage: Stage, error_class: str, message: str) -> None:
