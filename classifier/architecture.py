@@ -20,9 +20,8 @@ class Architecture:
     hidden: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "crop_channels", tuple(self.crop_channels))
-        object.__setattr__(self, "thumbnail_channels", tuple(self.thumbnail_channels))
-        object.__setattr__(self, "spectrum_channels", tuple(self.spectrum_channels))
+        for name in ("crop_channels", "thumbnail_channels", "spectrum_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.crop_channels) != STAGES or len(self.thumbnail_channels) not in (0, STAGES):
             raise ValueError(f"crop_channels are {STAGES}, thumbnail_channels as many or none")
         if not self.spectrum_channels:

@@ -79,12 +79,10 @@ def total_bytes(device: torch.device) -> int:
 
 
 def _system_bytes(name: str) -> int:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     # Not Linux: free memory is not told there, so half of what is installed stands for it.
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return installed if name == "MemTotal" else installed // 2
