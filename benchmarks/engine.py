@@ -38,7 +38,6 @@ from models.precision import fastest_dtype
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
 from models.transfer import upload
-from models.weights import load_checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 Run = Callable[[Tensor], Tensor]
@@ -88,7 +87,7 @@ def network_and_bank(name: str) -> tuple[DFPIR, PromptBank]:
     if name == "full":
         torch.manual_seed(0)
         return DFPIR(DFPIRConfig()).eval(), orthogonal_bank()
-    checkpoint = load_checkpoint(resolve(name).path)
+    checkpoint = resolve(name).load()
     return checkpoint.network.eval(), checkpoint.prompts
 
 

@@ -112,7 +112,6 @@ def figures(
         from jobs.display import tell_if_uncalibrated
         from jobs.networks import load_networks
         from models.registry import resolve
-        from models.weights import load_checkpoint
 
         logging.basicConfig(format="%(message)s")  # before open_clip does, under which lines begin with `WARNING:`
         given = {"model": model, "classifier": classifier, "device": device, "dtype": dtype}
@@ -122,7 +121,7 @@ def figures(
         networks = load_networks(options)
         tell_if_uncalibrated(messages, options.classifier)
         found = drawing.pictures(photographs, per_label=per_label)
-        drawn = drawing.draw(found, *networks, load_checkpoint(resolve(options.model).path))
+        drawn = drawing.draw(found, *networks, resolve(options.model).load())
         for path in drawing.save(drawn, out):
             results.print(str(path), markup=False, soft_wrap=True)
 

@@ -53,7 +53,6 @@ from jobs.training_state import (
 from models.dfpir import DFPIR, DFPIRConfig, PerturbationBlock
 from models.memory import on_device
 from models.registry import resolve
-from models.weights import load_checkpoint
 from pipeline.synthesis import FloatImage
 
 log = logging.getLogger("training")
@@ -83,7 +82,7 @@ def weights_of(name: str, *, model: DFPIRConfig) -> dict[str, Tensor]:
 
     Raises UsageError if they are of another network than `model`, which the shapes alone need not tell.
     """
-    network = load_checkpoint(resolve(name).path).network
+    network = resolve(name).load().network
     if network.config != model:
         raise UsageError(f"start_from: {name} is {network.config}, the configuration's model is {model}")
     return network.state_dict()

@@ -11,7 +11,6 @@ from jobs.training_config import RestorerTraining
 from models.errors import WeightsError
 from models.prompts import PromptBank, orthogonal_bank
 from models.registry import resolve
-from models.weights import load_checkpoint
 from pipeline.clip_prompts import clip_bank
 from pipeline.prompting import prompts_for
 
@@ -23,7 +22,7 @@ def prompt_bank(name: str) -> PromptBank:
     try:
         if name.startswith("clip:"):
             return clip_bank(Path(name.removeprefix("clip:")))
-        return load_checkpoint(resolve(name).path).prompts
+        return resolve(name).load().prompts
     except WeightsError as error:
         raise UsageError(f"prompts: {error}") from error
 
@@ -56,7 +55,7 @@ def require_prompts(bank: PromptBank, source: Path, chosen: str) -> None:
     if source.suffix == ".pt":
         theirs = stored_bank(torch.load(source, map_location="cpu", weights_only=True))
     else:
-        theirs = load_checkpoint(resolve(str(source)).path).prompts
+        theirs = resolve(str(source)).load().prompts
     both = [key for key in bank.keys if key in theirs.keys]
     if not torch.equal(bank.embeddings[bank.indices(both)], theirs.embeddings[theirs.indices(both)]):
         raise UsageError(
