@@ -118,6 +118,12 @@ def red(label: Degradation) -> int:
     return 10 * LABELS.index(label)
 
 
+def rainy(folder: Path, count: int) -> None:
+    """Photographs in `src` that are taken for rainy: `0.png` to `3.png`, or `00.png` to `59.png`."""
+    for number in range(count):
+        marked(folder / "src" / f"{number:0{len(str(count - 1))}}.png", red(Degradation.RAIN))
+
+
 def work(
     run: TinyRun, restorer: Restorer | Brightener | None = None, *, attempt: int = 1, worker: Worker | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -227,8 +233,7 @@ def test_batches_are_of_one_padded_shape_and_within_the_limit(tmp_path: Path) ->
 
 
 def test_full_memory_halves_the_batch(tmp_path: Path) -> None:
-    for number in range(4):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 4)
     rows = work(plan(tmp_path), Brightener(limit=4, memory=1))
     assert {row["status"] for row in rows.values()} == {"restored"}
     assert {row["oom_retries"] for row in rows.values()} == {2}
@@ -359,8 +364,7 @@ def test_beside_a_gpu_the_threads_that_read_and_write_look_and_all_comes_to_the_
 @pytest.mark.parametrize("fault", ["taking views", "asking"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_second_look_that_fails_fails_no_image(tmp_path: Path, device: str, fault: str) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     marked(tmp_path / "src" / "other.png", red(Degradation.BLUR))
     rain_brightened = red(Degradation.RAIN) + 10
 
@@ -399,8 +403,7 @@ class Counting(Reader):
 def test_windows_grow_so_that_the_network_soon_has_something_to_do(
     tmp_path: Path, device: str, asked: list[int]
 ) -> None:
-    for number in range(60):
-        marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 60)
     run, reader = plan(tmp_path, second_look=False), Counting()
     worker = Worker(replace(run.context, device=device), restorer=Brightener(), classifier=reader, worker_id="w")
     assert len(work(run, worker=worker)) == 60
@@ -408,8 +411,7 @@ def test_windows_grow_so_that_the_network_soon_has_something_to_do(
 
 
 def test_results_that_are_there_are_looked_at_together(tmp_path: Path) -> None:
-    for number in range(20):
-        marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 20)
     run, reader = plan(tmp_path), Counting()
     worker = Worker(
         replace(run.context, device="cuda"), restorer=Brightener(limit=20), classifier=reader, worker_id="w"
@@ -424,8 +426,7 @@ def test_the_network_does_not_get_far_ahead_of_the_writers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, pixels: int, most: int
 ) -> None:
     monkeypatch.setattr(worker_module, "WINDOW_PIXELS", pixels)
-    for number in range(80):
-        marked(tmp_path / "src" / f"{number:02d}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 80)
     restored, ahead = [0], [0]
     written = list[str]()  # appending is atomic, and several threads do
 
@@ -450,8 +451,7 @@ def test_the_network_does_not_get_far_ahead_of_the_writers(
 
 
 def test_an_image_too_large_for_memory_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(4):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 4)
     monkeypatch.setenv(FAULT, "exhaust:restore:2.png")
     rows = work(plan(tmp_path))
     assert [rows[f"{number}.png"]["status"] for number in range(4)] == ["restored", "restored", "failed", "restored"]
@@ -628,8 +628,7 @@ def test_what_alpha_hides_is_not_measured_against_what_a_reference_shows_there(t
 
 
 def test_rows_that_are_committed_are_not_done_again(tmp_path: Path) -> None:
-    for number in range(4):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 4)
     run = plan(tmp_path)
     worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
     (shard,) = run.shards
@@ -644,8 +643,7 @@ def test_rows_that_are_committed_are_not_done_again(tmp_path: Path) -> None:
 
 
 def test_rows_are_committed_as_time_goes_on(tmp_path: Path) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     run = plan(tmp_path)
     object.__setattr__(run.context, "commit_every_s", 0.0)
     work(run)
@@ -653,8 +651,7 @@ def test_rows_are_committed_as_time_goes_on(tmp_path: Path) -> None:
 
 
 def test_after_stop_what_is_done_is_committed_and_the_rest_left(tmp_path: Path) -> None:
-    for number in range(40):
-        marked(tmp_path / "src" / f"{number:02}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 40)
     run = plan(tmp_path)
     worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
     reported: list[Outcome] = []
@@ -672,8 +669,7 @@ def test_after_stop_what_is_done_is_committed_and_the_rest_left(tmp_path: Path) 
 
 
 def test_a_careful_attempt_gives_the_same_rows_one_at_a_time(tmp_path: Path) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     restorer = Brightener()
     rows = work(plan(tmp_path), restorer, attempt=2)
     assert [len(batch) for batch in restorer.batches] == [1, 1, 1]
@@ -695,8 +691,7 @@ def test_a_failing_manifest_is_an_error_of_the_shard_and_no_image_is_blamed(tmp_
 def test_no_row_is_committed_twice_where_a_part_is_there_although_an_error_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     run = plan(tmp_path)
     object.__setattr__(run.context, "commit_every_s", 0.0)
     sync_folder, folders = sink.sync_folder, [run.directory.manifest_dir]
@@ -715,8 +710,7 @@ def test_no_row_is_committed_twice_where_a_part_is_there_although_an_error_is_to
 
 
 def test_two_workers_never_have_one_shard(tmp_path: Path) -> None:
-    for number in range(6):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 6)
     run = plan(tmp_path)
     seen: list[str] = []
     workers = [
@@ -746,8 +740,7 @@ def test_codecs_use_the_cpus_that_a_gpu_leaves_idle(device: str, cpus: int, thre
 
 
 def test_a_full_disk_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     run = plan(tmp_path)
     monkeypatch.setenv(FAULT, "fill:before-rename:1.png")
     with pytest.raises(OSError, match="No space left"):
@@ -775,8 +768,7 @@ def test_a_folder_of_results_that_is_closed_fails_no_image(
 
 
 def test_a_folder_of_results_that_is_moved_fails_no_image_and_stays_where_it_is(tmp_path: Path) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     run = plan(tmp_path)
     root = run.directory.root
     moved = root.rename(tmp_path / "moved")
@@ -790,8 +782,7 @@ def test_a_folder_of_results_that_is_moved_fails_no_image_and_stays_where_it_is(
 def test_failures_that_may_be_the_machines_are_no_rows_until_one_image_is_done_or_another_machine_says_so(
     tmp_path: Path,
 ) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     run = plan(tmp_path)
     worker = Worker(run.context, restorer=Brightener(memory=0), classifier=Reader(), worker_id="w")
     reported: list[Outcome] = []
@@ -806,8 +797,7 @@ def test_failures_that_may_be_the_machines_are_no_rows_until_one_image_is_done_o
 def test_what_a_machine_may_not_read_is_no_row_until_another_one_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(2):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 2)
     run = plan(tmp_path)
 
     def refuse(ref: ImageRef) -> bytes:
@@ -821,8 +811,7 @@ def test_what_a_machine_may_not_read_is_no_row_until_another_one_says_so(
 
 
 def test_a_failure_beside_successes_that_may_be_the_machines_is_looked_at_again_alone(tmp_path: Path) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     (tmp_path / "src" / "gone.png").symlink_to("nothing")  # as the submitting machine sees it, too
     run = plan(tmp_path)
     (tmp_path / "src" / "0.png").unlink()
@@ -865,8 +854,7 @@ def test_the_time_of_a_batch_is_shared_out_among_its_images(tmp_path: Path, monk
 
     for module in (item_module, judge_module, restoring_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    for number in range(4):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 4)
     run = plan(tmp_path, second_look=False)
     restorer = SlowBrightener()
     rows = work(run, worker=Worker(run.context, restorer=restorer, classifier=SlowReader(), worker_id="w"))
@@ -959,8 +947,7 @@ def test_photographs_that_had_gone_before_the_call_fail(tmp_path: Path) -> None:
 
 
 def test_a_lost_gpu_fails_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3):
-        marked(tmp_path / "src" / f"{number}.png", red(Degradation.RAIN))
+    rainy(tmp_path, 3)
     run, restorer = plan(tmp_path), Brightener()
 
     def lost(*_: object, **__: object) -> None:
