@@ -81,5 +81,6 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def listed(names: Iterable[object]) -> str:
     """Names in one line, the first eight of them."""
     texts = [str(name) for name in names]
-    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
-    return ", ".join(texts[:8]) + more if texts else "none"
+    shown = texts[:8]
+    more = f" and {len(texts) - len(shown)} more" if len(texts) > len(shown) else ""
+    return ", ".join(shown) + more if texts else "none"
