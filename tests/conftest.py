@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, chdir, contextmanager
 from pathlib import Path
 
 import pytest
+from in_this_process import InThisProcess
 from synthetic_classifier import write_tiny_classifier
 from synthetic_weights import write_tiny_model
 from tiny_runs import TinyRun, TinyWeights, config_of, plan_run, write_pictures
@@ -54,6 +55,18 @@ def make_run(tmp_path: Path, tiny_weights: TinyWeights) -> Callable[..., TinyRun
         return plan_run(source, tmp_path / out, config_of(tiny_weights, **changes), per_shard=per_shard)
 
     return make
+
+
+@pytest.fixture
+def child_processes() -> None:
+    """For a test whose commands are to have the workers that they have for users."""
+
+
+@pytest.fixture
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of commands start no workers, each of which takes seconds, unless a test asks for `child_processes`."""
+    if "child_processes" not in request.fixturenames:
+        monkeypatch.setattr("jobs.restore.make_runner", lambda options: InThisProcess())
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from jobs.places import sole_driver
 from pipeline.sink import MANIFEST_SCHEMA, ManifestError, RunDirectory, read_rows
 
 NAMES = ["a.png", "b.png", "folder/c.jpg", "folder/d.png"]
+pytestmark = pytest.mark.usefixtures("in_this_process")
 runner = CliRunner()
 
 

@@ -45,6 +45,7 @@ from pipeline.faults import FAULT
 from pipeline.sink import RunDirectory, read_manifest
 from pipeline.source import local_path
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 runner = CliRunner()
 
 
@@ -95,6 +96,7 @@ def test_a_run_is_prepared_without_the_library_of_the_classifiers_network(
     subprocess.run(command, check=True)
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_sigterm_after_the_last_image_is_told_and_the_same_command_sums_up(
     photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_ctrl_c_that_comes_when_all_is_done_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_a_folder_is_restored_and_its_summary_is_one_json_object(
     photographs: Path, tmp_path: Path, weights: list[str]
 ) -> None:
@@ -663,6 +666,7 @@ def test_a_run_without_hard_links_has_a_plan(
     assert "cannot be linked into OUT (Operation not permitted)" in stderr
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_rows_that_are_missing_at_the_end_break_the_run_off(
     photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -883,6 +887,7 @@ def test_a_restorer_is_trained_from_a_configuration(tmp_path: Path) -> None:
     assert f"{config}: data is missing" in said
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_a_disk_that_fills_up_ends_the_run_and_the_same_command_goes_on(
     photographs: Path, tmp_path: Path, weights: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

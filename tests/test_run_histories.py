@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from in_this_process import InThisProcess, Killed
 from PIL import Image
 from tiny_runs import TinyWeights
 
@@ -21,42 +21,10 @@ from jobs.audit import audit
 from jobs.config import RestoreOptions
 from jobs.places import sole_driver
 from jobs.restore import prepare, run
-from pipeline.records import OnOutcomes, Outcome, Shard
-from pipeline.run_config import RunContext
+from pipeline.records import Outcome
 from pipeline.sink import read_manifest
-from pipeline.worker import build_worker
 
 NAMES = ["a.png", "a.jpg", "b.png", "deep/a.png", "deep/er/c.png"]
-
-
-class Killed(BaseException):
-    """As by SIGKILL: what is not committed is lost."""
-
-
-class InThisProcess:
-    """A runner whose only worker is stopped or killed once so many images are done."""
-
-    def __init__(self, *, most: int | None, kills: bool) -> None:
-        self.most, self.kills = most, kills
-
-    def run(self, shards: Sequence[Shard], context: RunContext, *, on_outcomes: OnOutcomes) -> None:
-        worker = build_worker(context, "here")
-        done = 0
-
-        def note(rows: list[Outcome]) -> None:
-            nonlocal done
-            done += len(rows)
-            on_outcomes(rows)
-            if self.most is not None and done >= self.most:
-                if self.kills:
-                    raise Killed
-                worker.stop()
-
-        for shard in shards:
-            if not worker.is_stopping:
-                worker(shard, attempt=1, on_outcomes=note)
-        if worker.is_stopping:
-            raise Killed
 
 
 class Histories(RuleBasedStateMachine):
@@ -112,7 +80,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.pictures)
     @rule(retries=st.booleans())
     def a_run_comes_to_its_end(self, retries: bool) -> None:
-        self.restore(InThisProcess(most=None, kills=False), retry_failed=retries)
+        self.restore(InThisProcess(), retry_failed=retries)
         rows = {row["relative_path"]: row for row in read_manifest(self.out).to_pylist()}
         for name, is_whole in self.pictures.items():
             row = rows[name]
@@ -123,7 +91,7 @@ class Histories(RuleBasedStateMachine):
         found = audit(self.out, contents=True, sources=True, watch=lambda checks, _: checks).findings
         gone = {name for name, row in rows.items() if name not in self.pictures and row["source_sha256"] is not None}
         assert {(each.kind, each.subject) for each in found} == {("source_missing", name) for name in gone}
-        assert self.restore(InThisProcess(most=None, kills=False)) == 0, "nothing is left to do"
+        assert self.restore(InThisProcess()) == 0, "nothing is left to do"
 
     def restore(self, runner: InThisProcess, *, retry_failed: bool = False) -> int:
         """What the command does; returns how many images were done."""
@@ -157,10 +125,10 @@ def test_what_an_ended_call_left_of_images_without_a_row_goes_and_all_else_stays
     for name in own:
         (images / name).touch()
     (history.source / "a.jpg").unlink()
-    history.restore(InThisProcess(most=None, kills=False))
+    history.restore(InThisProcess())
     assert {path.name for path in images.iterdir()} == own | {"b.png"}
     (images / "a.jpg").touch()  # which has its row by now
     history.a_file_comes_or_changes("deep/a.png", 0, True)
-    history.restore(InThisProcess(most=None, kills=False))
+    history.restore(InThisProcess())
     assert {path.name for path in images.iterdir()} == own | {"a.jpg", "b.png", "deep"}
     history.teardown()
