@@ -196,18 +196,15 @@ class _Resample(nn.Module):
 class _Reduction(nn.Module):
     """The 1x1 convolution over a concatenation of features and skip, as two products; B x H x W x C."""
 
-    from_features: Tensor
-    from_skip: Tensor
-
     def __init__(self, plain: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        from_features, from_skip = bands.matrix_of(plain).chunk(2, dim=1)
-        self.register_buffer("from_features", from_features.to(dtype))
-        self.register_buffer("from_skip", from_skip.to(dtype))
+        self.from_features, self.from_skip = (Product(m.T, dtype) for m in bands.matrix_of(plain).chunk(2, dim=1))
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
-        out = F.linear(features, self.from_features)
-        out.flatten(0, 2).addmm_(skip.flatten(0, 2), self.from_skip.T)
+        out = torch.empty_like(features)
+        rows = out.flatten(0, 2)
+        self.from_features(features.flatten(0, 2), rows)
+        self.from_skip(skip.flatten(0, 2), rows, start=rows)
         return out
 
 
@@ -270,10 +267,10 @@ class InferenceDFPIR(nn.Module):
         self.up2 = _Resample(network.up2_1, dtype)
         self.decoder1 = _Blocks(nn.Sequential(*network.decoder_level1, *network.refinement), dtype)
         self.register_buffer("output", bands.kernel_of(network.output, dtype))
-        if dtype is torch.bfloat16 and on_cpu:
+        if on_cpu:
             for module in self.modules():
                 if isinstance(module, Product):
-                    module.use_tiles()
+                    module.pack(exact=dtype is torch.float32)
         self.requires_grad_(False).eval().to(device)
 
     def forward(self, image: Tensor, prompts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* The memory-bound passes of models/passes.py in one sweep each; see models/native.py.
+/* The memory-bound passes of models/passes.py in one sweep each, and products with a matrix; see models/native.py.
  *
  * Features are rows x width x channels; `stride` is the distance from one pixel to the next, in values. Values are
  * float32, or bfloat16 where `half` says so; everything is computed in float32. LANES channels are computed at once, 16
@@ -19,7 +19,7 @@
 #define STRETCH 32
 
 /* What models/native.py has to know. Another version for every change of what it calls or hands over. */
-const int dfpir_version = 2;
+const int dfpir_version = 3;
 const int dfpir_lanes = LANES, dfpir_most_channels = MOST_CHANNELS;
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -366,3 +366,70 @@ void dfpir_depthwise_attention(
         }
     }
 }
+
+#if LANES == 8 /* with AVX-512 torch's library has not been found to be slower */
+
+/* Rows of a product, two vectors of columns each, that are held in registers. */
+#define HELD(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+#define HELD_ROWS 6
+#define PANEL (2 * LANES)
+/* Rows that one thread takes at a time, which stay in its cache from panel to panel. */
+#define BLOCK_ROWS 48
+
+const int dfpir_panel = PANEL;
+
+/* Of float32 matrices. Rows of x have no gaps; the other one is packed in panels, PANEL columns of all its rows in turn,
+ * the last one filled up; `columns` is a multiple of LANES. */
+typedef struct {
+    const float *x;
+    const float *packed;
+    const float *start; /* added to the product; may be NULL, or `out` itself */
+    float *out;
+    int64_t count, depth, columns, start_stride, out_stride;
+    int threads;
+} Product;
+
+/* `rows` of at most HELD_ROWS, and a panel, of which `wide` says whether its second vector is there. */
+INLINE void multiply(
+    const float *x, int64_t rows, const float *panel, int64_t depth, const float *start, int64_t start_stride, float *out,
+    int64_t out_stride, int wide) {
+#define BEGIN(r)                                                                                                      \
+    floats left##r = {}, right##r = {};                                                                               \
+    const float *x##r = x + (r < rows ? r : rows - 1) * depth;                                                        \
+    if (start)                                                                                                        \
+        __builtin_prefetch(start + r * start_stride);
+    HELD(BEGIN)
+    for (int64_t i = 0; i < depth; i++) {
+        floats left = load(panel, i * PANEL, 0), right = load(panel, i * PANEL + LANES, 0);
+#define ADD_PRODUCT(r)                                                                                                \
+    left##r += left * x##r[i];                                                                                        \
+    right##r += right * x##r[i];
+        HELD(ADD_PRODUCT)
+    }
+#define END(r)                                                                                                        \
+    if (r < rows) {                                                                                                   \
+        store(out, r * out_stride, start ? left##r + load(start, r * start_stride, 0) : left##r, 0);                  \
+        if (wide)                                                                                                     \
+            store(                                                                                                    \
+                out, r * out_stride + LANES, start ? right##r + load(start, r * start_stride + LANES, 0) : right##r,  \
+                0);                                                                                                   \
+    }
+    HELD(END)
+}
+
+/* count x columns of `start + x matrix`. */
+void dfpir_product(const Product *in) {
+#pragma omp parallel for num_threads(in->threads) schedule(static)
+    for (int64_t first = 0; first < in->count; first += BLOCK_ROWS) {
+        int64_t end = first + BLOCK_ROWS < in->count ? first + BLOCK_ROWS : in->count;
+        for (int64_t column = 0; column < in->columns; column += PANEL)
+            for (int64_t row = first; row < end; row += HELD_ROWS)
+                multiply(
+                    in->x + row * in->depth, end - row < HELD_ROWS ? end - row : HELD_ROWS,
+                    in->packed + column * in->depth, in->depth,
+                    in->start ? in->start + row * in->start_stride + column : 0, in->start_stride,
+                    in->out + row * in->out_stride + column, in->out_stride, column + LANES < in->columns);
+    }
+}
+
+#endif

@@ -1,7 +1,8 @@
 """The passes of `models.passes` for x86 processors, compiled from `native.c` when the package is installed.
 
-Without a C compiler there, or on another processor, `library` is None and torch's operators run. `native_amx.c` has
-products of float32 matrices for processors with AMX tiles; `tiles` is None elsewhere.
+Without a C compiler there, or on another processor, `library` is None and torch's operators run. Products of float32
+matrices are in `native.c` as well, for processors with AVX2 alone, and in `native_amx.c` for those with AMX tiles;
+`tiles` is None elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 PROCESSORS = ("AVX512", "AVX2")
 """What `native.c` is compiled for, in torch's terms."""
-_VERSION = 2
+_VERSION = 3
 """Of what is called here; compiled code of another one is left alone."""
 _TILE_DEPTH, _TILE_COLUMNS = 32, 16
 """Of a matrix, as tiles hold it."""
@@ -41,7 +42,7 @@ class _Wide(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    """`Product` of `native_amx.c`."""
+    """`Product` of `native.c` and of `native_amx.c`."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "packed", "start", "out")),
@@ -86,6 +87,8 @@ _LANES = _constant(library, "dfpir_lanes")
 """Channels that are computed at once; at least so many are needed."""
 _MOST_CHANNELS = _constant(library, "dfpir_most_channels")
 """Of queries and of keys."""
+_PANEL = _constant(library, "dfpir_panel") if _capability == "AVX2" else 0
+"""Columns of a matrix that are multiplied at once; 0 where torch's own library has not been found to be slower."""
 _MOST_DEPTH = _constant(tiles, "dfpir_amx_most_depth")
 _MOST_COLUMNS = _constant(tiles, "dfpir_amx_most_columns")
 """Of a matrix for the tiles, as is `_MOST_DEPTH`."""
@@ -152,11 +155,16 @@ def depthwise_attention(
     return gram.sum(0)[..., :per_head], query_power, key_power
 
 
-def packed(matrix: Tensor) -> Tensor | None:
-    """A float32 matrix, C_in x C_out, as `product` takes it: see `native_amx.c`. None if tiles are not for it."""
+def packed(matrix: Tensor, *, exact: bool) -> Tensor | None:
+    """A float32 matrix, C_in x C_out, as `product` takes it, or None where that would not be faster than torch.
+
+    With `exact` products are off by rounding alone.
+    """
     depth, columns = matrix.shape
+    if _PANEL and columns % _LANES == 0:
+        return F.pad(matrix, (0, -columns % _PANEL)).view(depth, -1, _PANEL).transpose(0, 1).contiguous()
     fits = columns % _TILE_COLUMNS == 0 and depth <= _MOST_DEPTH and columns <= _MOST_COLUMNS
-    if tiles is None or not fits:
+    if exact or tiles is None or not fits:
         return None
     rows = F.pad(matrix, (0, 0, 0, -depth % _TILE_DEPTH))
     large = rows.bfloat16()
@@ -166,15 +174,16 @@ def packed(matrix: Tensor) -> Tensor | None:
 
 
 def product(x: Tensor, packed: Tensor, out: Tensor, start: Tensor | None) -> None:
-    """Writes `start + x @ matrix`, N x C_out float32, to `out`; off by some 1e-5 of the terms."""
-    assert tiles is not None
+    """Writes `start + x @ matrix`, N x C_out float32, to `out`; on tiles off by some 1e-5 of the terms."""
+    assert library is not None
     x = x.contiguous()
-    tiles.dfpir_amx_product(
-        ctypes.byref(
-            _Product(
-                x.data_ptr(), packed.data_ptr(), None if start is None else start.data_ptr(), out.data_ptr(),
-                len(x), x.shape[1], out.shape[1], 0 if start is None else start.stride(0), out.stride(0),
-                torch.get_num_threads(),
-            )
-        )
+    described = _Product(
+        x.data_ptr(), packed.data_ptr(), None if start is None else start.data_ptr(), out.data_ptr(),
+        len(x), x.shape[1], out.shape[1], 0 if start is None else start.stride(0), out.stride(0),
+        torch.get_num_threads(),
     )  # fmt: skip
+    if packed.dtype is torch.float32:
+        library.dfpir_product(ctypes.byref(described))
+    else:
+        assert tiles is not None
+        tiles.dfpir_amx_product(ctypes.byref(described))

@@ -21,7 +21,7 @@
 #define MOST_COLUMNS 4096
 
 /* What models/native.py has to know; the version as in native.c. */
-const int dfpir_version = 2;
+const int dfpir_version = 3;
 const int dfpir_amx_most_depth = MOST_DEPTH, dfpir_amx_most_columns = MOST_COLUMNS;
 
 /* Asks the system for leave to use the tiles of a processor that has them. */

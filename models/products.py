@@ -12,17 +12,22 @@ class Product(nn.Module):
     matrix: Tensor
     """C_in x C_out."""
     packed: Tensor | None
-    """For AMX tiles, if `use_tiles` was called and this processor has them; the features then have to be there."""
+    """In the processor's own form, instead of `matrix`, once `pack` was called where that is faster."""
 
     def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("matrix", matrix.to(dtype).contiguous())
         self.register_buffer("packed", None)
 
-    def use_tiles(self) -> None:
-        """From now on, float32 products may be off by 1e-5 of their terms, and take about half the time."""
+    def pack(self, *, exact: bool) -> None:
+        """Has float32 products computed by `models.native`, where it is faster; features then have to be on the CPU.
+
+        Unless they are to be `exact`, they may be off by 1e-5 of their terms.
+        """
         if self.matrix.dtype is torch.float32:
-            self.packed = native.packed(self.matrix)
+            self.packed = native.packed(self.matrix, exact=exact)
+        if self.packed is not None:
+            self.matrix = self.matrix.new_empty(0)
 
     def forward(self, x: Tensor, out: Tensor, *, start: Tensor | None = None) -> None:
         """Writes to `out`, N x C_out; any stride over N, for `start` too."""
