@@ -12,7 +12,7 @@ demo: $(STAMP)
 # On up to four cores, torch with one thread in each: threads that share a core wait for one another. Tests with a Ray
 # cluster come by themselves, since every process would start one of its own.
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4 --dist=worksteal
 	$(BIN)/python -m pytest -m ray
 
 lint: $(STAMP)
@@ -25,7 +25,7 @@ lint: $(STAMP)
 lowest: $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/lowest
 	$(BIN)/uv pip install --quiet --resolution lowest-direct --python $(VENV)/lowest/bin/python --editable ".[dev]"
-	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4 --dist=worksteal
 	$(VENV)/lowest/bin/python -m pytest -m ray
 
 $(STAMP): requirements.lock pyproject.toml $(wildcard models/*.c)
