@@ -175,7 +175,6 @@ def packed(matrix: Tensor, *, exact: bool) -> Tensor | None:
 
 def product(x: Tensor, packed: Tensor, out: Tensor, start: Tensor | None) -> None:
     """Writes `start + x @ matrix`, N x C_out float32, to `out`; on tiles off by some 1e-5 of the terms."""
-    assert library is not None
     x = x.contiguous()
     described = _Product(
         x.data_ptr(), packed.data_ptr(), None if start is None else start.data_ptr(), out.data_ptr(),
@@ -183,6 +182,7 @@ def product(x: Tensor, packed: Tensor, out: Tensor, start: Tensor | None) -> Non
         torch.get_num_threads(),
     )  # fmt: skip
     if packed.dtype is torch.float32:
+        assert library is not None
         library.dfpir_product(ctypes.byref(described))
     else:
         assert tiles is not None

@@ -10,7 +10,7 @@ class Product(nn.Module):
     """`x @ matrix`, or `start + x @ matrix`; x is N x C_in."""
 
     matrix: Tensor
-    """C_in x C_out."""
+    """C_in x C_out; empty once `packed` is there."""
     packed: Tensor | None
     """In the processor's own form, instead of `matrix`, once `pack` was called where that is faster."""
 
