@@ -50,9 +50,9 @@ class RunConfig:
         return digest_of(asdict(self))
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """One line per field in which a stored configuration differs from this one."""
+        """One line per field in which a stored configuration differs from this one, named as its option is."""
         return [
-            f"{name}: was {other.get(name)!r}, is now {value!r}"
+            f"{name.removeprefix('output_')}: was {other.get(name)!r}, is now {value!r}"
             for name, value in asdict(self).items()
             if other.get(name) != value
         ]

@@ -278,10 +278,11 @@ def test_another_configuration_is_refused_naming_the_fields(
     out = tmp_path / "out"
     assert restore(photographs, out, weights, "--label", "rain")[0] == 0
     before = tree(out)
-    code, _, stderr = restore(photographs, out, weights, "--label", "haze", "--quality", "80")
+    code, _, stderr = restore(photographs, out, weights, "--label", "haze", "--quality", "80", "--format", "png")
     assert code == 2
     assert "label: was 'rain', is now 'haze'" in stderr
     assert "quality: was 95, is now 80" in stderr
+    assert "\n  format: was 'same', is now 'png'" in stderr
     after = tree(out)
     assert after == before
 
