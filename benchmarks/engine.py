@@ -281,7 +281,9 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall clock's")
     parser.add_argument("--memory", metavar="SHAPE", help="measure peak memory too, at this shape")
     add_csv_option(parser, "engine.csv")
-    parser.add_argument("--profile", metavar="VARIANT", help="only print where a variant's time goes, by operator")
+    parser.add_argument(
+        "--profile", metavar="VARIANT", help="only print where a variant's time in torch's operators goes"
+    )
     parser.add_argument("--peak-of", metavar="VARIANT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

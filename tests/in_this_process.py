@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from jobs.dispatcher import Dispatcher
 from jobs.runner import work_off
@@ -24,19 +25,19 @@ class InThisProcess:
         dispatcher = Dispatcher(shards, context, on_outcomes)
         worker = build_worker(replace(context, threads=1), "here")
         done = 0
+
+        def note(shard_id: str, rows: list[Outcome]) -> None:
+            nonlocal done
+            done += len(rows)
+            dispatcher.report(shard_id, rows)
+            if self.most is not None and done >= self.most:
+                if self.kills:
+                    raise Killed
+                worker.stop()
+
         while not worker.is_stopping and (assignment := dispatcher.take(0, {0: "here"})) is not None:
             shard_id = assignment.shard.shard_id
-
-            def note(rows: list[Outcome], shard_id: str = shard_id) -> None:
-                nonlocal done
-                done += len(rows)
-                dispatcher.report(shard_id, rows)
-                if self.most is not None and done >= self.most:
-                    if self.kills:
-                        raise Killed
-                    worker.stop()
-
-            how, fault = work_off(worker, assignment, note)
+            how, fault = work_off(worker, assignment, partial(note, shard_id))
             dispatcher.ended(shard_id, how, fault, "its log")
         if worker.is_stopping:
             raise Killed
