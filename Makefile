@@ -9,23 +9,29 @@ STAMP := $(VENV)/.ready
 demo: $(STAMP)
 	$(BIN)/dfpir demo demo-run
 
-# On up to four cores, torch with one thread in each: threads that share a core wait for one another. Tests with a Ray
-# cluster come by themselves, since every process would start one of its own.
+# Workers of the tests are processes of their own, hundreds of them: each would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Three processes keep two cores busy though tests wait for workers, and more with those workers; torch has one thread in
+# each: threads that share a core wait for one another. Tests with a Ray cluster come by themselves, since every process
+# would start one of its own.
+IN_PROCESSES := -m "not ray" --numprocesses=3 --dist=worksteal
+
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4 --dist=worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PROCESSES)
 	$(BIN)/python -m pytest -m ray
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/lint-imports
 
 # The tests with the oldest versions that pyproject.toml admits.
 lowest: $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/lowest
 	$(BIN)/uv pip install --quiet --resolution lowest-direct --python $(VENV)/lowest/bin/python --editable ".[dev]"
-	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -m "not ray" --numprocesses=logical --maxprocesses=4 --dist=worksteal
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest $(IN_PROCESSES)
 	$(VENV)/lowest/bin/python -m pytest -m ray
 
 $(STAMP): requirements.lock pyproject.toml $(wildcard models/*.c)

@@ -16,6 +16,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 def main(out: Path, command: list[str]) -> int:
     """Starts a head without CPUs and two nodes with one each; ends one of them once both work."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # beside other tests, workers that are nice hardly get to run
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
     run = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"})
