@@ -9,12 +9,12 @@ STAMP := $(VENV)/.ready
 demo: $(STAMP)
 	$(BIN)/dfpir demo demo-run
 
-# Workers of the tests are processes of their own, hundreds of them: each would compile our modules again.
+# Each worker is a process of its own, and would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Three processes keep two cores busy though tests wait for workers, and more with those workers; torch has one thread in
-# each: threads that share a core wait for one another. Tests with a Ray cluster come by themselves, since every process
-# would start one of its own.
+# Three processes keep two cores busy though tests wait for workers (decision 47); torch has one thread in each: threads
+# that share a core wait for one another. Tests with a Ray cluster come by themselves, since every process would start one
+# of its own.
 IN_PROCESSES := -m "not ray" --numprocesses=3 --dist=worksteal
 
 test: $(STAMP) lint
@@ -24,7 +24,7 @@ test: $(STAMP) lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers auto
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # The tests with the oldest versions that pyproject.toml admits.
