@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from classifier.base import Classifier, Prediction
 from classifier.errors import ClassifierWeightsError
 from classifier.labels import LABELS, Degradation
 
 if TYPE_CHECKING:
     import torch
 
+    from classifier.base import Classifier
+
 __all__ = [
     "CLIP_PREFIX",
     "LABELS",
-    "Classifier",
     "ClassifierWeightsError",
     "Degradation",
-    "Prediction",
     "classifier_sha256",
     "load_classifier",
 ]
@@ -30,7 +29,7 @@ CLIP_PREFIX = "clip:"
 def load_classifier(name_or_path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Classifier:
     """A classifier of H x W x 3 uint8 RGB images; nothing is downloaded.
 
-    Networks' libraries are imported on the first call, so that labels and limits stay cheap to import.
+    torch and the networks' libraries are imported on the first call, so that labels and limits stay cheap to import.
 
     Args:
         name_or_path: a shipped name, a weights file, or `clip:PATH` of CLIP weights for zero-shot.

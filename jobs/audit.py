@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from classifier.labels import Degradation
 from jobs.errors import UsageError
-from jobs.restore import read_job
+from jobs.places import read_job
 from pipeline.plan import PlanError, keys, latest_revisions, picked, read_plan
 from pipeline.prompting import FORCED_LABELS, prompts_for
 from pipeline.records import Status, first_rows

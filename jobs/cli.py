@@ -232,8 +232,8 @@ def audit(
     Exit code: 0 everything holds; 1 something does not; 2 there is no run that could be audited.
     """
     with faults_explained(), ExitStack() as reading:
-        from jobs import display
         from jobs.audit import audit as audit_run
+        from jobs.display_audit import audited
 
         def watch(checks: Iterable[Any], total: int) -> Iterable[Any]:
             reading.close()
@@ -244,7 +244,7 @@ def audit(
     if as_json:
         print(json.dumps(asdict(found)))
     else:
-        display.audited(results, found)
+        audited(results, found)
     if found.findings:
         raise typer.Exit(1)
 

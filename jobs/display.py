@@ -1,7 +1,6 @@
-"""What commands print, for a terminal of 80 columns, and the records behind `--json`."""
+"""What commands that need torch print, for a terminal of 80 columns, and the records behind `--json`."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +8,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from classifier import CLIP_PREFIX
 from classifier.clip_classifier import ClipCalibration
 from classifier.files import SHIPPED as CLASSIFIERS_DIR
-from jobs.audit import Audit
 from jobs.config import RestoreOptions
 from jobs.restore import Job, find_references
-from jobs.text import harmless
+from jobs.table import add, two_columns
+from jobs.text import counted, harmless, several
 from models.precision import fastest_dtype
 from models.registry import list_models
 from pipeline.estimate import Estimate
@@ -33,13 +30,13 @@ def before(console: Console, job: Job, options: RestoreOptions) -> None:
         "model": f"{config.model}, sha256 {config.weights_sha256[:12]}",
         "classifier": f"{config.classifier}, sha256 {config.classifier_sha256[:12]}{_uncalibrated(config.classifier)}",
         "compute": f"{options.engine}, {job.context.device}, {_precision(config.dtype, job.context.device)}",
-        "images": f"{job.planned} planned, {job.images_left} left to do, {_several(job.ignored, 'other file')} ignored",
+        "images": f"{job.planned} planned, {job.images_left} left to do, {several(job.ignored, 'other file')} ignored",
     }
     if references := find_references(job):
         lines["references"] = f"{config.reference}, for {references[0]} of {references[1]} images looked at"
     changes = {name: getattr(job.changes, name) for name in ("new", "changed", "again", "vanished")}
     if any(changes.values()) and job.changes.new < job.planned:
-        lines["changes"] = _counts(changes)
+        lines["changes"] = counted(changes)
     if job.unreadable_directories:
         lines["unreadable"] = _unreadable(job.unreadable_directories)
     for name, text in lines.items():
@@ -54,25 +51,25 @@ def tell_if_uncalibrated(console: Console, classifier: str) -> None:
 
 def after(console: Console, summary: Summary) -> None:
     """The end of a run: counts, rates, time by stage, worst failures, where everything is."""
-    table = _table()
-    _add(table, "status", _counts(summary.counts))
-    _add(table, "labels", _counts(summary.labels) or "none")
+    table = two_columns()
+    add(table, "status", counted(summary.counts))
+    add(table, "labels", counted(summary.labels) or "none")
     if summary.images_per_s:
         rates = f"{summary.images_per_s:.2f} images/s, {summary.megapixels_per_s:.2f} MP/s"
-        _add(table, "speed", f"{rates} in {summary.elapsed_s:.1f} s")
-        _add(table, "time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
+        add(table, "speed", f"{rates} in {summary.elapsed_s:.1f} s")
+        add(table, "time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stage_s.items()))
     else:
-        _add(table, "speed", "nothing was left to do")
+        add(table, "speed", "nothing was left to do")
     if summary.psnr_db is not None and summary.psnr_input_db is not None:
-        _add(table, "PSNR", f"{summary.psnr_input_db:.2f} dB before, {summary.psnr_db:.2f} dB after")
+        add(table, "PSNR", f"{summary.psnr_input_db:.2f} dB before, {summary.psnr_db:.2f} dB after")
     if summary.ssim is not None and summary.ssim_input is not None:
-        _add(table, "SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
+        add(table, "SSIM", f"{summary.ssim_input:.4f} before, {summary.ssim:.4f} after")
     if summary.vanished:
-        _add(table, "vanished", f"{_several(summary.vanished, 'planned file')}, no longer in the source")
+        add(table, "vanished", f"{several(summary.vanished, 'planned file')}, no longer in the source")
     if summary.unreadable_directories:
-        _add(table, "unreadable", _unreadable(summary.unreadable_directories))
-    _add(table, "images", summary.images)
-    _add(table, "manifest", summary.manifest)
+        add(table, "unreadable", _unreadable(summary.unreadable_directories))
+    add(table, "images", summary.images)
+    add(table, "manifest", summary.manifest)
     console.print(table)
     for failure in summary.failures[:5]:
         text = f"{failure.status}: {failure.relative_path}: {failure.stage}, {failure.error_class}: {failure.message}"
@@ -80,32 +77,6 @@ def after(console: Console, summary: Summary) -> None:
     undone = summary.counts["failed"] + summary.counts["quarantined"]
     if undone > 5:
         console.print(f"and {undone - 5} more: status 'failed' or 'quarantined' in the manifest")
-
-
-def audited(console: Console, found: Audit) -> None:
-    """What an audit looked at, then what does not hold, by kind and for the first of them one by one."""
-    table = _table()
-    _add(table, "run", f"{found.run_id[:12]}, configuration {found.config_digest[:12]}")
-    _add(table, "rows", f"{found.rows} of {found.planned} planned images, {found.superseded} of earlier revisions")
-    _add(table, "status", _counts(found.counts) or "none")
-    _add(table, "labels", _counts(found.labels) or "none")
-    _add(table, "to review", f"{found.suspicious} suspicious, {found.with_warnings} with warnings")
-    how = "read and hashed" if found.contents_read else "sizes compared"
-    _add(table, "results", f"{_several(found.outputs, 'file')}, {found.output_bytes / 1e6:.1f} MB, {how}")
-    _add(table, "inputs", "not looked at" if found.sources is None else f"{_several(found.sources, 'file')}, {how}")
-    for name, values in found.made_by.items():
-        short = [value[:12] if name.endswith("sha256") else value for value in values]
-        _add(table, name.replace("_", " "), ", ".join(short) or "none")
-    console.print(table)
-    if not found.findings:
-        console.print("everything holds")
-        return
-    kinds = Counter[str](finding.kind for finding in found.findings)
-    console.print(f"does not hold: {_counts(kinds)}")
-    for finding in found.findings[:20]:
-        console.print(harmless(f"{finding.kind}: {finding.subject}: {finding.message}"), markup=False, soft_wrap=True)
-    if len(found.findings) > 20:
-        console.print(f"and {len(found.findings) - 20} more: --json has all")
 
 
 def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
@@ -131,22 +102,22 @@ def plan_record(job: Job, estimated: Estimate) -> dict[str, Any]:
 
 def plan(console: Console, record: Mapping[str, Any], unreadable: Sequence[str]) -> None:
     """The plan for people; `unreadable` are folders that could not be listed."""
-    table = _table()
-    _add(
+    table = two_columns()
+    add(
         table,
         "images",
-        f"{record['images']} in {_several(record['shards'], 'shard')}, {record['left']} left to do, "
-        f"{_several(record['ignored'], 'other file')} ignored",
+        f"{record['images']} in {several(record['shards'], 'shard')}, {record['left']} left to do, "
+        f"{several(record['ignored'], 'other file')} ignored",
     )
     if unreadable:
-        _add(table, "unreadable", _unreadable(unreadable))
-    _add(
+        add(table, "unreadable", _unreadable(unreadable))
+    add(
         table, "size", f"{record['bytes'] / 1e6:.1f} MB, about {record['megapixels']:.1f} megapixels "
-        f"(from {_several(record['sampled'], 'header')}, {record['unreadable_fraction']:.1%} unreadable)"
+        f"(from {several(record['sampled'], 'header')}, {record['unreadable_fraction']:.1%} unreadable)"
     )  # fmt: skip
-    _add(table, "disk", f"about {record['output_bytes'] / 1e6:.1f} MB for the results")
-    _add(table, "time", f"about {_duration(record['worker_seconds'])} for one worker on this machine, all restored")
-    _add(table, "written", f"{record['run_dir']}/plan and job.json; no image")
+    add(table, "disk", f"about {record['output_bytes'] / 1e6:.1f} MB for the results")
+    add(table, "time", f"about {_duration(record['worker_seconds'])} for one worker on this machine, all restored")
+    add(table, "written", f"{record['run_dir']}/plan and job.json; no image")
     console.print(table)
 
 
@@ -204,28 +175,7 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _unreadable(folders: Sequence[str]) -> str:
-    return f"{_several(len(folders), 'folder')}, the first {folders[0]}"
-
-
-def _table() -> Table:
-    """For `_add`."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    return table
-
-
-def _add(table: Table, name: str, value: str) -> None:
-    """A row whose value may come from files: it shows as it is, brackets and control characters included."""
-    table.add_row(name, Text(harmless(value)))
-
-
-def _several(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{several(len(folders), 'folder')}, the first {folders[0]}"
 
 
 def _duration(seconds: float) -> str:

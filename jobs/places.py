@@ -1,10 +1,12 @@
 """SRC and OUT: what is refused of them before any work (`UsageError`), and who may work on OUT."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +59,22 @@ def locked(path: Path, out: Path) -> Iterator[None]:
             if is_there:
                 yield
                 return
+
+
+def read_job(directory: RunDirectory) -> dict[str, Any] | None:
+    """What `job.json` of a run says; None where there is none. Raises UsageError if it is not a run's."""
+    if not directory.job_path.exists():
+        return None
+    try:
+        job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8", errors="surrogateescape"))
+        if not isinstance(job, dict) or not {"config", "config_digest", "source_root", "run_id"} <= job.keys():
+            raise ValueError("it lacks config, config_digest, source_root or run_id")
+        texts = ("config_digest", "source_root", "run_id")
+        if not isinstance(job["config"], dict) or not all(isinstance(job[name], str) for name in texts):
+            raise ValueError(f"config is no object, or one of {', '.join(texts)} no text")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{directory.job_path} is not a job of dfpir: {error}") from error
+    return job
 
 
 def _require_places(src: Path, out: Path) -> None:

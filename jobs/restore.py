@@ -1,6 +1,5 @@
 """One restoration from request to summary: check, plan, run what is left, sum up."""
 
-import json
 import os
 import platform
 import time
@@ -23,7 +22,7 @@ from classifier.labels import Degradation
 from jobs.config import RestoreOptions
 from jobs.errors import RunError, UsageError
 from jobs.networks import DTYPES, resolve_dtype, resolve_run_device
-from jobs.places import require_links, require_names, require_no_clash
+from jobs.places import read_job, require_links, require_names, require_no_clash
 from jobs.runner import WHOLE_PIXELS, Runner
 from models.dfpir import DFPIRConfig
 from models.errors import WeightsError
@@ -45,9 +44,6 @@ from pipeline.sink import (
     read_rows,
 )
 from pipeline.source import Listing, SourceError, list_source
-
-# Arrow's own allocators hold twice what a plan of a million images takes, and give little of it back.
-pa.set_memory_pool(pa.system_memory_pool())
 
 
 @dataclass(frozen=True)
@@ -304,22 +300,6 @@ def _absolute(name_or_path: str) -> str:
     prefix = CLIP_PREFIX if name_or_path.startswith(CLIP_PREFIX) else ""
     path = Path(name_or_path.removeprefix(prefix))
     return f"{prefix}{path.resolve()}" if path.is_file() else name_or_path
-
-
-def read_job(directory: RunDirectory) -> dict[str, Any] | None:
-    """What `job.json` of a run says; None where there is none. Raises UsageError if it is not a run's."""
-    if not directory.job_path.exists():
-        return None
-    try:
-        job: dict[str, Any] = json.loads(directory.job_path.read_text(encoding="utf-8", errors="surrogateescape"))
-        if not isinstance(job, dict) or not {"config", "config_digest", "source_root", "run_id"} <= job.keys():
-            raise ValueError("it lacks config, config_digest, source_root or run_id")
-        texts = ("config_digest", "source_root", "run_id")
-        if not isinstance(job["config"], dict) or not all(isinstance(job[name], str) for name in texts):
-            raise ValueError(f"config is no object, or one of {', '.join(texts)} no text")
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{directory.job_path} is not a job of dfpir: {error}") from error
-    return job
 
 
 def _job_record(context: RunContext, options: RestoreOptions) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Text that may be shown in a terminal."""
 
+from collections.abc import Mapping
 from unicodedata import category
 
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -15,3 +16,13 @@ def harmless(text: str) -> str:
         return character
 
     return "".join(map(written, text))
+
+
+def several(count: int, name: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`3 restored, 1 copied`, without what there is none of."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

@@ -19,6 +19,9 @@ from pipeline.records import IMAGE_REF_SCHEMA, Shard, to_refs
 from pipeline.sink import parquet_files, sync_folder, temporary_name
 from pipeline.source import Listing
 
+# Arrow's own allocators hold twice what a plan of a million images takes, and give little of it back.
+pa.set_memory_pool(pa.system_memory_pool())
+
 MAX_SHARD_BYTES, MOST_SHARD_BYTES = 64 * 2**20, 2**30
 MAX_SHARD_IMAGES = 64
 MANY_SHARDS = 512

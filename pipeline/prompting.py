@@ -5,10 +5,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from classifier.base import Prediction
 from classifier.labels import Degradation
 
 if TYPE_CHECKING:
+    from classifier.base import Prediction
     from pipeline.records import Status
 
 NOISE_CUT_POINTS_255: tuple[float, float] = (19.0, 36.0)
@@ -78,7 +78,7 @@ def parse_label(text: str) -> tuple[str, float | None]:
 
 
 def decide(
-    prediction: Prediction,
+    prediction: "Prediction",
     *,
     prompts: Collection[str],
     min_confidence: float | None = None,

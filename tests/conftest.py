@@ -70,8 +70,8 @@ def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The one cluster of the test session, with room for two workers.
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The one cluster of the test session, with room for two workers: its address.
 
     It is started where every package of the project has a namesake, which no worker may import.
     """
@@ -85,5 +85,5 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (elsewhere / name / "__init__.py").write_text("raise ImportError('a package of the working directory')\n")
     with chdir(elsewhere):
         start_local(cpus=2)
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()

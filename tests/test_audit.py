@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +148,19 @@ def test_rows_that_all_count_are_not_copied(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(audit, "_shared", lambda counting: shared(noted(counting)))
     assert run.kinds() == []
     assert tables[0] is tables[1]
+
+
+def test_an_audit_needs_no_library_of_networks(run: Run) -> None:
+    """Importing torch takes seconds and half a gigabyte; a manifest is read without it, too."""
+    code = (
+        "import sys; from pipeline.sink import read_manifest; from jobs.cli import app; "
+        "assert read_manifest(sys.argv[1]).num_rows; app(['audit', sys.argv[1]], standalone_mode=False); "
+        "assert not {'torch', 'timm', 'models'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.out)], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "everything holds" in done.stdout
+    assert done.returncode == 0
 
 
 def test_an_audit_changes_nothing(run: Run) -> None:

@@ -21,6 +21,8 @@ STEPS = {
     "between images and manifest part": "stall:after-image:d.png",
     "after the manifest part": "stall:after-part:s001",
 }
+OF_A_CLUSTER = {"between images and manifest part", "after the manifest part"}
+"""On Ray the driver joins a running cluster, which has to end its workers; else one of its own ends with it."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -63,6 +65,8 @@ def test_a_run_whose_driver_is_killed_goes_on_to_the_same_end(
     (tmp_path / "run.pickle").write_bytes(pickle.dumps((run.context, run.shards)))
     marker = tmp_path / "marker"
     environment = os.environ | {FAULT: STEPS[step], MARKER: str(marker), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    if engine == "ray" and step in OF_A_CLUSTER:
+        environment["RAY_ADDRESS"] = request.getfixturevalue("ray_cluster")
     command = [sys.executable, str(ROOT / "tests" / "run_driver.py"), engine, str(tmp_path / "run.pickle")]
     driver = subprocess.Popen(command, env=environment, cwd=ROOT)
     try:

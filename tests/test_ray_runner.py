@@ -96,7 +96,7 @@ def test_workers_on_one_node_share_its_memory() -> None:
 
 
 def test_a_cluster_without_a_gpu_that_answers_tells_of_no_memory(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_cluster_module, "GPU_ANSWER_WITHIN_S", 2.0)
     assert ray_cluster_module.gpu_bytes() == 0
@@ -116,7 +116,7 @@ def test_what_the_cluster_lacks_is_said_before_the_start(nodes: list[Any], devic
         measure_room(nodes, device=device, threads=2)
 
 
-def test_a_cluster_that_is_too_small_is_refused(ray_cluster: None, make_run: MakeRun) -> None:
+def test_a_cluster_that_is_too_small_is_refused(ray_cluster: str, make_run: MakeRun) -> None:
     run = make_run(NAMES)
     object.__setattr__(run.context, "threads", 64)
     with pytest.raises(UsageError, match=r"needs 64 CPUs on one node.*--engine local"):
@@ -135,7 +135,7 @@ def check_same(row: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_ray_and_local_give_the_same_rows_and_pixels(ray_cluster: None, make_run: MakeRun) -> None:
+def test_ray_and_local_give_the_same_rows_and_pixels(ray_cluster: str, make_run: MakeRun) -> None:
     ours, theirs = (make_run(NAMES, out=out, per_shard=2, label="auto") for out in ("local", "ray"))
     (ours.source / "deep" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     ours, theirs = (make_run(NAMES, out=out, per_shard=2, label="auto") for out in ("local", "ray"))
@@ -157,7 +157,7 @@ def test_ray_and_local_give_the_same_rows_and_pixels(ray_cluster: None, make_run
 
 
 def test_an_image_that_kills_its_process_is_quarantined_and_its_mates_are_done(
-    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(["a.png", "b.png", "poison.png", "z.png"], per_shard=4)
     monkeypatch.setenv(FAULT, "kill:decode:poison.png")
@@ -170,7 +170,7 @@ def test_an_image_that_kills_its_process_is_quarantined_and_its_mates_are_done(
 
 
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(
-    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ray_cluster: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = make_run(NAMES)
     marker = tmp_path / "marker"
@@ -202,7 +202,7 @@ def actor_processes() -> list[int]:
     return found
 
 
-def test_a_worker_that_gets_sigterm_commits_and_costs_no_attempt(ray_cluster: None, make_run: MakeRun) -> None:
+def test_a_worker_that_gets_sigterm_commits_and_costs_no_attempt(ray_cluster: str, make_run: MakeRun) -> None:
     run = make_run([f"{number:03}.png" for number in range(200)], per_shard=200)
     seen: list[object] = []
 
@@ -219,7 +219,7 @@ def test_a_worker_that_gets_sigterm_commits_and_costs_no_attempt(ray_cluster: No
     assert {row["attempt"] for row in rows.values()} == {1}
 
 
-def test_sigterm_has_workers_commit_and_the_run_can_go_on(ray_cluster: None, make_run: MakeRun) -> None:
+def test_sigterm_has_workers_commit_and_the_run_can_go_on(ray_cluster: str, make_run: MakeRun) -> None:
     run = make_run([f"{number:03}.png" for number in range(200)], per_shard=200)
     seen: list[object] = []
 
@@ -236,13 +236,13 @@ def test_sigterm_has_workers_commit_and_the_run_can_go_on(ray_cluster: None, mak
     assert len(check_complete(run)) == 200
 
 
-def test_workers_that_cannot_start_end_the_run_with_their_log(ray_cluster: None, make_run: MakeRun) -> None:
+def test_workers_that_cannot_start_end_the_run_with_their_log(ray_cluster: str, make_run: MakeRun) -> None:
     run = make_run(NAMES, weights_sha256="f" * 64)
     with pytest.raises(RunError, match=r"3 workers in a row.*run was started with ffff.*worker-0\.log"):
         drive(RayRunner(max_workers=1), run.context, run.shards)
 
 
-def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: None, make_run: MakeRun) -> None:
+def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: str, make_run: MakeRun) -> None:
     run = make_run(NAMES)
     run.directory.job_path.unlink()
     before = sorted(run.directory.root.rglob("*"))
@@ -252,7 +252,7 @@ def test_a_machine_that_sees_another_folder_writes_nothing_into_it(ray_cluster: 
 
 
 def test_a_machine_with_other_code_does_nothing(
-    ray_cluster: None, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(NAMES)
     monkeypatch.setattr(ray_runner, "code_digest", lambda: "0" * 32)
@@ -530,13 +530,13 @@ def test_an_address_where_something_else_answers_is_refused(monkeypatch: pytest.
             pass
 
 
-def test_a_ray_head_answers(ray_cluster: None) -> None:
+def test_a_ray_head_answers(ray_cluster: str) -> None:
     ray_cluster_module._check_answers(ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.parametrize("mode", [None, "token"])
 def test_a_head_that_asks_for_a_token_is_refused_with_what_to_do(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, mode: str | None
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch, mode: str | None
 ) -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         pytest.skip("this version of Ray makes no token by itself")
@@ -595,7 +595,7 @@ def test_a_ray_that_does_not_start_is_said_to_need_room_for_its_files(monkeypatc
         ray_cluster_module.start_local(cpus=1)
 
 
-def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: None) -> None:
+def test_workers_of_a_cluster_started_here_are_as_nice_as_this_process(ray_cluster: str) -> None:
     niceness = ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()
     assert ray.get(niceness) == os.nice(0)
 
@@ -621,7 +621,7 @@ def test_ray_takes_no_place_of_the_commands_handler(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
 def test_the_cluster_decides_about_the_device(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, gpus: int, device: str
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch, gpus: int, device: str
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": float(gpus)}}]
     monkeypatch.setattr(ray_cluster_module, "all_nodes", lambda: nodes)

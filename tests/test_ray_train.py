@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from synthetic_weights import write_tiny_model
-from test_train_restorer import averages, photographs, tiny
+from test_train_restorer import averages, photographs, quick_validation, tiny
 
+from classifier.labels import Degradation
 from jobs.errors import InterruptedBySignalError, TrainingError, UsageError
 from jobs.ray_train import train_on_ray
 from jobs.train_restorer import Training, train
@@ -18,15 +19,17 @@ from jobs.training_config import ConfigError, Data, Phase
 from jobs.training_group import Group
 from jobs.training_state import found_state
 
-__all__ = ["photographs"]
+__all__ = ["photographs", "quick_validation"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_validation")
 def test_two_workers_learn_what_one_process_does(
-    ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though one of them has two of three samples."""
-    phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
+    # One task, since validation takes its time for each; it has three prompts.
+    phase = Phase(start=0.0, patch_px=32, batch=3, tasks={Degradation.NOISE: 1.0})
     config = tiny(photographs, steps=2, phases=(phase,))
     (photographs / "broken.png").write_bytes(b"no image")
     train(config, tmp_path / "alone", threads=1)
@@ -114,6 +117,7 @@ def test_a_checkpoint_is_not_held_while_workers_train(
         train_on_ray(config, tmp_path, workers=2, device="cpu", max_minutes=60.0)
 
 
+@pytest.mark.usefixtures("quick_validation")
 def test_a_training_that_is_over_starts_no_ray(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,14 +133,14 @@ def test_a_training_that_is_over_starts_no_ray(
 
 @pytest.mark.slow
 def test_what_a_worker_refuses_is_told_as_one_process_would(
-    ray_cluster: None, photographs: Path, tmp_path: Path
+    ray_cluster: str, photographs: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"^.*nowhere is not a folder; paths start at the working directory"):
         train_on_ray(tiny(photographs / "nowhere"), tmp_path, workers=2, device="cpu", max_minutes=60.0)
 
 
 def test_another_fault_of_a_worker_ends_the_training_with_its_message(
-    ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: object) -> None:
         raise RuntimeError("a worker's process is gone")
@@ -148,7 +152,7 @@ def test_another_fault_of_a_worker_ends_the_training_with_its_message(
 
 @pytest.mark.parametrize(("code", "name"), [(0, "SIGINT"), (1, "SIGTERM")])  # what Ray's handlers end a process with
 def test_a_signal_is_told_as_an_interruption(
-    code: int, name: str, ray_cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, name: str, ray_cluster: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", lambda self: sys.exit(code))
     with pytest.raises(InterruptedBySignalError, match=f"ended by {name}; the same command goes on"):
@@ -156,7 +160,7 @@ def test_a_signal_is_told_as_an_interruption(
 
 
 @pytest.mark.slow
-def test_more_workers_than_there_is_room_for_are_refused(ray_cluster: None, photographs: Path, tmp_path: Path) -> None:
+def test_more_workers_than_there_is_room_for_are_refused(ray_cluster: str, photographs: Path, tmp_path: Path) -> None:
     phase = Phase(start=0.0, patch_px=32, batch=3, tasks=dict(tiny(photographs).phases[0].tasks))
     with pytest.raises(UsageError, match="room for 2 workers with 1 CPU each, not for 3"):
         train_on_ray(tiny(photographs, phases=(phase,)), tmp_path, workers=3, device="cpu", max_minutes=60.0)
