@@ -19,7 +19,9 @@ FRUITLESS_DEATHS_ALLOWED = 3
 """Deaths in a row over one shard that point at no image and between which no image got done."""
 
 FRUITLESS_QUARANTINES_ALLOWED = 8
-"""Images set aside while no other got done: it is rather the machine or the program that makes workers die then."""
+"""Images set aside while no other got done: it is rather the machine or the program that makes workers die then.
+
+So that this is known soon, shards go first after as many deaths without an image done."""
 
 LOSSES_FORGIVEN = 4
 """Machines lost in a row over one shard without an image done in between; further ones count as deaths."""
@@ -77,7 +79,7 @@ class Dispatcher:
         self._done: set[str] = set()
         self._has_headway: set[str] = set()
         """Shards of which an image got done since they were given out."""
-        self._quarantined, self._is_fruitful = 0, False
+        self._quarantined, self._is_fruitful, self._died = 0, False, 0
         self._failures: Counter[int] = Counter()
         """In a row, by the worker's number: before it was ready, or over a shard that it outlived."""
         self._deaths: Counter[int] = Counter()
@@ -238,6 +240,7 @@ class Dispatcher:
         """The process of the shard's worker ended while it had the shard."""
         assignment = self._assigned[shard_id]
         number = assignment.seat[0]
+        self._died += 1
         _log.warning("worker %d died over shard %s (%s): see %s", number, shard_id, fault, log)
         if shard_id in self._has_headway:
             del self._deaths[number]  # a worker that gets images done is not what is at fault
@@ -245,7 +248,11 @@ class Dispatcher:
             self._note_death(number, fault, log)
         journal = Journal(self._directory.journal_dir, shard_id)
         self._assigned[shard_id] = replace(assignment, died_with=assignment.seat)
-        self._retry(shard_id, f"its worker died ({fault})", log, is_fruitless=not journal.has_in_flight)
+        names_image = journal.has_in_flight
+        is_urgent = self._died >= FRUITLESS_QUARANTINES_ALLOWED and not self._is_fruitful
+        is_urgent = is_urgent and (names_image or assignment.attempt == 1)  # an image is on its way to be set aside
+        fault = f"its worker died ({fault})"
+        self._retry(shard_id, fault, log, is_fruitless=not names_image, is_urgent=is_urgent)
 
     def start_failed(self, number: int, fault: str, log: str, *, others_work: bool) -> None:
         """The worker of this number ended before it was ready.
@@ -292,7 +299,9 @@ class Dispatcher:
             _log.warning("worker %d failed %d times in a row (%s) and gets no more: see %s",
                          number, FAILURES_ALLOWED, fault, log)  # fmt: skip
 
-    def _retry(self, shard_id: str, fault: str, log: str, *, is_fruitless: bool, is_death: bool = True) -> None:
+    def _retry(
+        self, shard_id: str, fault: str, log: str, *, is_fruitless: bool, is_death: bool = True, is_urgent: bool = False
+    ) -> None:
         assignment = self._assigned.pop(shard_id)
         if is_fruitless:
             self._fruitless[shard_id] += 1
@@ -300,7 +309,8 @@ class Dispatcher:
             raise _broken_off(
                 f"shard {shard_id} made no headway in {self._fruitless[shard_id]} attempts in a row: {fault}", log
             )
-        self._last.append(replace(assignment, attempt=assignment.attempt + is_death))
+        queue = self._first if is_urgent else self._last
+        queue.append(replace(assignment, attempt=assignment.attempt + is_death))
 
 
 def _taken(queue: deque[Assignment], number: int, crew: Mapping[int, str | None]) -> Assignment | None:

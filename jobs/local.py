@@ -173,7 +173,7 @@ def _drain(child: _Child, children: dict[int, _Child], dispatcher: Dispatcher) -
         while not child.connection.closed and child.connection.poll():
             others_work = _others_work(child.number, children, dispatcher)
             _act(child, child.connection.recv(), dispatcher, others_work=others_work)
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):
         # Its end is noticed by the sentinel; until then the pipe would be reported again and again.
         child.process.join(timeout=POLL_S)
 
@@ -258,6 +258,9 @@ def _child_main(
         return
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_DRIVER)
+    if worker.is_stopping:  # before it took a shard, which would count a death
+        connection.send(_Message("start_failed", fault="ended by SIGTERM"))
+        return
     connection.send(_Message("ready"))
     while not worker.is_stopping:
         try:

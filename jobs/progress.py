@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -54,7 +55,8 @@ class ProgressView:
     def _line(self) -> None:
         self._last_line, self._told = time.monotonic(), self._counts.total()
         parts = ", ".join(f"{count} {status}" for status, count in sorted(self._counts.items()))
-        self._console.print(
-            f"{time.strftime('%H:%M:%S')} {self._done} of {self._total} images ({parts or 'none in this call'})",
-            soft_wrap=True,
-        )
+        with suppress(OSError):  # a full disk, a terminal that is gone: no reason to stop
+            self._console.print(
+                f"{time.strftime('%H:%M:%S')} {self._done} of {self._total} images ({parts or 'none in this call'})",
+                soft_wrap=True,
+            )

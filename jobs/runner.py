@@ -88,7 +88,7 @@ def note_traceback() -> None:
 def log_to(path: Path) -> None:
     """Sends this process's stdout and stderr, those of native code included, to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(descriptor, 1)

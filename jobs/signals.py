@@ -134,9 +134,9 @@ OF_DRIVER = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 def kept_from_children() -> Iterator[None]:
     """Processes that are started while this is open have these signals blocked until they allow them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
-    resource_tracker.ensure_running()  # which unblocks two of them, as would the first process that starts it
-    signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
     try:
+        resource_tracker.ensure_running()  # which unblocks two of them, as would the first process that starts it
+        signal.pthread_sigmask(signal.SIG_BLOCK, OF_DRIVER)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

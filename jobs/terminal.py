@@ -10,7 +10,14 @@ from rich.console import Console
 from jobs.errors import InterruptedBySignalError, RunError, TrainingError, UsageError
 from jobs.text import harmless
 
-messages = Console(stderr=True, highlight=False, emoji=False)
+
+class _Messages(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads them any more, as behind a `tee` that the same Ctrl-C has ended; rich would end the process."""
+        self.quiet = True
+
+
+messages = _Messages(stderr=True, highlight=False, emoji=False)
 results = Console(highlight=False, emoji=False)
 T = TypeVar("T")
 

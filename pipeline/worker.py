@@ -87,6 +87,13 @@ class Ledger:
         if time.monotonic() - self._last_commit >= self._every_s:
             self.commit()
 
+    def set_aside(self, rows: list[Outcome]) -> None:
+        """Takes rows that may end the run as soon as they are reported, which is after they count."""
+        self._rows += rows
+        self.commit()
+        if rows:
+            self._on_outcomes(rows)
+
     def commit(self) -> None:
         """Makes the rows taken so far count. If that fails their images are done again, but for those that do count."""
         rows, self._rows = self._rows, []  # a part may be there although an error is told, and no row may count twice
@@ -290,13 +297,11 @@ class Worker:
     ) -> None:
         """One image at a time; suspects come last and after a commit, so that their deaths cost others nothing."""
         journal.count_death()
-        for ref in sorted(refs, key=lambda ref: journal.deaths(ref.image_id)):
+        poison = [ref for ref in refs if journal.is_poison(ref.image_id)]
+        for ref in sorted((ref for ref in refs if ref not in poison), key=lambda ref: journal.deaths(ref.image_id)):
             self._watchdog.headway()
             if self.is_stopping:
                 return
-            if journal.is_poison(ref.image_id):
-                ledger.add(self._quarantined(ref, base, journal.deaths(ref.image_id)))
-                continue
             if journal.deaths(ref.image_id):
                 ledger.commit()
             journal.begin(ref.image_id)
@@ -310,6 +315,7 @@ class Worker:
                 # An exception that gets here is of the machinery, and no image's fault.
                 journal.end()
             ledger.add(item.outcome())
+        ledger.set_aside([self._quarantined(ref, base, journal.deaths(ref.image_id)) for ref in poison])
 
     def _load(self, ref: ImageRef, base: dict[str, Any], shard: Shard) -> Item:
         item = Item(ref, dict(base, started_at=datetime.now(UTC)))

@@ -333,6 +333,25 @@ def test_workers_that_all_die_are_not_blamed_one_after_the_other(make_run: MakeR
     assert dispatcher.is_of_use(1)
 
 
+@pytest.mark.parametrize("one_gets_done", [False, True])
+def test_where_everything_kills_the_images_of_one_shard_are_settled_before_others(
+    make_run: MakeRun, one_gets_done: bool
+) -> None:
+    """Else every image of a large run would be tried twice before the run breaks off."""
+    run = make_run([f"{number}.png" for number in range(12)], per_shard=1)
+    dispatcher = Dispatcher(run.shards, run.context, lambda rows: None)
+    if one_gets_done:
+        get_one_done(dispatcher, 0)
+    taken = []
+    for _ in range(11):
+        assignment = dispatcher.take(0, {0: "here"})
+        assert assignment is not None
+        taken.append(int(assignment.shard.shard_id[1:]))
+        Journal(run.directory.journal_dir, assignment.shard.shard_id).begin("an image")
+        dispatcher.died(assignment.shard.shard_id, "SIGKILL", "log")
+    assert taken == ([*range(1, 12)] if one_gets_done else [*range(8), 7, 7, 7])
+
+
 def test_a_run_in_which_every_image_is_set_aside_breaks_off(make_run: MakeRun) -> None:
     run = make_run([f"{number}.png" for number in range(9)], per_shard=1)
 

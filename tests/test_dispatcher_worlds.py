@@ -124,28 +124,27 @@ class World:
             journal.count_death()
         rows: dict[str, Status] = {}
         is_certain = True
-        for ref in sorted(shard.images, key=lambda ref: journal.deaths(ref.image_id)):
-            if ref.image_id in self.committed:
-                continue
-            if is_careful and journal.deaths(ref.image_id):
-                self.commit(rows)
-            status = Status.QUARANTINED
-            if not is_careful or not journal.is_poison(ref.image_id):
-                if is_careful:
-                    journal.begin(ref.image_id)
-                yield
-                if worker.nature == "dies" or ref.relative_path == "poison":
-                    return "died"
-                if is_careful:
-                    journal.end()
-                is_readable = worker.nature != "blind" and ref.relative_path == "good"
-                status = Status.RESTORED if is_readable else Status.FAILED
+        todo = [ref for ref in shard.images if ref.image_id not in self.committed]
+        poison = [ref for ref in todo if is_careful and journal.is_poison(ref.image_id)]
+        for ref in sorted((ref for ref in todo if ref not in poison), key=lambda ref: journal.deaths(ref.image_id)):
+            if is_careful:
+                if journal.deaths(ref.image_id):
+                    self.commit(rows)
+                journal.begin(ref.image_id)
+            yield
+            if worker.nature == "dies" or ref.relative_path == "poison":
+                return "died"
+            if is_careful:
+                journal.end()
+            is_readable = worker.nature != "blind" and ref.relative_path == "good"
+            status = Status.RESTORED if is_readable else Status.FAILED
             if status is Status.FAILED and assignment.doubted_by is None:
                 is_certain = False
                 continue
             rows[ref.image_id] = status
             self.dispatcher.report(shard.shard_id, [outcome_of(ref, shard.shard_id, status)])
-        self.commit(rows)
+        self.commit(rows | {ref.image_id: Status.QUARANTINED for ref in poison})
+        self.dispatcher.report(shard.shard_id, [outcome_of(ref, shard.shard_id, Status.QUARANTINED) for ref in poison])
         if not is_certain:
             return "doubted"
         journal.remove()

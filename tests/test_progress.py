@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 from datetime import timedelta
 
 import pytest
@@ -66,6 +68,26 @@ def test_the_last_line_is_not_told_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     with ProgressView(console, total=10, done=10):
         pass
     assert console.file.getvalue().endswith(" 10 of 10 images (none in this call)\n")
+
+
+class Broken(io.StringIO):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def flush(self) -> None:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_lines_that_nobody_can_take_end_no_run(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a `tee` that the same Ctrl-C has ended: workers that finish what they have in hand would be killed."""
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    console = type(jobs.terminal.messages)(file=Broken(number), width=80)
+    with ProgressView(console, total=10, done=0) as view:
+        view(OUTCOMES)
+        view(OUTCOMES)
+    assert view._done == 2 * len(OUTCOMES)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

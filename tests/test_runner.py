@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,24 @@ def test_signals_of_the_process_group_wait_until_a_child_is_ready_for_them() -> 
         kept = blocked()
     assert all(repr(number) in kept for number in OF_DRIVER)
     assert blocked() == usual
+
+
+def test_signals_are_let_through_again_where_no_child_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setattr("multiprocessing.resource_tracker.ensure_running", fail)
+    with pytest.raises(BlockingIOError), kept_from_children():
+        pytest.fail("it can")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_log_may_be_written_by_whoever_may_write_the_run(tmp_path: Path) -> None:
+    """In the shared folder of a group another of its users may go on with it."""
+    code = "import os, sys; from pathlib import Path; from jobs.runner import log_to; os.umask(0o002); "
+    subprocess.run([sys.executable, "-c", f"{code}log_to(Path(sys.argv[1]))", tmp_path / "log"], check=True)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o664
 
 
 def test_a_log_on_a_full_disk_does_not_hide_what_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:

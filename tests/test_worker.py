@@ -642,6 +642,27 @@ def test_rows_that_are_committed_are_not_done_again(tmp_path: Path) -> None:
     assert {name: again[name] for name in first} == first
 
 
+def test_an_image_that_is_set_aside_has_its_row_before_that_is_told(tmp_path: Path) -> None:
+    """Being told may end the run at once, and who is not told has every later call set the image aside untried."""
+    rainy(tmp_path, 3)
+    run = plan(tmp_path)
+    (shard,) = run.shards
+    run.directory.create()
+    for _ in range(2):
+        Journal(run.directory.journal_dir, shard.shard_id).begin(shard.images[1].image_id)
+        Journal(run.directory.journal_dir, shard.shard_id).count_death()
+
+    def end(rows: list[Outcome]) -> None:
+        if rows[0].status is Status.QUARANTINED:
+            assert rows_of(run)["1.png"]["status"] == Status.QUARANTINED
+            raise KeyboardInterrupt
+
+    worker = Worker(run.context, restorer=Brightener(), classifier=Reader(), worker_id="w")
+    with pytest.raises(KeyboardInterrupt):
+        worker(shard, attempt=2, on_outcomes=end)
+    assert sorted(rows_of(run)) == ["0.png", "1.png", "2.png"]
+
+
 def test_rows_are_committed_as_time_goes_on(tmp_path: Path) -> None:
     rainy(tmp_path, 3)
     run = plan(tmp_path)
