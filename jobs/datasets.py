@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,16 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow raises nearly anything, SyntaxError for one
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def as_restored(path: Path) -> NDArray[np.uint8]:
+    """An image as `dfpir restore` sees it, H x W x 3 uint8; raises UsageError naming the file and the fault."""
+    from pipeline.images import ImageFault, decode, to_uint8  # a bare host, which trains, lacks what it needs
+
+    try:
+        return to_uint8(decode(path.read_bytes(), max_pixels=sys.maxsize).visible)
+    except (ImageFault, OSError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
@@ -76,11 +87,11 @@ class Example:
         Raises:
             UsageError: a file cannot be read, or the two are of different sizes.
         """
-        reference = read_rgb(self.reference)
+        reference = as_restored(self.reference)
         if self.degraded is None:
             assert self.sigma_255 is not None
             return with_noise(reference, self.sigma_255, seed=self.seed), reference
-        degraded = read_rgb(self.degraded)
+        degraded = as_restored(self.degraded)
         if degraded.shape != reference.shape:
             raise UsageError(f"{self.degraded} and its reference {self.reference} are of different sizes")
         return degraded, reference
@@ -250,7 +261,8 @@ def _amiss(found: Sequence[Example], count: int, test_set: TestSet, root: Path) 
             return f"move what is not of the set elsewhere: {_first_of([by_number[number] for number in odd])}"
     if count < test_set.images:
         return "look for what is missing"
-    if test_set.part:
+    names = {name.lower() for example in found for name in example.reference.parts[len(root.parts) - 1 :]}
+    if test_set.part and test_set.part not in names:
         return f"this is not the published part; give the folder {test_set.part} of the download as --root"
     return "look for what is not of the set"
 

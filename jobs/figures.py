@@ -20,7 +20,7 @@ from classifier.base import Classifier, Prediction
 from classifier.calibration import calibration_error
 from classifier.labels import LABELS, Degradation
 from jobs.classifier_samples import as_filed, draw_damaged
-from jobs.datasets import read_rgb
+from jobs.datasets import as_restored
 from jobs.errors import UsageError
 from jobs.text import harmless
 from jobs.training_data import Photographs, photographs_in
@@ -69,7 +69,7 @@ def pictures(folder: Path, *, per_label: int) -> Iterator[Labelled]:
         if not paths:
             raise UsageError(f"the folders of labels in {folder} hold no pictures")
         for path, label in paths:
-            yield Labelled(read_rgb(path), label)
+            yield Labelled(as_restored(path), label)
         return
     photographs = Photographs.clean([folder])
     rng = np.random.default_rng(0)

@@ -59,6 +59,8 @@ def pack(
     Raises:
         UsageError: there are no photographs, one cannot be read, they do not fit, or `target` cannot be written.
     """
+    if longest_px < 1:
+        raise UsageError(f"--longest-px is from 1 up, not {longest_px}")
     paths = photographs_in([folder])
     if not paths:
         raise UsageError(f"there are no photographs in {folder}")
@@ -76,12 +78,16 @@ def pack(
         # A file's entries in a zip file take twice its name and 100 bytes.
         if sum(len(data) + 2 * len(name) + 100 for name, data in files.items()) > megabytes * 1e6:
             continue
+        partial = target.with_name(f"{target.name}.partial")
         try:
-            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
                 for name, data in files.items():
                     archive.writestr(name, data)
+            partial.replace(target)
         except OSError as error:
             raise UsageError(f"{target} cannot be written: {error.strerror}") from error
+        finally:
+            partial.unlink(missing_ok=True)
         return quality
     raise UsageError(f"{len(pictures)} photographs do not fit into {megabytes} MB; make --longest-px smaller")
 

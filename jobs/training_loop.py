@@ -247,3 +247,6 @@ def run_as_command(work: Callable[[], object]) -> None:
     except InterruptedBySignalError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal_number)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,3 +1,5 @@
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from classifier.labels import Degradation
-from jobs.datasets import TEST_SETS, find_examples, is_photograph, read_rgb, with_noise
+from jobs.datasets import TEST_SETS, Example, find_examples, is_photograph, read_rgb, with_noise
 from jobs.errors import UsageError
 
 
@@ -218,6 +220,11 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write(tmp_path / "high", *(f"{n}.png" for n in range(2, 8)))
     with pytest.raises(UsageError, match=r"has 7 images; lol has 3: .* give the folder eval15 of the download"):
         find_examples("lol", tmp_path)
+    for name in ("low", "high"):
+        write(tmp_path / "whole" / "eval15" / name, *(f"{n}.png" for n in range(4)))
+    for root in (tmp_path / "whole", tmp_path / "whole" / "eval15"):
+        with pytest.raises(UsageError, match="has 4 images; lol has 3: look for what is not of the set"):
+            find_examples("lol", root)
     with pytest.raises(UsageError, match=r"unknown test set 'set5'; known are sots, .* and pairs"):
         find_examples("set5", tmp_path)
     with pytest.raises(UsageError, match="--label is for pairs"):
@@ -264,6 +271,27 @@ def test_floating_point_greyscale_is_scaled_to_eight_bits(tmp_path: Path) -> Non
     Image.fromarray(levels * 255).save(tmp_path / "b.tif")
     with pytest.raises(UsageError, match=r"b\.tif: floating-point values beyond 0..1 have no known white level"):
         read_rgb(tmp_path / "b.tif")
+
+
+def test_an_example_is_seen_as_a_run_would_see_it(tmp_path: Path) -> None:
+    """Without the black that alpha hides, and refused where rows are missing."""
+    pixels = np.random.default_rng(0).integers(100, 156, (64, 64, 4), dtype=np.uint8)
+    pixels[:, :, 3] = 255
+    pixels[40:] = 0
+    for name in ("degraded", "reference"):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    example = Example("a", tmp_path / "reference.png", tmp_path / "degraded.png", Degradation.NOISE)
+    for image in example.read():
+        assert np.array_equal(image[:40], pixels[:40, :, :3])
+        assert image.min() >= 100
+    compressed = zlib.compress((b"\0" + bytes(range(64)) * 3) * 32)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)), (b"IDAT", compressed), (b"IEND", b""))
+    content = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "reference.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(UsageError, match=r"cannot read .*reference\.png: "):
+        example.read()
 
 
 def test_the_shadows_that_macos_makes_are_no_photographs() -> None:

@@ -192,7 +192,7 @@ def test_too_few_pictures_for_a_map_of_features_are_told(
 
 def test_pictures_are_read_one_at_a_time(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    monkeypatch.setattr(figures, "read_rgb", lambda path: read.append(path) or data.coffee()[:64, :64])
+    monkeypatch.setattr(figures, "as_restored", lambda path: read.append(path) or data.coffee()[:64, :64])
     found = figures.pictures(labelled, per_label=9)
     for count in (1, 2):
         next(found)

@@ -1,3 +1,4 @@
+import errno
 import os
 import zipfile
 from collections.abc import Callable
@@ -80,6 +81,23 @@ def test_wrong_paths_are_told_without_a_traceback(folder: Path, tmp_path: Path, 
     for arguments, said in (
         ([tmp_path / "none", tmp_path / "a.zip"], "none is not a folder"),
         ([folder, tmp_path / "none" / "a.zip"], "a.zip cannot be written: No such file"),
+        ([folder, tmp_path / "a.zip", "--longest-px", 0], "--longest-px is from 1 up, not 0"),
     ):
         with refuses(said):
             main(list(map(str, arguments)))
+
+
+def test_a_full_disk_leaves_what_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
+) -> None:
+    target = tmp_path / "packed.zip"
+    target.write_bytes(b"of before")
+
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", fill)
+    with refuses("packed.zip cannot be written: No space left"):
+        main([str(folder), str(target)])
+    assert target.read_bytes() == b"of before"
+    assert sorted(tmp_path.iterdir()) == [target, folder]

@@ -166,6 +166,8 @@ def test_differences_name_the_fields(tmp_path: Path) -> None:
     old, new = (as_plain(read(tmp_path, text)) for text in (SMALL, SMALL.replace("noise = 2", "noise = 3")))
     assert differences(old, old) == []
     assert differences(old, new) == ["phases[0].tasks.noise: was 2.0, is now 3.0"]
+    turned = old | {"phases": [{**phase, "tasks": dict(reversed(phase["tasks"].items()))} for phase in old["phases"]]}
+    assert differences(old, turned)[0].startswith("phases[0].tasks: was in the order noise, ")  # samples follow it
     shorter = old | {"phases": old["phases"][:1]}
     assert len(lines := differences(old, shorter)) == 1
     assert lines[0].startswith("phases: was [{")
