@@ -261,7 +261,7 @@ def _amiss(found: Sequence[Example], count: int, test_set: TestSet, root: Path) 
             return f"move what is not of the set elsewhere: {_first_of([by_number[number] for number in odd])}"
     if count < test_set.images:
         return "look for what is missing"
-    names = {name.lower() for example in found for name in example.reference.parts[len(root.parts) - 1 :]}
+    names = {name.lower() for example in found for name in example.reference.relative_to(root.parent).parts}
     if test_set.part and test_set.part not in names:
         return f"this is not the published part; give the folder {test_set.part} of the download as --root"
     return "look for what is not of the set"

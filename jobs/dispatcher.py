@@ -249,8 +249,11 @@ class Dispatcher:
         journal = Journal(self._directory.journal_dir, shard_id)
         self._assigned[shard_id] = replace(assignment, died_with=assignment.seat)
         names_image = journal.has_in_flight
-        is_urgent = self._died >= FRUITLESS_QUARANTINES_ALLOWED and not self._is_fruitful
-        is_urgent = is_urgent and (names_image or assignment.attempt == 1)  # an image is on its way to be set aside
+        is_urgent = (
+            self._died >= FRUITLESS_QUARANTINES_ALLOWED
+            and not self._is_fruitful
+            and (names_image or assignment.attempt == 1)  # an image is on its way to be set aside
+        )
         fault = f"its worker died ({fault})"
         self._retry(shard_id, fault, log, is_fruitless=not names_image, is_urgent=is_urgent)
 

@@ -169,13 +169,16 @@ def _step(children: dict[int, _Child], dispatcher: Dispatcher, *, give: bool = T
 
 def _drain(child: _Child, children: dict[int, _Child], dispatcher: Dispatcher) -> None:
     """Acts on all that a child has said."""
-    try:
-        while not child.connection.closed and child.connection.poll():
-            others_work = _others_work(child.number, children, dispatcher)
-            _act(child, child.connection.recv(), dispatcher, others_work=others_work)
-    except (EOFError, OSError):
-        # Its end is noticed by the sentinel; until then the pipe would be reported again and again.
-        child.process.join(timeout=POLL_S)
+    while not child.connection.closed:
+        try:
+            if not child.connection.poll():
+                return
+            message = child.connection.recv()
+        except (EOFError, OSError):  # the latter where it was killed within a message
+            # Its end is noticed by the sentinel; until then the pipe would be reported again and again.
+            child.process.join(timeout=POLL_S)
+            return
+        _act(child, message, dispatcher, others_work=_others_work(child.number, children, dispatcher))
 
 
 def _act(child: _Child, message: _Message, dispatcher: Dispatcher, *, others_work: bool) -> None:

@@ -5,6 +5,7 @@ import csv
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -87,7 +88,8 @@ def pack(
         except OSError as error:
             raise UsageError(f"{target} cannot be written: {error.strerror}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
         return quality
     raise UsageError(f"{len(pictures)} photographs do not fit into {megabytes} MB; make --longest-px smaller")
 

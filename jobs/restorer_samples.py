@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from classifier.labels import Degradation
+from classifier.labels import LABELS, Degradation
 from classifier.sigma import estimate_sigma
 from jobs.errors import UsageError
 from jobs.training_config import Data, Phase, RestorerTraining
@@ -130,9 +130,10 @@ class Sources:
         as_recipe: bool = False,
     ) -> list[Sample]:
         """The samples of a step, or a part of them: the same whenever and wherever they are drawn."""
-        shares = np.array(list(phase.tasks.values()))
+        tasks = sorted(phase.tasks, key=LABELS.index)  # in whatever order a configuration names them
+        shares = np.array([phase.tasks[label] for label in tasks])
         labels = np.random.default_rng([config.seed, step, LABELS_KEY]).choice(
-            list(phase.tasks), size=phase.batch, p=shares / shares.sum()
+            tasks, size=phase.batch, p=shares / shares.sum()
         )
         return [
             self.draw(

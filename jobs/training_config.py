@@ -263,8 +263,6 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """One line for each field in which two plain configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        if where.endswith("tasks") and old == new and list(old) != list(new):  # samples are drawn in this order
-            return [f"{where}: was in the order {', '.join(old)}, is now in {', '.join(new)}"]
         return [
             line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
         ]

@@ -225,6 +225,9 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for root in (tmp_path / "whole", tmp_path / "whole" / "eval15"):
         with pytest.raises(UsageError, match="has 4 images; lol has 3: look for what is not of the set"):
             find_examples("lol", root)
+    monkeypatch.chdir(tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"\. has 4 images; lol has 3: look for what is not of the set"):
+        find_examples("lol", Path("."))
     with pytest.raises(UsageError, match=r"unknown test set 'set5'; known are sots, .* and pairs"):
         find_examples("set5", tmp_path)
     with pytest.raises(UsageError, match="--label is for pairs"):

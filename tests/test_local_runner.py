@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from run_driver import drive
@@ -134,6 +135,23 @@ def test_an_image_over_which_its_worker_hangs_is_quarantined_and_its_mates_are_d
     log = (run.directory.logs_dir / "worker-0.log").read_text()
     assert "Timeout (0:00:06)" in log
     assert "in fault_point" in log
+
+
+@pytest.mark.parametrize("fault", ["of the pipe", "of the driver"])
+def test_a_broken_pipe_is_the_childs_end_and_a_fault_of_the_driver_is_its_own(fault: str) -> None:
+    """Such as a manifest that cannot be read."""
+    child: Any = Mock()
+    child.connection.closed, child.assignment = False, None
+    dispatcher = Mock()
+    if fault == "of the pipe":
+        child.connection.recv.side_effect = OSError("got end of file during message")
+        local._drain(child, {}, dispatcher)
+        child.process.join.assert_called_once()
+    else:
+        child.connection.recv.return_value = local._Message("outcomes")
+        dispatcher.report.side_effect = OSError("of the driver")
+        with pytest.raises(OSError, match="of the driver"):
+            local._drain(child, {}, dispatcher)
 
 
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(

@@ -81,6 +81,7 @@ def test_wrong_paths_are_told_without_a_traceback(folder: Path, tmp_path: Path, 
     for arguments, said in (
         ([tmp_path / "none", tmp_path / "a.zip"], "none is not a folder"),
         ([folder, tmp_path / "none" / "a.zip"], "a.zip cannot be written: No such file"),
+        ([folder, folder / "notes.txt" / "a.zip"], "a.zip cannot be written: Not a directory"),
         ([folder, tmp_path / "a.zip", "--longest-px", 0], "--longest-px is from 1 up, not 0"),
     ):
         with refuses(said):

@@ -531,7 +531,7 @@ def test_an_address_where_something_else_answers_is_refused(monkeypatch: pytest.
 
 
 def test_a_ray_head_answers(ray_cluster: str) -> None:
-    ray_cluster_module._check_answers(ray.get_runtime_context().gcs_address)
+    ray_cluster_module._check_answers(ray_cluster)
 
 
 @pytest.mark.parametrize("mode", [None, "token"])
@@ -545,9 +545,8 @@ def test_a_head_that_asks_for_a_token_is_refused_with_what_to_do(
         monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
     else:
         monkeypatch.delenv("RAY_AUTH_MODE")
-    address = ray.get_runtime_context().gcs_address
-    with pytest.raises(UsageError, match=f"{address} asks for a token; set RAY_AUTH_MODE=token"):
-        ray_cluster_module._check_answers(address)
+    with pytest.raises(UsageError, match=f"{ray_cluster} asks for a token; set RAY_AUTH_MODE=token"):
+        ray_cluster_module._check_answers(ray_cluster)
 
 
 def test_a_ray_client_without_an_answer_is_told_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

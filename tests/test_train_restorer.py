@@ -176,6 +176,15 @@ def test_blur_comes_along_few_paths_first(photographs: Path) -> None:
     assert few <= {recipe.path.tobytes() for recipe in recipes(4)}
 
 
+def test_samples_do_not_depend_on_the_order_in_which_a_configuration_names_tasks(photographs: Path) -> None:
+    config = tiny(photographs)
+    sources = Sources.load(config.data).part(validation=False)
+    turned = replace(config.phases[0], tasks=dict(reversed(config.phases[0].tasks.items())))
+    for step in range(4):
+        first, second = (sources.batch(config, phase, step) for phase in (config.phases[0], turned))
+        assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
+
+
 def test_other_work_is_done_between_gradient_and_update(photographs: Path, tmp_path: Path) -> None:
     config = tiny(photographs)
     training = Training(config, tmp_path, CPU)

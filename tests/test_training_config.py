@@ -167,7 +167,7 @@ def test_differences_name_the_fields(tmp_path: Path) -> None:
     assert differences(old, old) == []
     assert differences(old, new) == ["phases[0].tasks.noise: was 2.0, is now 3.0"]
     turned = old | {"phases": [{**phase, "tasks": dict(reversed(phase["tasks"].items()))} for phase in old["phases"]]}
-    assert differences(old, turned)[0].startswith("phases[0].tasks: was in the order noise, ")  # samples follow it
+    assert differences(old, turned) == []  # samples do not depend on that order
     shorter = old | {"phases": old["phases"][:1]}
     assert len(lines := differences(old, shorter)) == 1
     assert lines[0].startswith("phases: was [{")
